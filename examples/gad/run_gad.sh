@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# GAD: the actor follows the discriminator's scores by GRPO while both train, from the checkpoint of a warmup run.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  cat <<'HELP'
+usage: run_gad.sh --warmup_dir DIR [--resume_step N] --train_files PATH [flags] [hydra.key=value ...]
+  --warmup_dir DIR     output folder of run_warmup.sh; actor, critic and reference start from its newest complete checkpoint
+  --resume_step N      take global_step_N of it instead
+  (without --warmup_dir: --model and --reward_model name the actor and a discriminator with a trained score head)
+HELP
+  flags_help
+}
+
+parse_flags "$@"
+if [ -n "$WARMUP_DIR" ]; then
+  [ -z "$MODEL$REWARD_MODEL" ] || fail "--warmup_dir brings actor and discriminator; drop --model and --reward_model"
+  checkpoint=$("$PYTHON" -m recipe.gad.checkpoint resolve "$WARMUP_DIR" ${RESUME_STEP:+--step "$RESUME_STEP"})
+  MODEL="$checkpoint/actor/huggingface"
+  REWARD_MODEL="$checkpoint/critic/huggingface"
+elif [ -n "$RESUME_STEP" ]; then
+  fail "--resume_step chooses a checkpoint of --warmup_dir, which is missing"
+fi
+launch gad \
+  gad.actor_objective=policy_gradient \
+  actor_rollout_ref.rollout.temperature=0.8 \
+  actor_rollout_ref.rollout.n=8 \
+  trainer.critic_warmup=0 \
+  trainer.total_epochs=2

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# SeqKD (the baseline), warmup, and GAD from the warmup's checkpoint, in a row. Resuming is the same command again.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/common.sh"
+
+usage() {
+  echo "usage: run_pipeline.sh --model PATH --train_files PATH [flags] [hydra.key=value ...]"
+  echo "  writes OUTPUT_DIR/{seqkd,warmup,gad}; Hydra overrides go to every stage"
+  flags_help
+}
+
+parse_flags "$@"
+[ -z "$WARMUP_DIR$RESUME_STEP" ] || fail "--warmup_dir and --resume_step belong to run_gad.sh; the pipeline runs its own warmup"
+base=${OUTPUT_DIR:-checkpoints/gad/${EXP_NAME:-pipeline}}
+flags=(--train_files "$TRAIN_FILES" --val_files "${VAL_FILES:-$TRAIN_FILES}" --nnodes "$NNODES" --device "$DEVICE")
+[ "$DRY_RUN" = 0 ] || flags+=(--dry-run)
+start=(--model "$MODEL" --reward_model "${REWARD_MODEL:-$MODEL}")
+run() { # run STAGE [flags ...]
+  local stage=$1; shift
+  bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" --output_dir "$base/$stage" \
+    ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
+}
+run seqkd "${start[@]}"
+run warmup "${start[@]}"
+if [ "$DRY_RUN" = 1 ]; then # the warmup's checkpoint does not exist yet
+  run gad --model "$base/warmup/global_step_N/actor/huggingface" --reward_model "$base/warmup/global_step_N/critic/huggingface"
+else
+  run gad --warmup_dir "$base/warmup"
+fi

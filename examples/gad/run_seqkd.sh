@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# SeqKD, the baseline: next-token imitation of the teacher's answers. No rollouts in training, no discriminator.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  echo "usage: run_seqkd.sh --model PATH --train_files PATH [flags] [hydra.key=value ...]"
+  flags_help
+}
+
+parse_flags "$@"
+launch seqkd \
+  gad.actor_objective=imitation \
+  critic.enable=False \
+  actor_rollout_ref.actor.use_kl_loss=False \
+  actor_rollout_ref.actor.optim.lr=5e-6

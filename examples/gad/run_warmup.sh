@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Warmup: the actor imitates the teacher's answers while the discriminator learns to tell them from the student's own.
+# trainer.critic_warmup=10: D alone for the first 9 steps (the actor is updated from step 10 on).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  echo "usage: run_warmup.sh --model PATH --train_files PATH [flags] [hydra.key=value ...]"
+  flags_help
+}
+
+parse_flags "$@"
+launch warmup \
+  gad.actor_objective=imitation \
+  actor_rollout_ref.actor.use_kl_loss=False \
+  trainer.critic_warmup=10 \
+  trainer.total_epochs=1

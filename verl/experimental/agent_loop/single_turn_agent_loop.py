@@ -1,0 +1,28 @@
+"""Extends stock ``verl.experimental.agent_loop.single_turn_agent_loop``: a seed per sample for the Hugging Face rollout.
+
+The replica batches requests as they arrive, so a shared random stream would give every run other samples. With a seed that
+depends on the step, the prompt and the sample's number only, a run repeats itself, and a resumed run continues the
+interrupted one. Other rollout engines are not touched.
+"""
+
+import zlib
+from typing import Any
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop as _StockSingleTurnAgentLoop
+
+
+@register("single_turn_agent")
+class SingleTurnAgentLoop(_StockSingleTurnAgentLoop):
+    """Stock single-turn loop; ``sampling_params["seed"]`` is set when ``rollout.name`` is hf."""
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
+        if self.rollout_config.name == "hf":
+            identity = (
+                self.rollout_config.seed,
+                int(kwargs["global_steps"]),
+                [message["content"] for message in kwargs["raw_prompt"]],
+                int(kwargs["session_id"]),
+            )
+            sampling_params = {**sampling_params, "seed": zlib.crc32(repr(identity).encode())}
+        return await super().run(sampling_params, **kwargs)

@@ -1,0 +1,96 @@
+"""Extends stock ``verl.utils.dataset.rl_dataset``: ``RLHFDataset`` loads the teacher's answer beside the prompt.
+
+Active when ``data.teacher_key`` names a column (recipe/gad/config/gad_trainer.yaml does); without the key the class is
+the stock one, row for row.
+"""
+
+import datasets
+import torch
+
+from recipe.gad.teacher_file import check_data_file, teacher_text
+from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
+from verl.workers.rollout.teacher_trajectory import (
+    build_prompt_ids,
+    cut_teacher,
+    end_of_turn_ids,
+    stop_token_ids,
+    teacher_tensors,
+    tokenize_teacher,
+)
+
+__all__ = ["RLHFDataset"]
+
+
+class RLHFDataset(_StockRLHFDataset):
+    """Stock dataset plus, in every row, ``teacher_response`` (text) and ``teacher_response_ids`` (token ids).
+
+    The ids end the way a rollout ends: with the end-of-turn token, unless cut at ``data.max_response_length``, which
+    follows ``data.truncation`` (error | left | right). Rows without reward data get the teacher's text as
+    ``reward_model.ground_truth``, which validation compares with.
+
+    Raises:
+        ValueError: a row has no usable teacher answer or prompt (file and row are named), or an answer is too long and
+            ``data.truncation`` is "error".
+    """
+
+    def _read_files_and_tokenize(self):
+        self.teacher_key = self.config.get("teacher_key", None)
+        if self.teacher_key is not None:
+            for path in self.data_files:
+                check_data_file(path, prompt_key=self.prompt_key, teacher_key=self.teacher_key)
+        super()._read_files_and_tokenize()
+
+    def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset = None):
+        """Stock filter of long prompts; then the teacher's answers of the rows that stay are tokenized."""
+        dataframe = super().maybe_filter_out_long_prompts(dataframe)
+        return dataframe if self.teacher_key is None else self._tokenize_teacher(dataframe)
+
+    def _tokenize_teacher(self, dataframe: datasets.Dataset) -> datasets.Dataset:
+        max_length = self.config.get("max_response_length", 512)
+        end_ids = end_of_turn_ids(self.tokenizer, stop_token_ids(self.tokenizer), self.apply_chat_template_kwargs)
+        tokenizer, key, truncation = self.tokenizer, self.teacher_key, self.truncation
+
+        def tokenize(rows: dict[str, list], positions: list[int]) -> dict[str, list]:
+            texts = [teacher_text(value) for value in rows[key]]
+            cut = []
+            for position, ids in zip(positions, tokenize_teacher(tokenizer, texts, end_ids), strict=True):
+                try:
+                    cut.append((cut_teacher(ids, max_length, truncation), len(ids)))
+                except ValueError as error:
+                    raise ValueError(f"row {position} (after filtering) of {', '.join(self.data_files)}: {error}") from None
+            return {
+                "teacher_response": texts,
+                "teacher_response_ids": [ids for ids, _ in cut],
+                "teacher_response_length": [length for _, length in cut],
+            }
+
+        dataframe = dataframe.map(
+            tokenize,
+            batched=True,
+            with_indices=True,
+            num_proc=self.num_workers if len(dataframe) > 10_000 else None,
+            load_from_cache_file=False,
+            desc="Tokenizing teacher answers",
+        )
+        lengths = torch.tensor(dataframe["teacher_response_length"])
+        n_cut = int((lengths > max_length).sum())
+        print(
+            f"teacher answers: {len(lengths)}, mean {lengths.float().mean():.1f} tokens, longest {int(lengths.max())}; "
+            f"{n_cut} longer than data.max_response_length={max_length}, cut by data.truncation={truncation}"
+        )
+        return dataframe.remove_columns("teacher_response_length")
+
+    def __getitem__(self, item):
+        row = super().__getitem__(item)
+        if self.teacher_key is not None:
+            if row.get("reward_model") is None:
+                row["reward_model"] = {"style": "teacher", "ground_truth": row["teacher_response"]}
+            if row.get("data_source") is None:
+                row["data_source"] = "gad"
+        return row
+
+    def teacher_tensors(self, item: int) -> dict[str, torch.Tensor]:
+        """teacher_input_ids, teacher_attention_mask and teacher_position_ids of row ``item``, each (prompt + answer,)."""
+        row = self[item]
+        prompt_ids = build_prompt_ids(self.tokenizer, row["raw_prompt"], self.apply_chat_template_kwargs)
+        return teacher_tensors(torch.tensor(prompt_ids), torch.tensor(row["teacher_response_ids"]))

@@ -1,0 +1,30 @@
+"""Extends stock ``verl.workers.engine.fsdp.transformer_impl``: the FSDP2 engines on the CPU platform.
+
+Stock registers its engines for cuda and npu only, and gives a forward-only model (the reference) a CPU offload policy with
+pinned memory, which needs an accelerator.
+"""
+
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+
+class _CPUEngineMixin(FSDPEngine):
+    """Builds a forward-only model like a trained one: there is nowhere to offload to."""
+
+    def _build_fsdp_module(self, module):
+        forward_only = self.engine_config.forward_only
+        object.__setattr__(self.engine_config, "forward_only", False)
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            object.__setattr__(self.engine_config, "forward_only", forward_only)
+
+
+@EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")
+class CPUFSDPEngineWithLMHead(_CPUEngineMixin, FSDPEngineWithLMHead):
+    """Stock FSDP2 language model on CPUs."""
+
+
+@EngineRegistry.register(model_type="value_model", backend=["fsdp2"], device="cpu")
+class CPUFSDPEngineWithValueHead(_CPUEngineMixin, FSDPEngineWithValueHead):
+    """Stock FSDP2 value model on CPUs."""

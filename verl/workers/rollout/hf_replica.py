@@ -1,0 +1,279 @@
+"""New: rollout by Hugging Face ``generate`` in a process of its own, for machines without a GPU (``rollout.name=hf``).
+
+It stands behind verl's replica interface like vLLM and SGLang: one server actor per replica answers token-in-token-out
+requests, batches what arrives together, and gets fresh weights through Ray's object store after every step. One node,
+tensor parallel size 1, merged LoRA only; requests cannot be aborted.
+
+With ``rollout.dtype=float64`` the composition of a batch changes nothing that sampling can see, and samples depend on
+their seeds alone.
+"""
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+from verl.workers.rollout.teacher_trajectory import stop_token_ids
+
+__all__ = ["HFReplica", "HFServer", "SeededSampling", "ServerAdapter"]
+
+
+def _server_name(replica_rank: int) -> str:
+    return f"hf_server_{replica_rank}"
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy search into sampling with one random stream per row (Gumbel-max), and keeps the log-probabilities.
+
+    argmax(log p + Gumbel noise) is distributed as p, so a row's sample depends on its own seed and not on its neighbours.
+
+    Args:
+        seeds: one per row; None samples greedily.
+        vocab_size: ids at or above it (padding of the embedding) are never chosen.
+    """
+
+    def __init__(self, seeds: list[int] | None, vocab_size: int):
+        self.generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.vocab_size = vocab_size
+        self.log_probs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores (B, V) -> scores whose argmax is the sample; appends the (B,) log-probabilities of the samples."""
+        scores[:, self.vocab_size :] = -torch.inf
+        log_probs = scores.log_softmax(dim=-1)
+        noisy = log_probs
+        if self.generators is not None:
+            noise = torch.stack(
+                [torch.empty_like(row).exponential_(generator=g) for row, g in zip(log_probs, self.generators, strict=True)]
+            )
+            noisy = log_probs - noise.log()
+        self.log_probs.append(log_probs.gather(-1, noisy.argmax(dim=-1, keepdim=True)).squeeze(-1))
+        return noisy
+
+
+@dataclass
+class _Request:
+    prompt_ids: list[int]
+    seed: int
+    settings: tuple[float, int, float, int]  # temperature, top_k, top_p, max_new_tokens: equal within one batch
+    future: asyncio.Future = field(repr=False)
+
+
+class HFServer:
+    """One model in one actor: batches concurrent requests with left padding and runs ``generate``.
+
+    Args:
+        config: rollout configuration.
+        model_config: model configuration (path, tokenizer, trust_remote_code).
+    """
+
+    BATCH_WINDOW = 0.02
+    """Seconds without a new request after which a batch starts."""
+
+    def __init__(self, config: RolloutConfig, model_config: HFModelConfig):
+        self.config: RolloutConfig = omega_conf_to_dataclass(config)
+        self.model_config: HFModelConfig = omega_conf_to_dataclass(model_config, dataclass_type=HFModelConfig)
+        self.tokenizer = self.model_config.tokenizer
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.model_config.local_path,
+            dtype=getattr(torch, self.config.dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=self.model_config.trust_remote_code,
+        ).eval()
+        self.stop_ids = sorted(stop_token_ids(self.tokenizer))
+        self.global_steps: int | None = None
+        self._queue: asyncio.Queue[_Request] = asyncio.Queue()
+        self._loop_task: asyncio.Task | None = None
+
+    # ------------------------------------------------------------------ requests
+
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **media: Any
+    ) -> TokenOutput:
+        """Sample one answer.
+
+        Args:
+            prompt_ids: prompt token ids.
+            sampling_params: temperature, top_k, top_p, optional max_tokens and seed.
+            request_id: unused.
+            media: image, video or audio data; must be absent.
+
+        Raises:
+            ValueError: media was given.
+        """
+        if any(value is not None for value in media.values()):
+            raise ValueError("rollout.name=hf serves text only; use vllm or sglang for images, video and audio")
+        budget = self.config.prompt_length + self.config.response_length - len(prompt_ids)
+        max_tokens = int(sampling_params.get("max_tokens") or min(self.config.response_length, budget))
+        settings = (
+            float(sampling_params.get("temperature", 1.0)),
+            int(sampling_params.get("top_k", -1)),
+            float(sampling_params.get("top_p", 1.0)),
+            max(max_tokens, 1),
+        )
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._serve())
+        seed = int(sampling_params.get("seed", random.getrandbits(63)))
+        request = _Request(list(prompt_ids), seed, settings, asyncio.get_running_loop().create_future())
+        await self._queue.put(request)
+        return await request.future
+
+    async def _serve(self) -> None:
+        while True:
+            waiting = [await self._queue.get()]
+            while True:
+                try:
+                    waiting.append(await asyncio.wait_for(self._queue.get(), timeout=self.BATCH_WINDOW))
+                except asyncio.TimeoutError:
+                    break
+            by_settings: dict[tuple, list[_Request]] = {}
+            for request in waiting:
+                by_settings.setdefault(request.settings, []).append(request)
+            for requests in by_settings.values():
+                for start in range(0, len(requests), self.config.max_num_seqs):
+                    await self._run(requests[start : start + self.config.max_num_seqs])
+
+    async def _run(self, requests: list[_Request]) -> None:
+        try:
+            outputs = await asyncio.to_thread(self._generate, requests)
+        except Exception as error:  # the server must outlive a bad batch; every waiting caller gets the error
+            for request in requests:
+                request.future.set_exception(error)
+            return
+        for request, output in zip(requests, outputs, strict=True):
+            request.future.set_result(output)
+
+    @torch.inference_mode()
+    def _generate(self, requests: list[_Request]) -> list[TokenOutput]:
+        temperature, top_k, top_p, max_tokens = requests[0].settings
+        width = max(len(request.prompt_ids) for request in requests)
+        pad_id = self.tokenizer.pad_token_id
+        input_ids = torch.full((len(requests), width), pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, request in enumerate(requests):
+            input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            attention_mask[row, width - len(request.prompt_ids) :] = 1
+        greedy = temperature == 0
+        sampling = SeededSampling(None if greedy else [request.seed for request in requests], len(self.tokenizer))
+        processors = LogitsProcessorList()
+        if not greedy and temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(temperature))
+        if not greedy and top_k > 0:
+            processors.append(TopKLogitsWarper(top_k))
+        if not greedy and top_p < 1.0:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(sampling)
+        sequences = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_processor=processors,
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            eos_token_id=None if self.config.ignore_eos else self.stop_ids,
+            pad_token_id=pad_id,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )[:, width:]
+        log_probs = torch.stack(sampling.log_probs, dim=-1)
+        return [self._output(ids, row) for ids, row in zip(sequences.tolist(), log_probs.tolist(), strict=True)]
+
+    def _output(self, ids: list[int], log_probs: list[float]) -> TokenOutput:
+        """Cut a padded row behind its first stop token."""
+        length = len(ids)
+        if not self.config.ignore_eos:
+            length = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), length)
+        return TokenOutput(
+            token_ids=ids[:length],
+            log_probs=log_probs[:length],
+            stop_reason="completed",
+            extra_fields={"global_steps": self.global_steps},
+        )
+
+    # ------------------------------------------------------------------ weights and life cycle
+
+    async def update_weights(self, weights: dict[str, torch.Tensor], global_steps: int | None) -> None:
+        """Take over the policy's weights.
+
+        Raises:
+            ValueError: a weight of the model is missing, or a name is unknown.
+        """
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        result = self.model.load_state_dict(weights, strict=False)
+        missing = [name for name in result.missing_keys if name not in tied]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"weights do not fit the rollout model: missing {missing[:5]}, unknown {result.unexpected_keys[:5]} "
+                "(LoRA needs actor_rollout_ref.model.lora.merge=True with rollout.name=hf)"
+            )
+        self.global_steps = global_steps
+
+    async def address(self) -> str:
+        """Node address, for the log."""
+        return ray.util.get_node_ip_address()
+
+    async def _nothing(self, *args, **kwargs) -> None:
+        """Nothing to free, to wake or to profile: the model stays in main memory."""
+
+    wake_up = sleep = abort_all_requests = resume_generation = _nothing
+    clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
+
+
+class HFReplica(RolloutReplica):
+    """One :class:`HFServer` actor beside the training workers (hybrid mode)."""
+
+    async def launch_servers(self):
+        if self.world_size != 1:
+            raise ValueError(
+                f"rollout.name=hf runs on one process per replica, but tensor x data x pipeline parallel size is "
+                f"{self.world_size}; set actor_rollout_ref.rollout.tensor_model_parallel_size=1"
+            )
+        server = (
+            ray.remote(HFServer)
+            .options(name=_server_name(self.replica_rank), max_concurrency=self.max_concurrency, num_cpus=0)
+            .remote(self.config, self.model_config)
+        )
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = await server.address.remote()
+
+
+class ServerAdapter(BaseRollout):
+    """Trainer side of the replica: hands the policy's weights over after every step."""
+
+    def __init__(self, config, model_config, device_mesh, replica_rank: int = -1):
+        super().__init__(config, model_config, device_mesh)
+        self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+        self._server: ray.actor.ActorHandle | None = None
+
+    async def resume(self, tags: list[str]) -> None:
+        """Nothing to resume: see :class:`HFServer`."""
+
+    async def release(self) -> None:
+        """Nothing to release: see :class:`HFServer`."""
+
+    @torch.no_grad()
+    async def update_weights(self, weights, global_steps: int | None = None, wire_format="named_tensors", **kwargs):
+        """Send full tensors; every rank walks the generator, since gathering shards is collective."""
+        if wire_format != "named_tensors":
+            raise ValueError(f"rollout.name=hf takes full weights only, got wire_format={wire_format!r}")
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights}
+        if self._server is None:
+            self._server = ray.get_actor(_server_name(self.replica_rank))
+        await self._server.update_weights.remote(state, global_steps)

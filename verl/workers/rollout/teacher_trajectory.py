@@ -1,0 +1,139 @@
+"""New: the teacher's answer as token ids and as a trajectory beside the student's rollouts.
+
+vLLM, SGLang and the Hugging Face replica share this code: none of them is involved in building the teacher's side, which
+depends only on the prompt ids that the student really got and on the teacher's token ids.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_PROBE = "turn"
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end a rollout: ``generation_config.eos_token_id`` of the model folder and the tokenizer's eos."""
+    from verl.utils.model import get_generation_config
+
+    ids: set[int] = set()
+    config = get_generation_config(tokenizer.name_or_path) if tokenizer.name_or_path else None
+    for source in (tokenizer.eos_token_id, config.eos_token_id if config is not None else None):
+        if source is not None:
+            ids.update([source] if isinstance(source, int) else source)
+    if not ids:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} names no eos token and its folder has no generation_config.json "
+            "with eos_token_id, so a rollout never ends; set tokenizer.eos_token"
+        )
+    return ids
+
+
+def end_of_turn_ids(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], apply_chat_template_kwargs: dict | None = None
+) -> list[int]:
+    """Tokens a student emits after the text of its answer: from the chat template, up to and with the first stop token.
+
+    A template may append more than one token to an assistant turn ("<|im_end|>" and a newline); a rollout stops at the
+    first stop token, so nothing behind it is kept. Without a chat template, or if the template's end of turn holds no
+    stop token, the answer ends with the tokenizer's eos token (with a warning in the second case).
+
+    Args:
+        tokenizer: the student's tokenizer.
+        stop_ids: see :func:`stop_token_ids`.
+        apply_chat_template_kwargs: ``data.apply_chat_template_kwargs``.
+    """
+    fallback = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stop_ids)]
+    if not tokenizer.chat_template:
+        return fallback
+    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": False}
+    text = tokenizer.apply_chat_template(messages, **kwargs)
+    suffix = tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False)["input_ids"]
+    for position, token in enumerate(suffix):
+        if token in stop_ids:
+            return suffix[: position + 1]
+    logger.warning(
+        "the chat template ends an assistant turn with %s, which holds none of the stop tokens %s; teacher answers end "
+        "with %s. Set tokenizer.eos_token / generation_config.eos_token_id to the token that ends a turn.",
+        tokenizer.convert_ids_to_tokens(suffix),
+        tokenizer.convert_ids_to_tokens(sorted(stop_ids)),
+        tokenizer.convert_ids_to_tokens(fallback),
+    )
+    return fallback
+
+
+def tokenize_teacher(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end_ids: list[int]) -> list[list[int]]:
+    """Teacher texts as response token ids that end the way a rollout ends, uncut.
+
+    A special token that is spelled out in the text stays text: it is never encoded as the special token.
+    """
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [ids + end_ids for ids in encoded]
+
+
+def cut_teacher(ids: list[int], max_response_length: int, truncation: str) -> list[int]:
+    """Teacher ids within ``max_response_length``: "right" keeps the start (as a cut rollout: no end token), "left" the end.
+
+    Raises:
+        ValueError: the answer is longer and ``truncation`` is "error" (or unknown).
+    """
+    if len(ids) <= max_response_length:
+        return ids
+    if truncation == "right":
+        return ids[:max_response_length]
+    if truncation == "left":
+        return ids[-max_response_length:]
+    raise ValueError(
+        f"teacher answer of {len(ids)} tokens is longer than data.max_response_length={max_response_length} "
+        f"(data.truncation={truncation}); raise the length or set data.truncation to left or right"
+    )
+
+
+def build_prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], apply_chat_template_kwargs: dict | None = None
+) -> list[int]:
+    """Prompt token ids of chat messages with the generation prompt, as verl's rollout builds them."""
+    kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": True, "add_generation_prompt": True, "return_dict": False}
+    return list(tokenizer.apply_chat_template(messages, **kwargs))
+
+
+def build_teacher_trajectory(prompt_ids: torch.Tensor, teacher_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The teacher's trajectory with the fields of a student's, so that whatever reads a trajectory can read it.
+
+    Positions continue from the prompt, never from a student's sequence.
+
+    Args:
+        prompt_ids: prompt ids that the student got, (prompt_length,).
+        teacher_ids: teacher response ids, (response_length,), at least one.
+
+    Returns:
+        prompts, responses, input_ids, attention_mask, position_ids, response_mask, loss_mask, all int64 and 1-D.
+
+    Raises:
+        ValueError: the prompt or the answer has no token.
+    """
+    if prompt_ids.numel() == 0 or teacher_ids.numel() == 0:
+        raise ValueError(
+            f"a trajectory needs a prompt and an answer, got {prompt_ids.numel()} and {teacher_ids.numel()} tokens"
+        )
+    input_ids = torch.cat([prompt_ids, teacher_ids]).to(torch.int64)
+    response_mask = torch.ones(teacher_ids.numel(), dtype=torch.int64)
+    return {
+        "prompts": prompt_ids.to(torch.int64),
+        "responses": teacher_ids.to(torch.int64),
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "position_ids": torch.arange(input_ids.numel()),
+        "response_mask": response_mask,
+        "loss_mask": response_mask.clone(),
+    }
+
+
+def teacher_tensors(prompt_ids: torch.Tensor, teacher_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same trajectory under the names of the paper's code: teacher_input_ids, teacher_attention_mask, ..."""
+    trajectory = build_teacher_trajectory(prompt_ids, teacher_ids)
+    return {f"teacher_{key}": trajectory[key] for key in ("input_ids", "attention_mask", "position_ids")}
