@@ -17,7 +17,7 @@ Flags (before any Hydra override):
   --exp_name NAME      name of the run (default: the stage)
   --output_dir DIR     checkpoints, metrics.jsonl, val_samples (default: checkpoints/gad/NAME)
   --nnodes N           nodes of the Ray cluster (default 1)
-  --device gpu|cpu     cpu: small models, Hugging Face rollout, settings of recipe/gad/config/gad_cpu.yaml
+  --device gpu|cpu     cpu: small models, Hugging Face rollout, settings of recipe/gad/config/device/cpu.yaml
   --dry-run            print the composed command and stop
   --help               this text
 Everything after the flags goes to Hydra and wins: any key of recipe/gad/config/gad_trainer.yaml or of verl.
@@ -69,12 +69,10 @@ launch() {
   OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/gad/$EXP_NAME}
   case "$OUTPUT_DIR" in /*) ;; *) OUTPUT_DIR="$PWD/$OUTPUT_DIR" ;; esac
   local model; model=$(absolute "$MODEL")
-  local config=gad_trainer environment=(VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" VERL_FILE_LOGGER_APPEND=1)
-  if [ "$DEVICE" = cpu ]; then
-    config=gad_cpu
-    environment+=(VERL_PLATFORM=cpu)
-  fi
+  local environment=(VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" VERL_FILE_LOGGER_APPEND=1)
+  if [ "$DEVICE" = cpu ]; then environment+=(VERL_PLATFORM=cpu); fi
   local overrides=(
+    device="$DEVICE"
     "$@"
     gad.stage="$stage"
     actor_rollout_ref.model.path="$model"
@@ -92,13 +90,13 @@ launch() {
     overrides+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}='${variable#*=}'")
   done
   overrides+=(${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"})
-  local command=("$PYTHON" -m verl.trainer.main_ppo --config-path pkg://recipe.gad.config --config-name "$config" "${overrides[@]}")
+  local command=("$PYTHON" -m verl.trainer.main_ppo --config-path pkg://recipe.gad.config --config-name gad_trainer "${overrides[@]}")
   if [ "$DRY_RUN" = 1 ]; then
     printf '%q ' env "${environment[@]}" "${command[@]}"; echo
     return 0
   fi
   "$PYTHON" -c 'import recipe.gad.plugin' 2>/dev/null || fail "verl-gad is not installed for $PYTHON; run: pip install -e $(dirname "${BASH_SOURCE[0]}")/../.."
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ -z "$CUDA_VISIBLE_DEVICES" ]; then unset CUDA_VISIBLE_DEVICES; fi # empty kills Ray
-  env "${environment[@]}" "$PYTHON" -m recipe.gad.check --config-name "$config" "${overrides[@]}"
+  env "${environment[@]}" "$PYTHON" -m recipe.gad.check --config-name gad_trainer "${overrides[@]}"
   env "${environment[@]}" "${command[@]}"
 }
