@@ -84,7 +84,7 @@ def compute_discriminator_loss(
             "pass one teacher row per student row, or use compute_grouped_discriminator_loss"
         )
     loss, metrics = compute_grouped_discriminator_loss(student_scores.unsqueeze(-1), teacher_scores)
-    return loss, {key: Metric(AggregationType.MEAN, metric.values) for key, metric in metrics.items()}
+    return loss, {key: Metric(AggregationType.MEAN, metric.aggregate()) for key, metric in metrics.items()}
 
 
 def compute_grouped_discriminator_loss(

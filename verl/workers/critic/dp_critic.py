@@ -54,12 +54,12 @@ def discriminator_loss(group_size: int, model_output: dict, data: TensorDict, dp
         dp_group: unused, part of the engine's loss interface.
 
     Returns:
-        loss (scaled by dp_size, since engines average gradients over ranks) and metrics that sum to the step's means.
+        loss and metrics of the micro-batch, scaled by dp_size since engines average both over ranks: summed over the
+        micro-batches of a rank and averaged over ranks they are the means over the step's real pairs.
     """
     scores = last_token_scores(model_output["values"]).view(-1, group_size)
-    weights = data["pair_weight"].to(scores.device).view(-1, group_size)
-    loss, metrics = compute_grouped_discriminator_loss(scores[:, 1:], scores[:, 0], weights[:, 1:])
-    return loss * data["dp_size"], metrics
+    weights = data["pair_weight"].to(scores.device).view(-1, group_size) * data["dp_size"]
+    return compute_grouped_discriminator_loss(scores[:, 1:], scores[:, 0], weights[:, 1:])
 
 
 def largest_divisor(total: int, limit: int) -> int:

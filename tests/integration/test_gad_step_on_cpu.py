@@ -1,0 +1,379 @@
+"""The steps of GAD on real engine workers, each against an independent computation. Named after the feature's check list."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transfer_queue as tq
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+KL_FORMULAS = {  # float64 estimates of KL(policy || reference) per token
+    "kl": lambda gap: gap,
+    "mse": lambda gap: 0.5 * gap**2,
+    "low_var_kl": lambda gap: (-gap).exp() + gap - 1,
+}
+
+
+def hf_model(live, role: str):
+    """Independent float64 Hugging Face model with the live weights of a role."""
+    path = live.config.actor_rollout_ref.model.path
+    if role == "critic":
+        config = AutoConfig.from_pretrained(path, num_labels=1)
+        model = AutoModelForTokenClassification.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    missing = model.load_state_dict(live.weights(role), strict=False)
+    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
+    return model.double().eval()
+
+
+def token_log_probs(model, prompt, response, temperature):
+    """Log-probabilities of the response tokens at a temperature, (response_length,), float64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0]
+    picked = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+    return picked.gather(-1, response.unsqueeze(-1)).squeeze(-1)
+
+
+def score(model, prompt, response):
+    """Score of D: the last token's value."""
+    with torch.no_grad():
+        return model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, -1, 0]
+
+
+def rows(fields):
+    """(prompt, response) of every row."""
+    return list(zip(fields["prompts"].unbind(), fields["responses"].unbind(), strict=True))
+
+
+def drop(batch, keys):
+    """The batch as if the rollouts of ``keys`` had failed."""
+    tq.kv_clear(keys=list(keys), partition_id="train")
+    return batch.select_keys([key for key in batch.keys if key not in set(keys)])
+
+
+def run_from(live, batch, metrics):
+    """The rest of a step after sampling, actor left alone; returns the batch."""
+    trainer = live.trainer
+    batch = trainer._balance_batch(batch, metrics=metrics)
+    for name in ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_values", "_compute_advantage"):
+        batch = getattr(trainer, name)(batch, metrics=metrics)
+    return batch
+
+
+def test_teacher_data_passes_through_the_rollout(live):
+    batch, metrics = live.sample()
+    batch = live.trainer._balance_batch(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    tokenizer = live.trainer.tokenizer
+    teachers = {group.uid: group.teacher[0] for group in live.trainer._groups}
+    assert len(teachers) == live.config.data.train_batch_size
+    assert not set(teachers.values()) & set(batch.keys)
+    for key, prompt, text in zip(
+        batch.keys, fields["prompts"].unbind(), list(fields["teacher_response"]), strict=True
+    ):
+        row = live.fields([teachers[key.rsplit("_", 2)[0]]])
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        assert row["prompts"][0].tolist() == prompt.tolist()
+        assert row["responses"][0].tolist() == answer
+        assert row["input_ids"][0].tolist() == prompt.tolist() + answer
+        assert row["position_ids"][0].tolist() == list(range(len(prompt) + len(answer)))
+    live.finish(batch)
+    left = tq.kv_list("train") or {}
+    assert not left.get("train"), "rows of a finished step stay in the queue"
+
+
+def test_student_scores_equal_huggingface_and_the_same_text_gets_the_same_score(live):
+    batch, metrics = live.sample()
+    batch = live.trainer._balance_batch(batch, metrics=metrics)
+    live.trainer._compute_values(batch, metrics=metrics)
+    fields, critic = live.fields(batch.keys), hf_model(live, "critic")
+    got = fields["rm_scores"].unbind()
+    for (prompt, response), token_scores in zip(rows(fields), got, strict=True):
+        assert token_scores[:-1].abs().sum() == 0
+        assert token_scores[-1].item() == pytest.approx(score(critic, prompt, response).item(), abs=2e-5)
+    teacher_keys = [group.teacher[0] for group in live.trainer._groups]
+    view = live.trainer._view(batch.keys, teacher_keys=teacher_keys, values_of="teachers")
+    teacher_scores = live.trainer.discriminator.compute_values(view)
+    teacher_rows = rows(live.fields(teacher_keys))
+    expected = torch.stack([score(critic, prompt, response) for prompt, response in teacher_rows])
+    torch.testing.assert_close(teacher_scores.double(), expected, atol=2e-5, rtol=0)
+
+    # a student row with the teacher's text: same score, whatever the neighbours and the micro-batches
+    prompt, response = teacher_rows[0]
+    fake = {**live.trainer._filler(), "prompts": prompt, "responses": response, "input_ids": torch.cat([prompt, response])}
+    fake["position_ids"] = torch.arange(len(fake["input_ids"]))
+    fake["response_mask"] = fake["loss_mask"] = torch.ones(len(response), dtype=torch.int64)
+    live.trainer._put_rows("train", {"same_0_0": fake})
+    for limit in (40, 60, 32768):
+        live.set(critic__forward_max_token_len_per_gpu=limit)
+        scores = live.trainer.discriminator.compute_values(live.trainer._view([*batch.keys, "same_0_0"]))
+        assert scores[-1].item() == pytest.approx(teacher_scores[0].item(), abs=1e-5)
+    live.finish(batch)
+
+
+def test_teacher_forcing_scores_increase_within_a_group(live):
+    batch, metrics = live.sample()
+    batch = live.trainer._balance_batch(batch, metrics=metrics)
+    teacher_keys = [group.teacher[0] for group in live.trainer._groups]
+    base = live.trainer.discriminator.compute_values(
+        live.trainer._view(batch.keys, teacher_keys=teacher_keys, values_of="teachers")
+    )
+    forced = live.trainer.discriminator.compute_values(
+        live.trainer._view(batch.keys, teacher_keys=teacher_keys, values_of="teacher_forcing", teacher_repeat=3)
+    )
+    assert torch.equal(forced.view(-1, 3), base.unsqueeze(-1) + torch.tensor([0.0, 1.0, 2.0]))
+    live.finish(batch)
+
+
+def pairwise_reference(critic, groups):
+    """Loss, accuracy and gradient norm of the naive update: the teacher is run once per student (float64)."""
+    critic.zero_grad()
+    losses, wins = [], []
+    for (teacher_prompt, teacher_response), students in groups:
+        for prompt, response in students:
+            teacher = critic(input_ids=torch.cat([teacher_prompt, teacher_response]).unsqueeze(0)).logits[0, -1, 0]
+            student = critic(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, -1, 0]
+            losses.append(-F.logsigmoid(teacher - student))
+            wins.append(float(teacher > student) + 0.5 * float(teacher == student))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in critic.parameters() if p.grad is not None))
+    return loss.item(), sum(wins) / len(wins), norm.item()
+
+
+def live_groups(live):
+    groups = []
+    for group in live.trainer._groups:
+        if group.students:
+            teacher = rows(live.fields([group.teacher[0]]))[0]
+            groups.append((teacher, rows(live.fields([key for key, _ in group.students]))))
+    return groups
+
+
+@pytest.mark.parametrize(
+    "micro_batches",
+    [
+        {"critic__use_dynamic_bsz": True, "critic__ppo_max_token_len_per_gpu": 150},
+        {"critic__use_dynamic_bsz": True, "critic__ppo_max_token_len_per_gpu": 32768},
+        {
+            "critic__use_dynamic_bsz": False,
+            "critic__ppo_micro_batch_size_per_gpu": 10,
+            "critic__forward_micro_batch_size_per_gpu": 3,
+        },
+    ],
+    ids=["small token limit", "one micro-batch", "fixed rows"],
+)
+@pytest.mark.parametrize("missing", ["none", "one sample", "a whole prompt"])
+def test_grouped_update_equals_the_pairwise_one_over_real_pairs(live, micro_batches, missing):
+    live.set(**micro_batches)
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=live.trainer._sample_order)
+    if missing == "one sample":
+        batch = drop(batch, keys[1:2])
+    elif missing == "a whole prompt":
+        batch = drop(batch, [*keys[:4], keys[6]])
+    batch = run_from(live, batch, metrics)
+    loss, accuracy, norm = pairwise_reference(hf_model(live, "critic"), live_groups(live))
+    live.trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert metrics["gad/missing_rollouts"] == {"none": 0, "one sample": 1, "a whole prompt": 5}[missing]
+    gap = metrics["critic/teacher_value_mean"] - metrics["critic/student_value_mean"]
+    assert metrics["critic/score_gap"] == pytest.approx(gap, abs=1e-5)
+    live.set(critic__use_dynamic_bsz=True, critic__ppo_max_token_len_per_gpu=32768)
+    live.finish(batch)
+
+
+def test_critic_epochs_and_mini_batches_take_that_many_optimizer_steps(live):
+    def steps_taken():
+        def count(worker):
+            state = worker.worker_dict["critic"].engine.optimizer.state
+            return max(int(entry["step"]) for entry in state.values())
+
+        return live.on_workers(count)
+
+    before = steps_taken()
+    live.set(critic__ppo_epochs=3, critic__ppo_mini_batch_size=4, critic__shuffle=True)
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    live.trainer._update_critic(batch, metrics=metrics)
+    assert steps_taken() - before == 3 * 8 // 4
+    assert 0.0 <= metrics["critic/d_acc"] <= 1.0
+    live.set(critic__ppo_epochs=1, critic__ppo_mini_batch_size=8, critic__shuffle=False)
+    live.finish(batch)
+
+
+def test_without_teacher_data_the_critic_keeps_the_stock_value_loss(live):
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    got = live.trainer.discriminator.update_critic(live.trainer._view(batch.keys))
+    assert "critic/vf_loss" in got and "critic/d_loss" not in got
+    fields = live.fields(batch.keys)
+    assert math.isfinite(got["critic/vf_loss"]) and fields["returns"].values().abs().sum() > 0
+    live.finish(batch)
+
+
+def test_critic_warmup_delays_exactly_the_actor(live):
+    start = live.trainer.global_steps
+    live.set(trainer__critic_warmup=start + 1)
+    actor, critic = live.weights("actor"), live.weights("critic")
+    metrics, _ = live.step()
+    assert "actor/pg_loss" not in metrics and "critic/d_loss" in metrics
+    assert all(torch.equal(actor[name], value) for name, value in live.weights("actor").items())
+    assert any(not torch.equal(critic[name], value) for name, value in live.weights("critic").items())
+    metrics, _ = live.step()  # global step start + 1: critic_warmup <= global_step
+    assert "actor/pg_loss" in metrics
+    assert any(not torch.equal(actor[name], value) for name, value in live.weights("actor").items())
+    live.set(trainer__critic_warmup=0)
+
+
+def test_actor_and_critic_both_move_in_gad_and_metrics_are_in_the_log(live):
+    actor, critic = live.weights("actor"), live.weights("critic")
+    metrics, _ = live.step()
+    assert any(not torch.equal(actor[name], value) for name, value in live.weights("actor").items())
+    assert any(not torch.equal(critic[name], value) for name, value in live.weights("critic").items())
+    expected = """critic/d_loss critic/d_acc critic/student_value_mean critic/teacher_value_mean critic/score_gap
+        critic/grad_norm critic/lr actor/pg_loss actor/pg_clipfrac actor/pg_clipfrac_lower actor/ppo_kl actor/kl_loss
+        actor/entropy response_length/mean response_length/cut_ratio teacher_response_length/mean
+        teacher_response_length/cut_ratio""".split()
+    assert not set(expected) - set(metrics)
+    assert not [name for name in metrics if name.startswith(("critic/values/", "critic/vf_"))]
+
+
+def test_compute_ref_log_prob_works_and_the_reference_is_loaded(live):
+    live.step()  # the actor has moved away from the reference
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    fields = live.fields(batch.keys)
+    reference = AutoModelForCausalLM.from_pretrained(live.config.actor_rollout_ref.model.path, dtype=torch.float64)
+    policy = hf_model(live, "actor")
+    for (prompt, response), ref, old in zip(
+        rows(fields), fields["ref_log_prob"].unbind(), fields["old_log_probs"].unbind(), strict=True
+    ):
+        for got, model in ((ref, reference), (old, policy)):
+            expected = token_log_probs(model, prompt, response, live.config.actor_rollout_ref.rollout.temperature)
+            torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
+    assert (fields["ref_log_prob"].values() - fields["old_log_probs"].values()).abs().max() > 1e-4
+    live.finish(batch)
+
+
+@pytest.mark.parametrize("kl_type", KL_FORMULAS)
+def test_use_kl_in_reward_takes_effect_and_apply_kl_penalty_changes_token_level_rewards(live, kl_type):
+    from verl.trainer.ppo import core_algos
+
+    live.set(algorithm__kl_penalty=kl_type)
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    plain = live.fields(batch.keys)["advantages"]
+    live.set(algorithm__use_kl_in_reward=True, algorithm__kl_ctrl__kl_coef=0.5)
+    live.trainer.kl_ctrl_in_reward = core_algos.get_kl_controller(live.config.algorithm.kl_ctrl)
+    batch = live.trainer._compute_advantage(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    gap = (fields["old_log_probs"].values() - fields["ref_log_prob"].values()).double()
+    expected = fields["rm_scores"].values().double() - 0.5 * KL_FORMULAS[kl_type](gap)
+    torch.testing.assert_close(fields["token_level_rewards"].values().double(), expected, atol=1e-5, rtol=1e-4)
+    assert gap.abs().max() > 1e-4
+    assert not torch.allclose(fields["advantages"].values(), plain.values())
+    assert "actor/reward_kl_penalty" in metrics
+    live.set(algorithm__use_kl_in_reward=False)
+    live.finish(batch)
+
+
+@pytest.mark.parametrize("kl_type", KL_FORMULAS)
+@pytest.mark.parametrize("coef", [0.0, 0.7])
+@pytest.mark.parametrize("entropy_coeff", [0.0, 0.3])
+def test_use_kl_loss_its_coef_and_its_type_take_effect_in_the_actor_loss(live, kl_type, coef, entropy_coeff):
+    from functools import partial
+
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    live.set(
+        actor_rollout_ref__actor__kl_loss_type=kl_type,
+        actor_rollout_ref__actor__kl_loss_coef=coef,
+        actor_rollout_ref__actor__entropy_coeff=entropy_coeff,
+    )
+    actor_config = omega_conf_to_dataclass(live.config.actor_rollout_ref.actor)
+    live.trainer.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=actor_config))
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    fields = live.fields(batch.keys)
+    live.trainer._update_actor(batch, metrics=metrics)
+    gap = (fields["old_log_probs"].values() - fields["ref_log_prob"].values()).double()
+    kl = KL_FORMULAS[kl_type](gap).mean().item()
+    assert metrics["actor/kl_loss"] == pytest.approx(kl, abs=1e-5, rel=1e-3)
+    expected = metrics["actor/pg_loss"] + coef * kl
+    if entropy_coeff:
+        expected -= entropy_coeff * fields["entropy"].values().double().mean().item()
+    assert metrics["actor/loss"] == pytest.approx(expected, abs=1e-5)
+    live.set(actor_rollout_ref__actor__entropy_coeff=0.0)
+    live.finish(batch)
+
+
+def test_gspo_loss_runs_as_the_actor_objective(live):
+    from functools import partial
+
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    live.set(
+        actor_rollout_ref__actor__policy_loss__loss_mode="gspo",
+        actor_rollout_ref__actor__loss_agg_mode="seq-mean-token-mean",
+    )
+    actor_config = omega_conf_to_dataclass(live.config.actor_rollout_ref.actor)
+    live.trainer.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=actor_config))
+    metrics, fields = live.step()
+    # first step on fresh samples: ratio 1, so the loss is minus the mean advantage over sequences
+    expected = -torch.stack([row.double().mean() for row in fields["advantages"].unbind()]).mean().item()
+    assert metrics["actor/pg_loss"] == pytest.approx(expected, abs=1e-5)
+    live.set(
+        actor_rollout_ref__actor__policy_loss__loss_mode="vanilla", actor_rollout_ref__actor__loss_agg_mode="token-mean"
+    )
+
+
+def test_checkpoints_of_both_load_back(live, tmp_path):
+    live.set(trainer__default_local_dir=str(tmp_path))
+    live.trainer._save_checkpoint()
+    saved = {role: live.weights(role) for role in ("actor", "critic")}
+    step = live.trainer.global_steps
+    folder = tmp_path / f"global_step_{step}"
+    actor = AutoModelForCausalLM.from_pretrained(folder / "actor" / "huggingface", dtype=torch.float32)
+    critic = AutoModelForTokenClassification.from_pretrained(
+        folder / "critic" / "huggingface", num_labels=1, dtype=torch.float32
+    )
+    for model, role in ((actor, "actor"), (critic, "critic")):
+        loaded = model.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in saved[role].items())
+    live.step()
+    live.set(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
+    live.trainer._load_checkpoint()
+    assert live.trainer.global_steps == step
+    for role in ("actor", "critic"):
+        assert all(torch.equal(saved[role][name], value) for name, value in live.weights(role).items())
+    live.trainer.global_steps += 1
+
+
+def test_imitation_is_the_next_token_loss_on_the_teacher(live):
+    from functools import partial
+
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.actor.dp_actor import imitation_loss
+
+    actor_config = omega_conf_to_dataclass(live.config.actor_rollout_ref.actor)
+    live.trainer.actor_rollout_wg.set_loss_fn(partial(imitation_loss, config=actor_config))
+    live.trainer.imitation = True
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=live.trainer._sample_order)
+    batch = run_from(live, drop(batch, keys[:4]), metrics)  # the first prompt has no rollout: its teacher is left out
+    teacher_rows = [teacher for teacher, _ in live_groups(live)]
+    assert len(teacher_rows) == 7
+    policy = hf_model(live, "actor")
+    expected = -torch.cat([token_log_probs(policy, *row, temperature=1.0) for row in teacher_rows]).mean()
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/sft_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    live.finish(batch)
+
+
