@@ -12,7 +12,6 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
 import pytest
 
 
-
 @pytest.fixture(scope="session")
 def tiny_problem(tmp_path_factory):
     """Folder with model/ (random 2-layer Llama, word tokens), train.parquet (64 rows) and val.parquet (8 rows)."""

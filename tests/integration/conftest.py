@@ -1,4 +1,4 @@
-"""A live GAD trainer inside the test process: real Ray cluster, real engine workers, real rollouts, driven step by step."""
+"""A live GAD trainer inside the test process: real Ray cluster, real engine workers and rollouts, step by step."""
 
 import shutil
 import tempfile
@@ -58,7 +58,7 @@ class LiveTrainer:
         self.trainer.global_steps += 1
 
     def step(self):
-        """One whole step; returns (metrics, fields): the log and the students' rows by name, before they are cleared."""
+        """One whole step; returns (metrics, fields): the log and the students' rows, before they are cleared."""
         trainer, metrics = self.trainer, {}
         trainer.timing_raw = {}
         trainer.on_step_begin()
@@ -73,7 +73,7 @@ class LiveTrainer:
         return tq.kv_batch_get(keys=list(keys), partition_id="train")
 
     def on_workers(self, function):
-        """Result of ``function(worker)`` on rank 0's worker process (a dict role -> worker is in worker.worker_dict)."""
+        """Result of ``function(worker)`` on rank 0's worker process (worker.worker_dict: role -> worker)."""
         return ray.get(self.trainer.actor_rollout_wg.workers[0].__ray_call__.remote(function))
 
     def weights(self, role):
@@ -118,7 +118,9 @@ def live(ray_cluster, compose_config, tmp_path_factory):
     """A GAD-stage trainer at world size 1: actor, critic, reference, rollouts."""
     folder = tmp_path_factory.mktemp("live")
     config = compose_config(
-        f"trainer.default_local_dir={folder}/out", "trainer.total_training_steps=100", "gad.stage=warmup",
+        f"trainer.default_local_dir={folder}/out",
+        "trainer.total_training_steps=100",
+        "gad.stage=warmup",
         "trainer.resume_mode=disable",
     )
     config.transfer_queue.enable = True

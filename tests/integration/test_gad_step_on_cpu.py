@@ -1,4 +1,4 @@
-"""The steps of GAD on real engine workers, each against an independent computation. Named after the feature's check list."""
+"""The steps of GAD on real engine workers, each against an independent computation."""
 
 import math
 
@@ -70,9 +70,7 @@ def test_teacher_data_passes_through_the_rollout(live):
     teachers = {group.uid: group.teacher[0] for group in live.trainer._groups}
     assert len(teachers) == live.config.data.train_batch_size
     assert not set(teachers.values()) & set(batch.keys)
-    for key, prompt, text in zip(
-        batch.keys, fields["prompts"].unbind(), list(fields["teacher_response"]), strict=True
-    ):
+    for key, prompt, text in zip(batch.keys, fields["prompts"].unbind(), list(fields["teacher_response"]), strict=True):
         row = live.fields([teachers[key.rsplit("_", 2)[0]]])
         answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         assert row["prompts"][0].tolist() == prompt.tolist()
@@ -102,7 +100,12 @@ def test_student_scores_equal_huggingface_and_the_same_text_gets_the_same_score(
 
     # a student row with the teacher's text: same score, whatever the neighbours and the micro-batches
     prompt, response = teacher_rows[0]
-    fake = {**live.trainer._filler(), "prompts": prompt, "responses": response, "input_ids": torch.cat([prompt, response])}
+    fake = {
+        **live.trainer._filler(),
+        "prompts": prompt,
+        "responses": response,
+        "input_ids": torch.cat([prompt, response]),
+    }
     fake["position_ids"] = torch.arange(len(fake["input_ids"]))
     fake["response_mask"] = fake["loss_mask"] = torch.ones(len(response), dtype=torch.int64)
     live.trainer._put_rows("train", {"same_0_0": fake})
@@ -375,5 +378,3 @@ def test_imitation_is_the_next_token_loss_on_the_teacher(live):
     live.trainer._update_actor(batch, metrics=metrics)
     assert metrics["actor/sft_loss"] == pytest.approx(expected.item(), rel=1e-4)
     live.finish(batch)
-
-

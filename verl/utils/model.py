@@ -1,8 +1,8 @@
 """Extends stock ``verl.utils.model``: the critic is built with the attention it was asked for.
 
-Stock ``load_valuehead_model`` hard-codes flash_attention_2, so without the flash_attn package a critic cannot be built even
-if ``critic.model.override_config.attn_implementation`` asks for another one (the error then asks for trl). The default
-stays flash_attention_2.
+Stock ``load_valuehead_model`` hard-codes flash_attention_2, so without the flash_attn package a critic cannot be
+built even if ``critic.model.override_config.attn_implementation`` asks for another one (the error then asks for trl).
+The default stays flash_attention_2.
 """
 
 from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel

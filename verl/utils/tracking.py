@@ -18,7 +18,9 @@ class FileLogger(_StockFileLogger):
         self._previous: Path | None = None
         if path is not None and os.getenv("VERL_FILE_LOGGER_APPEND") == "1":
             self._previous = Path(f"{path}.resumed")
-            if os.path.exists(path) and os.path.getsize(path) > 0:  # empty: the last attempt stopped before its first line
+            if (
+                os.path.exists(path) and os.path.getsize(path) > 0
+            ):  # empty: the last attempt stopped before its first line
                 os.replace(path, self._previous)
         super().__init__(project_name, experiment_name)
 

@@ -1,8 +1,9 @@
-"""Extends stock ``verl.experimental.agent_loop.single_turn_agent_loop``: a seed per sample for the Hugging Face rollout.
+"""Extends stock ``verl.experimental.agent_loop.single_turn_agent_loop``: a seed per sample for the Hugging Face
+rollout.
 
-The replica batches requests as they arrive, so a shared random stream would give every run other samples. With a seed that
-depends on the step, the prompt and the sample's number only, a run repeats itself, and a resumed run continues the
-interrupted one. Other rollout engines are not touched.
+The replica batches requests as they arrive, so a shared random stream would give every run other samples. With a seed
+that depends on the step, the prompt and the sample's number only, a run repeats itself, and a resumed run continues
+the interrupted one. Other rollout engines are not touched.
 """
 
 import zlib

@@ -1,7 +1,7 @@
 """New: a CPU platform, so that the whole loop runs without a GPU (stock 0.9.1 falls back to "nvidia").
 
-Chosen by the environment variable ``VERL_PLATFORM=cpu``, which the launch scripts set for ``trainer.device=cpu``. Nothing
-here is active otherwise.
+Chosen by the environment variable ``VERL_PLATFORM=cpu``, which the launch scripts set for ``trainer.device=cpu``.
+Nothing here is active otherwise.
 """
 
 import types

@@ -1,7 +1,8 @@
 """Extends stock ``verl.trainer.ppo.core_algos`` with the losses of GAD.
 
-Paper: "Black-Box On-Policy Distillation of Large Language Models", arXiv 2511.10643. The discriminator D gives one score
-to a whole response; a loss here takes tensors and returns ``(loss, metrics)``, and each metric carries its reduction.
+Paper: "Black-Box On-Policy Distillation of Large Language Models", arXiv 2511.10643. The discriminator D gives one
+score to a whole response; a loss here takes tensors and returns ``(loss, metrics)``, and each metric carries its
+reduction.
 
 Suffixes: B responses, T response tokens, P prompts, N student samples of one prompt.
 """
@@ -101,8 +102,8 @@ def compute_grouped_discriminator_loss(
             optimizer step, all micro-batches and ranks together, the weights add up to 1. None: the mean over pairs.
 
     Returns:
-        The weighted sum over pairs, and the metrics of :func:`compute_discriminator_loss` as partial sums (SUM: they add
-        up to the mean over the real pairs).
+        The weighted sum over pairs, and the metrics of :func:`compute_discriminator_loss` as partial sums (SUM: they
+        add up to the mean over the real pairs).
 
     Raises:
         ValueError: shapes do not match.

@@ -46,6 +46,11 @@ class RLHFDataset(_StockRLHFDataset):
         return dataframe if self.teacher_key is None else self._tokenize_teacher(dataframe)
 
     def _tokenize_teacher(self, dataframe: datasets.Dataset) -> datasets.Dataset:
+        if len(dataframe) == 0:
+            raise ValueError(
+                f"no row of {', '.join(self.data_files)} is left: every prompt is longer than "
+                f"data.max_prompt_length={self.max_prompt_length}, or the chat template refuses it (see above)"
+            )
         max_length = self.config.get("max_response_length", 512)
         end_ids = end_of_turn_ids(self.tokenizer, stop_token_ids(self.tokenizer), self.apply_chat_template_kwargs)
         tokenizer, key, truncation = self.tokenizer, self.teacher_key, self.truncation
@@ -57,7 +62,9 @@ class RLHFDataset(_StockRLHFDataset):
                 try:
                     cut.append((cut_teacher(ids, max_length, truncation), len(ids)))
                 except ValueError as error:
-                    raise ValueError(f"row {position} (after filtering) of {', '.join(self.data_files)}: {error}") from None
+                    raise ValueError(
+                        f"row {position} (after filtering) of {', '.join(self.data_files)}: {error}"
+                    ) from None
             return {
                 "teacher_response": texts,
                 "teacher_response_ids": [ids for ids, _ in cut],
@@ -90,7 +97,7 @@ class RLHFDataset(_StockRLHFDataset):
         return row
 
     def teacher_tensors(self, item: int) -> dict[str, torch.Tensor]:
-        """teacher_input_ids, teacher_attention_mask and teacher_position_ids of row ``item``, each (prompt + answer,)."""
+        """teacher_input_ids, teacher_attention_mask, teacher_position_ids of row ``item``, (prompt + answer,) each."""
         row = self[item]
         prompt_ids = build_prompt_ids(self.tokenizer, row["raw_prompt"], self.apply_chat_template_kwargs)
         return teacher_tensors(torch.tensor(prompt_ids), torch.tensor(row["teacher_response_ids"]))

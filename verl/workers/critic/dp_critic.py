@@ -1,9 +1,10 @@
 """New: verl's critic as the discriminator D of GAD, on stock engine workers (no stock module of this name in 0.9.1).
 
-Before the engine workers, ``dp_critic.py`` was where a critic scored and updated; the names are kept. The class drives a
-worker group of stock ``TrainingWorker`` (model_type "value_model"), so FSDP, FSDP2 and Megatron engines serve unchanged:
-``infer_batch`` scores, ``set_loss_fn`` swaps the value loss for the Bradley-Terry loss, and ``force_group_size`` keeps the
-rows [teacher, s_1, ..., s_n] of one prompt in one micro-batch, so that D runs on the teacher once per prompt.
+Before the engine workers, ``dp_critic.py`` was where a critic scored and updated; the names are kept. The class
+drives a worker group of stock ``TrainingWorker`` (model_type "value_model"), so FSDP, FSDP2 and Megatron engines
+serve unchanged: ``infer_batch`` scores, ``set_loss_fn`` swaps the value loss for the Bradley-Terry loss, and
+``force_group_size`` keeps the rows [teacher, s_1, ..., s_n] of one prompt in one micro-batch, so that D runs on the
+teacher once per prompt.
 
 Rows live in TransferQueue; a ``KVBatchMeta`` names them. Suffixes: R rows, P prompts, N samples per prompt.
 """
@@ -99,7 +100,8 @@ class DataParallelPPOCritic:
         """D's scores of one batch: only the value of the last response token is kept.
 
         Args:
-            batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt). The workers
+            batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt). The
+            workers
                 split them into micro-batches by critic.forward_micro_batch_size_per_gpu or, with dynamic batches, by
                 critic.forward_max_token_len_per_gpu.
             compute_teacher: score the teacher's tensors instead of the students'.
@@ -127,7 +129,8 @@ class DataParallelPPOCritic:
         """Scores of teacher responses used as if they were ``teacher_repeat`` rollouts of their prompt.
 
         Repeats of one text have one score, so GRPO's group normalisation would divide zero by zero. Within every group
-        the scores are therefore D's score plus 0, 1, ..., teacher_repeat - 1: increasing, and equal spread in all groups.
+        the scores are therefore D's score plus 0, 1, ..., teacher_repeat - 1: increasing, and equal spread in all
+        groups.
 
         Args:
             batch: as in :meth:`_forward_micro_batch`.
@@ -160,8 +163,8 @@ class DataParallelPPOCritic:
     def update_critic(self, batch: KVBatchMeta) -> dict[str, float]:
         """One pass of optimizer steps over the batch, ``ppo_epochs`` times.
 
-        With teacher data (``batch.extra_info["group_size"]``: rows grouped as [teacher, s_1..s_n], with ``pair_weight``)
-        the discriminator loss; without, stock verl's value loss on values and returns.
+        With teacher data (``batch.extra_info["group_size"]``: rows grouped as [teacher, s_1..s_n], with
+        ``pair_weight``) the discriminator loss; without, stock verl's value loss on values and returns.
 
         Returns:
             Metrics of the step, under "critic/".

@@ -1,4 +1,4 @@
-"""Extends stock ``verl.workers.rollout.base``: knows the Hugging Face rollout (``rollout.name=hf``) on the trainer's side."""
+"""Extends stock ``verl.workers.rollout.base``: the trainer's side of the Hugging Face rollout (``rollout.name=hf``)."""
 
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 

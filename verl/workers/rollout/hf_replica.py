@@ -41,7 +41,8 @@ def _server_name(replica_rank: int) -> str:
 class SeededSampling(LogitsProcessor):
     """Turns greedy search into sampling with one random stream per row (Gumbel-max), and keeps the log-probabilities.
 
-    argmax(log p + Gumbel noise) is distributed as p, so a row's sample depends on its own seed and not on its neighbours.
+    argmax(log p + Gumbel noise) is distributed as p, so a row's sample depends on its own seed and not on its
+    neighbours.
 
     Args:
         seeds: one per row; None samples greedily.
@@ -60,7 +61,10 @@ class SeededSampling(LogitsProcessor):
         noisy = log_probs
         if self.generators is not None:
             noise = torch.stack(
-                [torch.empty_like(row).exponential_(generator=g) for row, g in zip(log_probs, self.generators, strict=True)]
+                [
+                    torch.empty_like(row).exponential_(generator=g)
+                    for row, g in zip(log_probs, self.generators, strict=True)
+                ]
             )
             noisy = log_probs - noise.log()
         self.log_probs.append(log_probs.gather(-1, noisy.argmax(dim=-1, keepdim=True)).squeeze(-1))

@@ -1,7 +1,7 @@
 """New: the teacher's answer as token ids and as a trajectory beside the student's rollouts.
 
-vLLM, SGLang and the Hugging Face replica share this code: none of them is involved in building the teacher's side, which
-depends only on the prompt ids that the student really got and on the teacher's token ids.
+vLLM, SGLang and the Hugging Face replica share this code: none of them is involved in building the teacher's side,
+which depends only on the prompt ids that the student really got and on the teacher's token ids.
 """
 
 import logging
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-_PROBE = "turn"
+_PROBE = "xyzzy"  # in no name of a special token (Gemma: "<end_of_turn>")
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -26,8 +26,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
             ids.update([source] if isinstance(source, int) else source)
     if not ids:
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} names no eos token and its folder has no generation_config.json "
-            "with eos_token_id, so a rollout never ends; set tokenizer.eos_token"
+            f"the tokenizer of {tokenizer.name_or_path!r} names no eos token, nor does a generation_config.json "
+            "(eos_token_id), so a rollout never ends; set tokenizer.eos_token"
         )
     return ids
 
@@ -76,7 +76,8 @@ def tokenize_teacher(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], e
 
 
 def cut_teacher(ids: list[int], max_response_length: int, truncation: str) -> list[int]:
-    """Teacher ids within ``max_response_length``: "right" keeps the start (as a cut rollout: no end token), "left" the end.
+    """Teacher ids within ``max_response_length``: "right" keeps the start (as a cut rollout: no end token), "left"
+    the end.
 
     Raises:
         ValueError: the answer is longer and ``truncation`` is "error" (or unknown).
@@ -97,7 +98,12 @@ def build_prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], apply_chat_template_kwargs: dict | None = None
 ) -> list[int]:
     """Prompt token ids of chat messages with the generation prompt, as verl's rollout builds them."""
-    kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": True, "add_generation_prompt": True, "return_dict": False}
+    kwargs = {
+        **(apply_chat_template_kwargs or {}),
+        "tokenize": True,
+        "add_generation_prompt": True,
+        "return_dict": False,
+    }
     return list(tokenizer.apply_chat_template(messages, **kwargs))
 
 

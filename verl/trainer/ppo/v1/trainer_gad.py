@@ -1,14 +1,14 @@
 """New: the GAD trainer (arXiv 2511.10643), the stock synchronous PPO trainer with the discriminator's steps added.
 
 One step, stock unless marked *:
-    rollout -> * order rows, * teacher trajectories -> old_log_prob -> ref -> * score students with D -> advantage (GRPO)
-    -> * update D on [teacher, s_1..s_n] groups -> from trainer.critic_warmup on: update the actor (* imitation, or stock)
+    rollout -> * rows in order, * teacher trajectories -> old_log_prob -> ref -> * scores of D -> advantage (GRPO)
+    -> * update of D on [teacher, s_1..s_n] -> from trainer.critic_warmup on: update of the actor (* or imitation)
 
 Steps are counted from 1 and the actor is updated while ``critic_warmup <= global_step`` (stock comparison), so
 ``trainer.critic_warmup=10`` trains D alone for 9 steps.
 
-Teacher rows live in TransferQueue beside the students' under ``{uid}_teacher_0`` and never enter the batch that stock code
-sees; the trainer clears them at the end of the step.
+Teacher rows live in TransferQueue beside the students' under ``{uid}_teacher_0`` and never enter the batch that stock
+code sees; the trainer clears them at the end of the step.
 """
 
 import random
@@ -150,7 +150,11 @@ class PPOTrainerGAD(PPOTrainerSync):
         """A two-token row that no loss sees."""
         eos = torch.tensor([self.tokenizer.eos_token_id])
         row = build_teacher_trajectory(eos, eos)
-        return {**row, "response_mask": torch.zeros(1, dtype=torch.int64), "loss_mask": torch.zeros(1, dtype=torch.int64)}
+        return {
+            **row,
+            "response_mask": torch.zeros(1, dtype=torch.int64),
+            "loss_mask": torch.zeros(1, dtype=torch.int64),
+        }
 
     def _put_rows(self, partition_id: str, rows: dict[str, dict[str, torch.Tensor]]) -> None:
         fields = tu.list_of_dict_to_tensordict(list(rows.values()))
@@ -217,7 +221,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def _imitate(self, teacher_rows: list[tuple[str, int]], n_real: int, metrics: dict) -> None:
-        """Next-token loss on the teacher rows, at temperature 1: the teacher's text was not sampled from the student."""
+        """Next-token loss on the teacher rows, at temperature 1: the text was not sampled from the student."""
         actor = self.config.actor_rollout_ref.actor
         ranks = self._spread([size for _, size in teacher_rows], actor, self._actor_dp_size())
         extra_info = {
@@ -247,8 +251,8 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _spread(self, sizes: list[int], update: DictConfig, dp_size: int) -> list[list[list[int]]]:
         """Which unit (a group of rows, or a row) goes to which rank and optimizer step.
 
-        Mini-batches are cut in the order of the data, or shuffled anew at every step (``update.shuffle``), so they do not
-        depend on the number of ranks; the units of one mini-batch are balanced over the ranks by their tokens.
+        Mini-batches are cut in the order of the data, or shuffled anew at every step (``update.shuffle``), so they do
+        not depend on the number of ranks; the units of one mini-batch are balanced over the ranks by their tokens.
 
         Args:
             sizes: tokens of every unit.
@@ -278,7 +282,9 @@ class PPOTrainerGAD(PPOTrainerSync):
             self._extra_keys = []
         super().on_step_end()
 
-    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int
+    ) -> None:
         if self.seqkd:
             metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
             metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
@@ -304,7 +310,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         for uid, messages, teacher_ids in zip(
             list(data["uid"]), list(data["raw_prompt"]), list(data["teacher_response_ids"]), strict=True
         ):
-            prompt_ids = build_prompt_ids(self.tokenizer, messages, template_kwargs)[-self.config.data.max_prompt_length :]
+            prompt_ids = build_prompt_ids(self.tokenizer, messages, template_kwargs)[
+                -self.config.data.max_prompt_length :
+            ]
             rows[f"{uid}_teacher_0"] = build_teacher_trajectory(torch.tensor(prompt_ids), torch.tensor(teacher_ids))
         self._put_rows("train", rows)
         self._extra_keys = []  # they are the batch: the stock loop clears it
@@ -317,5 +325,10 @@ class PPOTrainerGAD(PPOTrainerSync):
 
 def teacher_length_metrics(lengths: np.ndarray, limit: int) -> dict[str, float]:
     """Mean, max, min of teacher answers in tokens, and the share that reached ``limit``."""
-    statistics = {"mean": lengths.mean(), "max": lengths.max(), "min": lengths.min(), "cut_ratio": (lengths >= limit).mean()}
+    statistics = {
+        "mean": lengths.mean(),
+        "max": lengths.max(),
+        "min": lengths.min(),
+        "cut_ratio": (lengths >= limit).mean(),
+    }
     return {f"teacher_response_length/{name}": float(value) for name, value in statistics.items()}

@@ -1,7 +1,7 @@
 """Extends stock ``verl.workers.engine.fsdp.transformer_impl``: the FSDP2 engines on the CPU platform.
 
-Stock registers its engines for cuda and npu only, and gives a forward-only model (the reference) a CPU offload policy with
-pinned memory, which needs an accelerator.
+Stock registers its engines for cuda and npu only, and gives a forward-only model (the reference) a CPU offload policy
+with pinned memory, which needs an accelerator.
 """
 
 from verl.workers.engine.base import EngineRegistry

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# GAD on a laptop CPU, from nothing: virtual environment, a self-made problem, warmup, GAD, and a picture of what happened.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+
+usage() {
+  cat <<'HELP'
+usage: quickstart.sh [--output_dir DIR] [--seed N] [--control frozen_d] [--venv DIR | --no_venv]
+  --output_dir DIR     problem, checkpoints, metrics, samples and picture (default: outputs/quickstart)
+  --seed N             the same seed gives the same numbers (default 0)
+  --control frozen_d   control run: the discriminator stays as the warmup left it, and the student hacks it
+  --venv DIR           virtual environment to make or reuse (default: .venv in the repository)
+  --no_venv            use the active Python, where verl-gad is installed with the cpu extra
+Needs Linux and Python 3.10-3.12; about 2 GB of packages. Everything else it makes by itself.
+HELP
+}
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+out="$PWD/outputs/quickstart" seed=0 control="" venv="$root/.venv"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --help|-h) usage; exit 0 ;;
+    --no_venv) venv=""; shift ;;
+    --output_dir|--seed|--control|--venv)
+      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+      case "$1" in
+        --output_dir) case "$2" in /*) out=$2 ;; *) out="$PWD/$2" ;; esac ;;
+        --seed) seed=$2 ;;
+        --control) control=$2 ;;
+        --venv) venv=$2 ;;
+      esac
+      shift 2 ;;
+    *) fail "unknown argument $1; see --help" ;;
+  esac
+done
+[ -z "$control" ] || [ "$control" = frozen_d ] || fail "--control knows frozen_d, got $control"
+case "$seed" in ''|*[!0-9]*) fail "--seed must be a whole number, got $seed" ;; esac
+
+if [ -n "$venv" ]; then
+  if [ ! -x "$venv/bin/python" ]; then
+    for python in python3.12 python3.11 python3.10 python3 ""; do
+      [ -n "$python" ] || fail "no Python 3.10, 3.11 or 3.12 found"
+      "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && break
+    done
+    echo "== making the virtual environment $venv"
+    "$python" -m venv "$venv"
+  fi
+  if ! cmp -s "$root/pyproject.toml" "$venv/verl-gad.installed"; then
+    echo "== installing (a few minutes the first time)"
+    "$venv/bin/python" -m pip install -q --upgrade pip
+    "$venv/bin/python" -m pip install -q -c "$root/scripts/constraints-cpu.txt" torch
+    "$venv/bin/python" -m pip install -q -c "$root/scripts/constraints-cpu.txt" -e "$root[cpu]"
+    cp "$root/pyproject.toml" "$venv/verl-gad.installed"
+  fi
+  PATH="$venv/bin:$PATH"
+fi
+export PYTHON=python3 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_DEDUP_LOGS=1
+
+echo "== problem: a stochastic teacher with a style of its own, and a small student that answers in another style"
+mkdir -p "$out"
+python3 -m recipe.gad.toy build --out "$out/problem" --seed "$seed"
+
+common=(
+  --device cpu --train_files "$out/problem/train.parquet" --val_files "$out/problem/val.parquet"
+)
+hydra=(
+  data.train_batch_size=32 data.max_prompt_length=16 data.max_response_length=12 data.seed="$seed"
+  actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=1.0
+  actor_rollout_ref.rollout.val_kwargs.temperature=1.0
+  critic.optim.lr=1e-3 critic.optim.clip_grad=1.0 actor_rollout_ref.actor.optim.clip_grad=1.0
+  gad.poll_interval=0.02 "trainer.logger=[file]"
+)
+run() { # run STAGE LOG ARGS...: the full log goes to a file, a progress line to the terminal
+  local stage=$1 log=$2; shift 2
+  mkdir -p "$(dirname "$log")"
+  echo "== $stage (full log: $log)"
+  bash "$here/run_$stage.sh" "$@" > "$log" 2>&1 &
+  local pid=$!
+  python3 -m recipe.gad.toy progress --metrics "$out/$stage/metrics.jsonl" --pid "$pid" || true
+  wait "$pid" || { tail -n 30 "$log" >&2; fail "$stage stopped; its log is $log"; }
+}

@@ -1,0 +1,293 @@
+"""End to end through the real launch scripts: stages, hand-over, world sizes, SIGKILL and resume, stock verl."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVE_FREQ = 5, 3
+TIMEOUT = 420  # seconds; a hang must not hold the suite
+SMALL = [
+    "data.train_batch_size=8",
+    "data.max_prompt_length=16",
+    "data.max_response_length=12",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.actor.optim.lr=1e-3",
+    "critic.optim.lr=1e-3",
+    "gad.poll_interval=0.02",
+    "trainer.logger=[file]",
+    f"trainer.total_training_steps={STEPS}",
+    f"trainer.save_freq={SAVE_FREQ}",
+    f"trainer.test_freq={STEPS}",
+]
+NOT_REPEATABLE = ("timing", "perf/", "critic/perf", "actor/perf")  # clocks and memory
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_problem, tmp_path_factory):
+    return Runner(tiny_problem, tmp_path_factory.mktemp("runs"))
+
+
+class Runner:
+    """Starts launch scripts, each with a Ray cluster of its own, and never leaves a process behind."""
+
+    def __init__(self, problem: Path, base: Path):
+        self.problem = problem
+        self.base = base
+
+    def command(self, stage: str, out: Path, *arguments: str) -> list[str]:
+        script, flags, overrides = f"run_{stage}.sh", [], []
+        for argument in arguments:
+            (overrides if "=" in argument else flags).append(argument)
+        data = ["--train_files", f"{self.problem}/train.parquet", "--val_files", f"{self.problem}/val.parquet"]
+        start = ["bash", str(ROOT / "examples/gad" / script), "--device", "cpu", "--output_dir", str(out), *data]
+        return [*start, *flags, *SMALL, *overrides]
+
+    def run(self, command: list[str], env: dict | None = None, kill_when=None) -> subprocess.CompletedProcess:
+        """Run to the end, or until ``kill_when()`` is true: then every process of the run gets SIGKILL."""
+        ray_dir = tempfile.mkdtemp(prefix="gad-e2e-", dir="/tmp")
+        log = Path(ray_dir) / "log"
+        environment = {**os.environ, "PYTHON": sys.executable, "HYDRA_FULL_ERROR": "0", **(env or {})}
+        environment.pop("VERL_PLATFORM", None)  # the scripts set it
+        environment.update(env or {})
+        if any("main_ppo" in part or "run_" in part for part in command):
+            command = [*command, f"+ray_kwargs.ray_init._temp_dir={ray_dir}"]
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ray_dir, start_new_session=True
+            )
+            family = [psutil.Process(process.pid)]
+            deadline = time.monotonic() + TIMEOUT
+            try:
+                while process.poll() is None and time.monotonic() < deadline:
+                    if kill_when is not None and kill_when():
+                        break
+                    time.sleep(0.005 if kill_when is not None else 0.1)
+                finished = process.poll() is not None
+                if not finished:
+                    family += family[0].children(recursive=True)
+            finally:
+                for member in family:
+                    if member.is_running():
+                        member.send_signal(signal.SIGKILL)
+                process.wait()
+                psutil.wait_procs(family, timeout=20)
+        text = log.read_text(errors="replace")
+        shutil.rmtree(ray_dir, ignore_errors=True)
+        assert finished or kill_when is not None, f"no end after {TIMEOUT} s:\n{text[-3000:]}"
+        return subprocess.CompletedProcess(command, process.returncode, text, "")
+
+    def stage(self, stage: str, name: str, *arguments: str) -> Path:
+        out = self.base / name
+        result = self.run(self.command(stage, out, *arguments))
+        assert result.returncode == 0, result.stdout[-4000:]
+        return out
+
+
+def metrics(out: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == len(lines), "a step was logged twice"
+    return {
+        line["step"]: {key: value for key, value in line["data"].items() if not key.startswith(NOT_REPEATABLE)}
+        for line in lines
+    }
+
+
+@pytest.fixture(scope="module")
+def warmup(runner):
+    return runner.stage("warmup", "warmup", "--model", f"{runner.problem}/model", "trainer.critic_warmup=2")
+
+
+@pytest.fixture(scope="module")
+def gad(runner, warmup):
+    return runner.stage("gad", "gad", "--warmup_dir", str(warmup))
+
+
+def test_warmup_then_gad_through_the_launch_scripts(warmup, gad):
+    log = metrics(warmup)
+    assert sorted(log) == list(range(STEPS + 1))  # 0: validation before training
+    assert "actor/sft_loss" not in log[1] and "actor/sft_loss" in log[2]  # trainer.critic_warmup=2
+    assert log[STEPS]["critic/d_loss"] < log[1]["critic/d_loss"]
+    assert log[STEPS]["actor/sft_loss"] < log[2]["actor/sft_loss"]
+    log = metrics(gad)
+    assert all("actor/pg_loss" in log[step] and "actor/kl_loss" in log[step] for step in range(1, STEPS + 1))
+    assert log[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)  # reference = warmup actor = start of the actor
+    assert log[STEPS]["actor/kl_loss"] > log[1]["actor/kl_loss"]
+    assert any(key.startswith("val-aux/tiny/rouge_l/mean") for key in log[STEPS])
+    assert json.loads((gad / "gad_stage.json").read_text())["stage"] == "gad"
+
+
+def test_hand_over_takes_actor_and_critic_of_the_warmup(runner, warmup, gad):
+    command = runner.command("gad", runner.base / "dry", "--warmup_dir", str(warmup), "--resume_step", str(SAVE_FREQ))
+    dry = subprocess.run(
+        [*command[:2], "--dry-run", *command[2:]],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    assert f"actor_rollout_ref.model.path={warmup}/global_step_{SAVE_FREQ}/actor/huggingface" in dry.stdout
+    assert f"critic.model.path={warmup}/global_step_{SAVE_FREQ}/critic/huggingface" in dry.stdout
+    # D goes on where the warmup left it: it tells the warmup's samples at least as well as a fresh one
+    assert metrics(gad)[1]["critic/d_loss"] < metrics(warmup)[1]["critic/d_loss"]
+
+
+@pytest.mark.parametrize("stage", ["warmup", "gad"])
+def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(runner, warmup, gad, stage):
+    out = runner.base / f"killed-{stage}"
+    source = {
+        "warmup": ["--model", f"{runner.problem}/model", "trainer.critic_warmup=2"],
+        "gad": ["--warmup_dir", str(warmup)],
+    }
+    command = runner.command(stage, out, *source[stage])
+    log = out / "metrics.jsonl"
+
+    def fourth_step_is_logged() -> bool:
+        return log.exists() and f'{{"step":{SAVE_FREQ + 1},' in log.read_text()
+
+    runner.run(command, kill_when=fourth_step_is_logged)
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == str(SAVE_FREQ)
+    assert max(metrics(out)) == SAVE_FREQ + 1, "the run was over before it could be killed"
+    result = runner.run(command)
+    assert result.returncode == 0, result.stdout[-4000:]
+    expected, got = metrics(warmup if stage == "warmup" else gad), metrics(out)
+    assert sorted(got) == sorted(expected)
+    for step in range(1, STEPS + 1):
+        assert got[step] == expected[step], f"step {step}"
+
+
+def test_two_ranks_do_what_one_does(runner, warmup, gad):
+    two = runner.stage("gad", "gad-2", "--warmup_dir", str(warmup), "trainer.n_gpus_per_node=2")
+    names = [
+        "critic/d_loss",
+        "critic/d_acc",
+        "critic/grad_norm",
+        "actor/pg_loss",
+        "actor/grad_norm",
+        "critic/score_gap",
+    ]
+    one_log, two_log = metrics(gad), metrics(two)
+    for step in range(1, STEPS + 1):
+        for name in names:
+            assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
+
+
+def test_warmup_on_two_ranks_hands_over_to_two_ranks(runner):
+    out = runner.stage(
+        "warmup",
+        "warmup-2",
+        "--model",
+        f"{runner.problem}/model",
+        "trainer.n_gpus_per_node=2",
+        "trainer.critic_warmup=2",
+    )
+    two = runner.stage("gad", "gad-from-2", "--warmup_dir", str(out), "trainer.n_gpus_per_node=2")
+    assert metrics(two)[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_seqkd_trains_on_the_teacher_alone(runner):
+    log = metrics(runner.stage("seqkd", "seqkd", "--model", f"{runner.problem}/model"))
+    assert log[STEPS]["actor/sft_loss"] < log[1]["actor/sft_loss"]
+    assert not any(key.startswith("critic/") for key in log[STEPS])
+    assert any(key.startswith("val-aux/tiny/rouge_l/mean") for key in log[STEPS])
+
+
+def test_lora_actor(runner, warmup):
+    out = runner.stage(
+        "gad",
+        "lora",
+        "--warmup_dir",
+        str(warmup),
+        "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.model.lora.merge=True",
+        "actor_rollout_ref.rollout.load_format=auto",
+    )
+    log = metrics(out)
+    assert log[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)  # adapters start at zero; reference = base weights
+    assert log[STEPS]["actor/kl_loss"] > 1e-7
+
+
+def test_a_gad_run_without_a_trained_score_head_stops_before_anything_is_written(runner):
+    out = runner.base / "refused"
+    result = runner.run(runner.command("gad", out, "--model", f"{runner.problem}/model"))
+    assert result.returncode == 2
+    assert "score" in result.stdout and "Traceback" not in result.stdout
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------ stock verl
+
+
+@pytest.fixture(scope="module")
+def cpu_only_plugin(tmp_path_factory) -> dict[str, str]:
+    """Environment of a plugin with the overlay's CPU parts alone: stock verl does not run on CPUs."""
+    site = tmp_path_factory.mktemp("site")
+    package = site / "cpu_only_verl"
+    package.mkdir()
+    shutil.copy(ROOT / "recipe/gad/plugin.py", package / "plugin.py")
+    (package / "__init__.py").touch()
+    cpu_parts = [
+        "plugin/platform/platform_cpu.py",
+        "utils/distributed.py",
+        "utils/model.py",
+        "workers/engine/fsdp/transformer_impl.py",
+        "workers/rollout/base.py",
+        "workers/rollout/replica.py",
+        "workers/rollout/hf_replica.py",
+        "workers/rollout/teacher_trajectory.py",
+        "experimental/agent_loop/single_turn_agent_loop.py",
+    ]
+    for name in cpu_parts:
+        target = package / "_overlay" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "verl" / name, target)
+    info = site / "cpu_only_verl-0.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cpu-only-verl\nVersion: 0.0.0\n")
+    (info / "entry_points.txt").write_text("[verl.plugins]\ncpu_only = cpu_only_verl.plugin\n")
+    return {"PYTHONPATH": str(site), "VERL_USE_EXTERNAL_PLUGINS": "cpu_only", "VERL_PLATFORM": "cpu"}
+
+
+def test_stock_grpo_with_the_plugin_logs_what_stock_verl_logs(runner, cpu_only_plugin, tmp_path):
+    rows = pq.read_table(runner.problem / "train.parquet").to_pylist()
+    for row in rows:
+        row["reward_model"] = {"style": "rule", "ground_truth": row.pop("teacher_response")}
+    data = tmp_path / "stock.parquet"
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(rows), data)
+    logs = []
+    for name, env in (("with", {"VERL_PLATFORM": "cpu"}), ("without", cpu_only_plugin)):
+        log = tmp_path / f"{name}.jsonl"
+        command = [
+            sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", "pkg://recipe.gad.config",
+            "--config-name", "gad_trainer", "device=cpu", "trainer.v1.trainer_mode=sync", "critic.enable=False",
+            "data.teacher_key=null",
+            f"reward.custom_reward_function.path={ROOT}/recipe/gad/reward.py",
+            f"actor_rollout_ref.model.path={runner.problem}/model", f"data.train_files={data}",
+            f"data.val_files={data}",
+            f"trainer.default_local_dir={tmp_path}/{name}", *SMALL, "trainer.total_training_steps=2",
+            "trainer.test_freq=-1",
+            "trainer.val_before_train=False", "trainer.save_freq=-1", f"hydra.run.dir={tmp_path}/hydra-{name}",
+        ]  # fmt: skip
+        result = runner.run(command, env={**env, "VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"})
+        assert result.returncode == 0, result.stdout[-4000:]
+        logs.append([json.loads(line) for line in log.read_text().splitlines()])
+    with_plugin, without_plugin = logs
+    assert len(with_plugin) == len(without_plugin) == 2
+    for ours, stock in zip(with_plugin, without_plugin, strict=True):
+        assert set(ours["data"]) == set(stock["data"])
+        for key, value in stock["data"].items():
+            if not key.startswith(NOT_REPEATABLE):
+                # the stock trainer takes rows in order of arrival, so sums differ in the last digits from run to run
+                assert ours["data"][key] == pytest.approx(value, rel=1e-5, abs=1e-7, nan_ok=True), key

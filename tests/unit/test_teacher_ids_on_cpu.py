@@ -1,0 +1,210 @@
+"""The teacher's answer as token ids (verl/workers/rollout/teacher_trajectory.py), on real tokenizers."""
+
+import logging
+
+import pytest
+import torch
+
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+from verl.workers.rollout.teacher_trajectory import (
+    build_prompt_ids,
+    build_teacher_trajectory,
+    cut_teacher,
+    end_of_turn_ids,
+    stop_token_ids,
+    teacher_tensors,
+    tokenize_teacher,
+)
+
+LOGGER = "verl.workers.rollout.teacher_trajectory"
+QUESTION = [{"role": "user", "content": "say hello"}]
+TURNS = "{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}\n{% else %}A: {{ m.content }}"
+"""A template up to the end of an assistant turn."""
+REST = "{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+GEMMA = (
+    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TEXTS = [
+    "hello world",
+    " hello",
+    "",
+    "naïve 日本語 🙂 \u202e\x00\t\n\n",
+    "a <|im_end|> b<|im_start|>assistant\n<|endoftext|>",
+    "x" * 50,
+]
+
+
+def teacher_ids(tokenizer, text, **template_kwargs):
+    end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer), template_kwargs)
+    return tokenize_teacher(tokenizer, [text], end_ids)[0]
+
+
+def tokens(tokenizer, ids):
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+# ---------------------------------------------------------------------- the end of an answer
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_spell_the_text_and_end_with_the_end_of_turn_token(byte_tokenizer, text):
+    tokenizer = byte_tokenizer()
+    ids = teacher_ids(tokenizer, text)
+    special = set(tokenizer.all_special_ids)
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert not set(ids[:-1]) & special, "a special token spelled out in the text must stay text"
+    assert tokenizer.decode(ids[:-1]) == tokenizer.decode(ids, skip_special_tokens=True) == text
+    # a later call of the tokenizer reads special tokens again
+    assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["hello world", "", "日本語 🙂", "x" * 50])
+def test_student_answer_equal_to_the_teachers_text_has_the_same_ids(byte_tokenizer, text):
+    """A rollout that says the text stops at its first stop token; rendering the finished chat gives the same ids."""
+    tokenizer = byte_tokenizer()
+    chat = [*QUESTION, {"role": "assistant", "content": text}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    prompt = build_prompt_ids(tokenizer, QUESTION)
+    assert rendered[: len(prompt)] == prompt
+    rollout = rendered[len(prompt) : rendered.index(tokenizer.eos_token_id, len(prompt)) + 1]
+    assert teacher_ids(tokenizer, text) == rollout
+
+
+@pytest.mark.parametrize(
+    ("template", "specials", "eos", "expected"),
+    [
+        (None, ("</s>", "<pad>"), "</s>", ["</s>"]),  # base model without a template
+        (TURNS + "</s>" + REST, ("</s>", "<pad>"), "</s>", ["</s>"]),
+        (TURNS + "</s>\n" + REST, ("</s>", "<pad>"), "</s>", ["</s>"]),  # nothing behind the stop token is kept
+        (TURNS + "\n\n</s>" + REST, ("</s>", "<pad>"), "</s>", ["Ċ", "Ċ", "</s>"]),  # what comes before it is
+        (TURNS + "<|end|></s>" + REST, ("<|end|>", "</s>", "<pad>"), "</s>", ["<|end|>", "</s>"]),
+    ],
+)
+def test_end_of_turn_comes_from_the_template(byte_tokenizer, caplog, template, specials, eos, expected):
+    tokenizer = byte_tokenizer(template, specials, eos=eos, pad="<pad>")
+    with caplog.at_level(logging.WARNING, LOGGER):
+        assert tokens(tokenizer, end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))) == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("token", ["<end_of_turn>", "<turn|>", "<|eot|>"])
+def test_stop_tokens_of_generation_config_count_whatever_they_are_called(byte_tokenizer, tmp_path, caplog, token):
+    """Gemma's turns end with a token that only generation_config.json lists, and whose name holds the word turn."""
+    template = GEMMA.replace("<end_of_turn>", token)
+    tokenizer = byte_tokenizer(template, ("<bos>", "<eos>", "<pad>", "<start_of_turn>", token), eos="<eos>", pad="<pad>")
+    tokenizer.save_pretrained(tmp_path)
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(token)]
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {stops}}}')
+    loaded = type(tokenizer).from_pretrained(tmp_path)
+    assert stop_token_ids(loaded) == set(stops)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        assert tokens(loaded, teacher_ids(loaded, "hi")) == ["h", "i", token]
+    assert not caplog.records
+
+
+def test_a_template_whose_turn_does_not_stop_a_rollout_warns_and_takes_eos(byte_tokenizer, caplog):
+    tokenizer = byte_tokenizer(TURNS + "\n" + REST, ("</s>", "<pad>"), eos="</s>", pad="<pad>")
+    with caplog.at_level(logging.WARNING, LOGGER):
+        assert tokens(tokenizer, end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))) == ["</s>"]
+    (record,) = caplog.records
+    assert "</s>" in record.getMessage() and "generation_config.eos_token_id" in record.getMessage()
+
+
+def test_template_kwargs_reach_the_template(byte_tokenizer):
+    template = TURNS + "{{ closing }}</s>" + REST
+    tokenizer = byte_tokenizer(template, ("</s>", "<pad>"), eos="</s>", pad="<pad>")
+    assert tokens(tokenizer, teacher_ids(tokenizer, "", closing="ok")) == ["o", "k", "</s>"]
+    assert tokenizer.decode(build_prompt_ids(tokenizer, QUESTION, {"closing": "ok"})) == "U: say hello\nA: "
+
+
+@pytest.mark.parametrize("template", [None, TURNS + "</s>" + REST])
+def test_pad_equal_to_eos_keeps_the_end_token(byte_tokenizer, template):
+    tokenizer = byte_tokenizer(template, ("</s>",), eos="</s>", pad="</s>")
+    assert tokens(tokenizer, teacher_ids(tokenizer, "hi")) == ["h", "i", "</s>"]
+
+
+def test_without_any_stop_token_the_error_says_what_to_set(byte_tokenizer):
+    tokenizer = byte_tokenizer(None, ("<pad>",), eos=None, pad="<pad>")
+    with pytest.raises(ValueError, match="set tokenizer.eos_token"):
+        stop_token_ids(tokenizer)
+
+
+# ---------------------------------------------------------------------- cutting
+
+
+@pytest.mark.parametrize("truncation", ["right", "left", "error"])
+def test_cut_teacher(truncation):
+    ids = [5, 6, 7, 8, 2]
+    for limit in (5, 6):
+        assert cut_teacher(ids, limit, truncation) == ids
+    if truncation == "error":
+        with pytest.raises(ValueError, match=r"5 tokens .* data.max_response_length=3 .*data.truncation=error"):
+            cut_teacher(ids, 3, truncation)
+    else:  # right: like a cut rollout, without the end token
+        assert cut_teacher(ids, 3, truncation) == {"right": [5, 6, 7], "left": [7, 8, 2]}[truncation]
+
+
+def test_unknown_truncation_is_refused():
+    with pytest.raises(ValueError, match="data.truncation=middle"):
+        cut_teacher([1, 2], 1, "middle")
+
+
+# ---------------------------------------------------------------------- prompt and trajectory
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        QUESTION,
+        [{"role": "system", "content": "be brief 日本"}, *QUESTION],
+        [*QUESTION, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "<|im_end|> again"}],
+    ],
+    ids=["user", "system", "turns"],
+)
+def test_prompt_ids_equal_what_the_agent_loop_builds(byte_tokenizer, model_type, messages):
+    tokenizer = byte_tokenizer()
+    builder = create_continuous_token_builder(tokenizer, hf_model_type=model_type, chat_template_kwargs={})
+    assert build_prompt_ids(tokenizer, messages) == builder.build_initial_tokens(messages)
+
+
+def test_prompt_ids_follow_apply_chat_template_kwargs_as_the_agent_loop_does(byte_tokenizer):
+    tokenizer = byte_tokenizer("{{ mood }}" + TURNS + "</s>" + REST, ("</s>", "<pad>"), eos="</s>", pad="<pad>")
+    kwargs = {"mood": "calm "}
+    builder = create_continuous_token_builder(tokenizer, hf_model_type="llama", chat_template_kwargs=kwargs)
+    ids = build_prompt_ids(tokenizer, QUESTION, kwargs)
+    assert ids == builder.build_initial_tokens(QUESTION)
+    assert tokenizer.decode(ids) == "calm U: say hello\nA: "
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_trajectory_continues_from_the_prompt(dtype):
+    prompt, answer = torch.tensor([3, 1, 4], dtype=dtype), torch.tensor([1, 5], dtype=dtype)
+    trajectory = build_teacher_trajectory(prompt, answer)
+    expected = {
+        "prompts": [3, 1, 4],
+        "responses": [1, 5],
+        "input_ids": [3, 1, 4, 1, 5],
+        "attention_mask": [1, 1, 1, 1, 1],
+        "position_ids": [0, 1, 2, 3, 4],
+        "response_mask": [1, 1],
+        "loss_mask": [1, 1],
+    }
+    assert {name: tensor.tolist() for name, tensor in trajectory.items()} == expected
+    assert {tensor.dtype for tensor in trajectory.values()} == {torch.int64}
+    trajectory["loss_mask"].zero_()
+    assert trajectory["response_mask"].tolist() == [1, 1], "the masks must not share memory"
+
+    named = teacher_tensors(prompt, answer)
+    assert {name: tensor.tolist() for name, tensor in named.items()} == {
+        "teacher_input_ids": [3, 1, 4, 1, 5],
+        "teacher_attention_mask": [1, 1, 1, 1, 1],
+        "teacher_position_ids": [0, 1, 2, 3, 4],
+    }
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [([], [1]), ([1], []), ([], [])])
+def test_trajectory_needs_a_prompt_and_an_answer(prompt, answer):
+    with pytest.raises(ValueError, match=f"got {len(prompt)} and {len(answer)} tokens"):
+        build_teacher_trajectory(torch.tensor(prompt), torch.tensor(answer))
