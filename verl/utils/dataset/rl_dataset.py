@@ -7,7 +7,7 @@ the stock one, row for row.
 import datasets
 import torch
 
-from recipe.gad.teacher_file import check_data_file, teacher_text
+from recipe.gad.teacher_file import check_data_file, find_teacher, teacher_text
 from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
 from verl.workers.rollout.teacher_trajectory import (
     build_prompt_ids,
@@ -53,33 +53,31 @@ class RLHFDataset(_StockRLHFDataset):
             )
         max_length = self.config.get("max_response_length", 512)
         end_ids = end_of_turn_ids(self.tokenizer, stop_token_ids(self.tokenizer), self.apply_chat_template_kwargs)
-        tokenizer, key, truncation = self.tokenizer, self.teacher_key, self.truncation
+        tokenizer, key, files, truncation = self.tokenizer, self.teacher_key, list(self.data_files), self.truncation
 
-        def tokenize(rows: dict[str, list], positions: list[int]) -> dict[str, list]:
+        def tokenize(rows: dict[str, list]) -> dict[str, list]:
             texts = [teacher_text(value) for value in rows[key]]
-            cut = []
-            for position, ids in zip(positions, tokenize_teacher(tokenizer, texts, end_ids), strict=True):
+            uncut = tokenize_teacher(tokenizer, texts, end_ids)
+            ids = []
+            for text, answer in zip(texts, uncut, strict=True):
                 try:
-                    cut.append((cut_teacher(ids, max_length, truncation), len(ids)))
+                    ids.append(cut_teacher(answer, max_length, truncation))
                 except ValueError as error:
-                    raise ValueError(
-                        f"row {position} (after filtering) of {', '.join(self.data_files)}: {error}"
-                    ) from None
+                    raise ValueError(f"{find_teacher(files, key, text)}: {error}") from None
             return {
                 "teacher_response": texts,
-                "teacher_response_ids": [ids for ids, _ in cut],
-                "teacher_response_length": [length for _, length in cut],
+                "teacher_response_ids": ids,
+                "teacher_response_length": [len(answer) for answer in uncut],
             }
 
         dataframe = dataframe.map(
             tokenize,
             batched=True,
-            with_indices=True,
             num_proc=self.num_workers if len(dataframe) > 10_000 else None,
             load_from_cache_file=False,
             desc="Tokenizing teacher answers",
         )
-        lengths = torch.tensor(dataframe["teacher_response_length"])
+        lengths = torch.tensor(dataframe["teacher_response_length"][:])
         n_cut = int((lengths > max_length).sum())
         print(
             f"teacher answers: {len(lengths)}, mean {lengths.float().mean():.1f} tokens, longest {int(lengths.max())}; "

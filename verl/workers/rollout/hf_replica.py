@@ -11,6 +11,7 @@ their seeds alone.
 import asyncio
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import ray
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -47,16 +49,20 @@ class SeededSampling(LogitsProcessor):
     Args:
         seeds: one per row; None samples greedily.
         vocab_size: ids at or above it (padding of the embedding) are never chosen.
+        warpers: temperature, top-k and top-p, applied to what is left of the vocabulary.
     """
 
-    def __init__(self, seeds: list[int] | None, vocab_size: int):
+    def __init__(self, seeds: list[int] | None, vocab_size: int, warpers: Sequence[LogitsProcessor] = ()):
         self.generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         self.vocab_size = vocab_size
+        self.warpers = warpers
         self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores (B, V) -> scores whose argmax is the sample; appends the (B,) log-probabilities of the samples."""
         scores[:, self.vocab_size :] = -torch.inf
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
         log_probs = scores.log_softmax(dim=-1)
         noisy = log_probs
         if self.generators is not None:
@@ -100,6 +106,9 @@ class HFServer:
             attn_implementation="sdpa",
             trust_remote_code=self.model_config.trust_remote_code,
         ).eval()
+        # the folder's own defaults (repetition penalty, minimal length, ...) would bend the policy
+        self.model.generation_config = GenerationConfig()
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         self.stop_ids = sorted(stop_token_ids(self.tokenizer))
         self.global_steps: int | None = None
         self._queue: asyncio.Queue[_Request] = asyncio.Queue()
@@ -158,10 +167,12 @@ class HFServer:
             outputs = await asyncio.to_thread(self._generate, requests)
         except Exception as error:  # the server must outlive a bad batch; every waiting caller gets the error
             for request in requests:
-                request.future.set_exception(error)
+                if not request.future.done():
+                    request.future.set_exception(error)
             return
         for request, output in zip(requests, outputs, strict=True):
-            request.future.set_result(output)
+            if not request.future.done():  # its caller may be gone
+                request.future.set_result(output)
 
     @torch.inference_mode()
     def _generate(self, requests: list[_Request]) -> list[TokenOutput]:
@@ -174,26 +185,23 @@ class HFServer:
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             attention_mask[row, width - len(request.prompt_ids) :] = 1
         greedy = temperature == 0
-        sampling = SeededSampling(None if greedy else [request.seed for request in requests], len(self.tokenizer))
-        processors = LogitsProcessorList()
+        warpers: list[LogitsProcessor] = []
         if not greedy and temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(temperature))
+            warpers.append(TemperatureLogitsWarper(temperature))
         if not greedy and top_k > 0:
-            processors.append(TopKLogitsWarper(top_k))
+            warpers.append(TopKLogitsWarper(top_k))
         if not greedy and top_p < 1.0:
-            processors.append(TopPLogitsWarper(top_p))
-        processors.append(sampling)
+            warpers.append(TopPLogitsWarper(top_p))
+        seeds = None if greedy else [request.seed for request in requests]
+        sampling = SeededSampling(seeds, self.vocab_size, warpers)
         sequences = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            logits_processor=processors,
+            logits_processor=LogitsProcessorList([sampling]),
             do_sample=False,
             max_new_tokens=max_tokens,
             eos_token_id=None if self.config.ignore_eos else self.stop_ids,
             pad_token_id=pad_id,
-            temperature=None,
-            top_p=None,
-            top_k=None,
         )[:, width:]
         log_probs = torch.stack(sampling.log_probs, dim=-1)
         return [self._output(ids, row) for ids, row in zip(sequences.tolist(), log_probs.tolist(), strict=True)]
@@ -218,9 +226,10 @@ class HFServer:
         Raises:
             ValueError: a weight of the model is missing, or a name is unknown.
         """
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         result = self.model.load_state_dict(weights, strict=False)
-        missing = [name for name in result.missing_keys if name not in tied]
+        own = self.model.state_dict()
+        given = {own[name].data_ptr() for name in weights if name in own}  # a tied weight comes with its twin
+        missing = [name for name in result.missing_keys if own[name].data_ptr() not in given]
         if missing or result.unexpected_keys:
             raise ValueError(
                 f"weights do not fit the rollout model: missing {missing[:5]}, unknown {result.unexpected_keys[:5]} "

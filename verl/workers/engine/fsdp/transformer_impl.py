@@ -4,12 +4,21 @@ Stock registers its engines for cuda and npu only, and gives a forward-only mode
 with pinned memory, which needs an accelerator.
 """
 
+import torch
+
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 
 class _CPUEngineMixin(FSDPEngine):
-    """Builds a forward-only model like a trained one: there is nowhere to offload to."""
+    """Builds a forward-only model like a trained one (there is nowhere to offload to), and new weights from a seed."""
+
+    def _build_module(self):
+        # the score head of a critic that starts from a language model is drawn at random: by engine_config.seed here,
+        # so that a run repeats itself
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.engine_config.seed)
+            return super()._build_module()
 
     def _build_fsdp_module(self, module):
         forward_only = self.engine_config.forward_only

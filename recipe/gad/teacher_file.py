@@ -1,0 +1,201 @@
+"""Data files of a GAD run: every row has a prompt (chat messages) and the teacher's answer. Checked before training.
+
+Parquet is streamed by row group and only the two columns are read; .json and .jsonl files are streamed line by line.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BATCH_ROWS = 4096
+"""Rows that are in memory at a time."""
+
+PROMPT_FORM = "a list of chat messages [{role, content}, ...] that ends with the user's (or a tool's) message"
+TEACHER_FORM = "the teacher's answer: text, or one chat message {role, content}"
+
+
+def teacher_text(value: Any) -> str:
+    """Text of a teacher answer, given as text or as one chat message.
+
+    Raises:
+        ValueError: the value is neither, or the text is empty.
+    """
+    problem = teacher_problem(value)
+    if problem is not None:
+        raise ValueError(f"the teacher's answer {problem}; expected {TEACHER_FORM}")
+    return value["content"] if isinstance(value, dict) else value
+
+
+def teacher_problem(value: Any) -> str | None:
+    """What is wrong with a teacher answer ("is null"), or None."""
+    if isinstance(value, dict):
+        if "content" not in value:
+            return f"is a message without content (keys {sorted(value)})"
+        value = value["content"]
+    if value is None:
+        return "is null"
+    if not isinstance(value, str):
+        return f"is of type {type(value).__name__}, not text"
+    if not value.strip():
+        return "holds only whitespace" if value else "is empty"
+    return None
+
+
+def prompt_problem(messages: Any) -> str | None:
+    """What is wrong with the messages of a prompt, or None."""
+    if messages is None:
+        return "is null"
+    if not isinstance(messages, list):
+        return f"is of type {type(messages).__name__}, not a list of messages"
+    if not messages:
+        return "is an empty list"
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"has a message (number {position}) of type {type(message).__name__}, not {{role, content}}"
+        for key in ("role", "content"):
+            if message.get(key) is None:
+                return f"has a message (number {position}) without {key}"
+    last = messages[-1]["role"]
+    return None if last in ("user", "tool") else f"ends with a message of role {last!r}"
+
+
+def check_data_file(path: str | Path, prompt_key: str, teacher_key: str | None) -> int:
+    """Number of rows of a data file whose rows are all usable.
+
+    Args:
+        path: .parquet, .json or .jsonl; ``~`` is the home folder.
+        prompt_key: column with the prompt's messages.
+        teacher_key: column with the teacher's answer; None: not looked at.
+
+    Raises:
+        ValueError: what is wrong, with file, row (counted from 0), value and fix.
+    """
+    rows, problems = data_file_problems(path, prompt_key, teacher_key)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return rows
+
+
+def find_teacher(paths: Iterable[str | Path], teacher_key: str, text: str) -> str:
+    """ "FILE, row N" (counted from 0) of the first row whose teacher answer is ``text``, for an error message."""
+    for file in map(Path, paths):
+        batches = (
+            _parquet_columns(file, [teacher_key]) if file.suffix == ".parquet" else _json_columns(file, [teacher_key])
+        )
+        for row, value in enumerate(value for _, values in batches for value in values):
+            if teacher_problem(value) is None and teacher_text(value) == text:
+                return f"{file}, row {row}"
+    raise AssertionError("the text was read from one of these files")
+
+
+def data_file_problems(path: str | Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[str]]:
+    """Rows of a data file and its problems: the file's own, else the first bad row of each kind."""
+    file = Path(path).expanduser()
+    try:
+        return _scan(file, prompt_key, teacher_key)
+    except (ValueError, OSError) as error:
+        return 0, [f"{file}: {error}"]
+
+
+def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[str]]:
+    keys = [prompt_key] if teacher_key is None else [prompt_key, teacher_key]
+    if not file.exists():
+        raise ValueError("no such file. Fix: correct the path")
+    if not file.is_file():
+        raise ValueError("is a folder. Fix: name the files in it, as a list: '[a.parquet,b.parquet]'")
+    if file.suffix not in (".parquet", ".json", ".jsonl"):
+        raise ValueError(f"unknown ending {file.suffix!r}. Fix: convert it to .parquet, .json or .jsonl")
+    if file.stat().st_size == 0:
+        raise ValueError("the file is empty (0 bytes; download or conversion cut off?). Fix: write it again")
+    batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
+    rows, found = 0, _Findings()
+    for prompts, teachers in batches:
+        for row, value in enumerate(prompts, start=rows):
+            if (problem := prompt_problem(value)) is not None:
+                found.add(prompt_key, problem, row)
+        for row, value in enumerate(teachers if teacher_key is not None else (), start=rows):
+            if (problem := teacher_problem(value)) is not None:
+                found.add(str(teacher_key), problem, row)
+        rows += len(prompts)
+    if rows == 0:
+        raise ValueError("holds 0 rows, expected at least one. Fix: write it again with data")
+    forms = {prompt_key: PROMPT_FORM, teacher_key: TEACHER_FORM}
+    return rows, [f"{file}, {line}; expected {forms[key]}. Fix: repair or drop the row" for key, line in found.lines()]
+
+
+class _Findings:
+    """First row and number of rows of every kind of problem."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def add(self, key: str, problem: str, row: int) -> None:
+        first, count = self._found.get((key, problem), (row, 0))
+        self._found[key, problem] = (first, count + 1)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        for (key, problem), (row, count) in self._found.items():
+            more = f" ({count} such rows)" if count > 1 else ""
+            yield key, f"row {row}: column {key!r} {problem}{more}"
+
+
+def _missing_columns(keys: Iterable[str], columns: Iterable[str]) -> str:
+    columns = list(columns)
+    missing = " and ".join(repr(key) for key in keys if key not in columns)
+    return (
+        f"has no column {missing}; it has {', '.join(map(repr, columns))}. "
+        "Fix: set data.prompt_key and data.teacher_key to the columns that hold the messages and the teacher's answer"
+    )
+
+
+def _parquet_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
+    """(first column, last column) of ``keys`` as lists, ``BATCH_ROWS`` rows at a time."""
+    try:
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            columns = parquet.schema_arrow.names
+            if not set(keys) <= set(columns):
+                raise ValueError(_missing_columns(keys, columns))
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
+                yield batch.column(keys[0]).to_pylist(), batch.column(keys[-1]).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"is not a readable parquet file ({error}). Fix: write it again") from None
+
+
+def _json_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
+    """The same for one JSON object per line, or one JSON list of objects; the columns are those of the first row."""
+    columns: list[str] = []
+    first: list[Any] = []
+    last: list[Any] = []
+    for number, row in enumerate(_json_rows(file)):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is of type {type(row).__name__}, not an object. Fix: write it again")
+        columns = columns or list(row)
+        if not set(keys) <= set(columns):
+            raise ValueError(_missing_columns(keys, columns))
+        first.append(row.get(keys[0]))
+        last.append(row.get(keys[-1]))
+        if len(first) == BATCH_ROWS:
+            yield first, last
+            first, last = [], []
+    yield first, last
+
+
+def _json_rows(file: Path) -> Iterator[Any]:
+    with file.open(encoding="utf-8") as lines:
+        start = lines.read(64).lstrip()[:1]
+        lines.seek(0)
+        if start == "[":
+            try:
+                yield from json.load(lines)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"is not valid JSON ({error}). Fix: write it again") from None
+            return
+        for number, line in enumerate(line for line in lines if line.strip()):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"row {number} is not valid JSON ({error}). Fix: repair or drop the line") from None
