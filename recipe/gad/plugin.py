@@ -1,19 +1,21 @@
 """Lays our ``verl/`` tree over the installed verl wheel, module by module.
 
 verl imports this module through the ``verl.plugins`` entry point at the end of ``import verl``, in every process. It
-installs one finder on ``sys.meta_path``: for a module whose file exists in our tree, the stock file (if there is one) is
-executed first and ours second, in the SAME namespace. A patch file therefore holds only what it adds or redefines, and
-stock code that refers to a redefined name sees ours. DELTA.md lists every file.
+installs one finder on ``sys.meta_path``: for a module whose file exists in our tree, the stock file (if there is one)
+is executed first and ours second, in the SAME namespace. A patch file therefore holds only what it adds or redefines,
+and stock code that refers to a redefined name sees ours. DELTA.md lists every file.
 
 verl logs a plugin that fails to load at DEBUG level only, so everything that can go wrong here is printed to stderr.
 """
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import functools
+import importlib
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -28,75 +30,82 @@ def overlay_root() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "verl"
 
 
-def overlay_file(fullname: str) -> Path | None:
-    """Our file for the module ``fullname`` ("verl.trainer.ppo.core_algos"), or None if the delta has none."""
-    parts = fullname.split(".")
-    if parts[0] != "verl" or len(parts) == 1:
-        return None
-    base = overlay_root().joinpath(*parts[1:])
-    for candidate in (base / "__init__.py", base.with_suffix(".py")):
-        if candidate.is_file():
-            return candidate
-    return None
+@functools.cache
+def overlay_files() -> dict[str, Path]:
+    """Our file for each module of the delta, by module name; a folder without ``__init__.py`` stands for itself."""
+    root = overlay_root()
+    files: dict[str, Path] = {}
+    for file in root.rglob("*.py"):
+        *folders, stem = file.relative_to(root).with_suffix("").parts
+        for depth in range(1, len(folders) + 1):
+            files.setdefault(".".join(("verl", *folders[:depth])), root.joinpath(*folders[:depth]))
+        files[".".join(("verl", *folders) if stem == "__init__" else ("verl", *folders, stem))] = file
+    return files
 
 
-def stock_spec(fullname: str, path=None) -> importlib.machinery.ModuleSpec | None:
-    """Spec of the module in the installed wheel, our finder left out."""
-    return importlib.machinery.PathFinder.find_spec(fullname, path)
+def stock_spec(fullname: str, path: Sequence[str] | None = None) -> ModuleSpec | None:
+    """Spec of the module in the installed wheel; our finder and our tree are left out."""
+    if path is not None:
+        path = [entry for entry in path if not Path(entry).is_relative_to(overlay_root())]
+    return PathFinder.find_spec(fullname, path)
 
 
-class OverlayLoader(importlib.abc.InspectLoader):
+class OverlayLoader(InspectLoader):
     """Executes the stock file (if any), then ours, in one namespace."""
 
-    def __init__(self, ours: Path, stock: importlib.machinery.ModuleSpec | None):
+    def __init__(self, ours: Path, stock: ModuleSpec | None):
         self.ours = ours
         self.stock = stock
-
-    def _code(self, fullname: str) -> CodeType:
-        return compile(self.ours.read_bytes(), str(self.ours), "exec", dont_inherit=True)
 
     def get_source(self, fullname: str) -> str:
         return self.ours.read_text(encoding="utf-8")
 
     def get_code(self, fullname: str) -> CodeType:
-        return self._code(fullname)
+        return compile(self.ours.read_bytes(), str(self.ours), "exec", dont_inherit=True)
 
     def is_package(self, fullname: str) -> bool:
         return self.ours.name == "__init__.py"
 
     def exec_module(self, module: ModuleType) -> None:
+        names = vars(module)
         try:
             if self.stock is not None and self.stock.loader is not None:
                 self.stock.loader.exec_module(module)
-            exec(self._code(module.__name__), module.__dict__)
+            exported = names.get("__all__", ())
+            exec(self.get_code(module.__name__), names)
+            if exported:  # `import *` keeps what the stock module exports
+                names["__all__"] = list(dict.fromkeys([*exported, *names["__all__"]]))
         except Exception:
             print(f"verl-gad: executing the overlay {self.ours} failed:", file=sys.stderr)
             traceback.print_exc()
             raise
 
 
-class OverlayFinder(importlib.abc.MetaPathFinder):
+class OverlayFinder(MetaPathFinder):
     """Finds the modules of the delta; everything else is left to the finders behind it."""
 
-    def find_spec(self, fullname, path=None, target=None):
-        ours = overlay_file(fullname)
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target=None) -> ModuleSpec | None:
+        ours = overlay_files().get(fullname)
         if ours is None:
             return None
         stock = stock_spec(fullname, path)
-        if stock is not None and stock.origin is None:  # a folder of ours seen as a namespace portion, not a stock module
-            stock = None
+        if ours.is_dir():  # without an __init__.py: the stock package, else a namespace of our modules
+            if stock is not None:
+                return None
+            spec = ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = [str(ours)]
+            return spec
         is_package = ours.name == "__init__.py"
         if stock is not None and is_package != (stock.submodule_search_locations is not None):
             raise ImportError(
                 f"{ours} does not fit the stock module {stock.origin}: one is a package, the other a plain module"
             )
-        spec = importlib.util.spec_from_loader(fullname, OverlayLoader(ours, stock), is_package=is_package)
-        assert spec is not None
-        spec.origin = stock.origin if stock is not None else str(ours)
+        origin = stock.origin if stock is not None and stock.origin else str(ours)
+        spec = ModuleSpec(fullname, OverlayLoader(ours, stock), origin=origin, is_package=is_package)
         spec.has_location = True
         if is_package:
-            stock_locations = list(stock.submodule_search_locations or []) if stock is not None else []
-            spec.submodule_search_locations = [*stock_locations, str(ours.parent)]
+            locations = stock.submodule_search_locations if stock is not None else None
+            spec.submodule_search_locations = [*(locations or ()), str(ours.parent)]
         return spec
 
 
@@ -119,9 +128,9 @@ def install() -> None:
             f"verl-gad lays its changes over verl {VERL_VERSION}, but verl {found} is installed. "
             f"Fix: pip install verl=={VERL_VERSION}"
         )
-    root = overlay_root()
-    names = (".".join(("verl", *file.relative_to(root).with_suffix("").parts)) for file in root.rglob("*.py"))
-    early = sorted({name.removesuffix(".__init__") for name in names} & set(sys.modules))
+    if not overlay_files():
+        raise ImportError(f"verl-gad: no module found under {overlay_root()}. Fix: install verl-gad again")
+    early = sorted(name for name, file in overlay_files().items() if file.is_file() and name in sys.modules)
     if early:
         raise ImportError(
             f"verl-gad: {', '.join(early)} were imported before the overlay was active. "
