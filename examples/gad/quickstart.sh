@@ -62,22 +62,61 @@ echo "== problem: a stochastic teacher with a style of its own, and a small stud
 mkdir -p "$out"
 python3 -m recipe.gad.toy build --out "$out/problem" --seed "$seed"
 
+warmup_steps=30 gad_steps=100
 common=(
-  --device cpu --train_files "$out/problem/train.parquet" --val_files "$out/problem/val.parquet"
+  --device cpu
+  --train_files "$out/problem/train.parquet"
+  --val_files "$out/problem/val.parquet"
 )
 hydra=(
-  data.train_batch_size=32 data.max_prompt_length=16 data.max_response_length=12 data.seed="$seed"
-  actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=1.0
+  data.train_batch_size=32
+  data.max_prompt_length=16
+  data.max_response_length=12
+  data.seed="$seed"
+  actor_rollout_ref.rollout.seed="$seed"
+  actor_rollout_ref.rollout.n=8
+  actor_rollout_ref.rollout.temperature=1.0
   actor_rollout_ref.rollout.val_kwargs.temperature=1.0
-  critic.optim.lr=1e-3 critic.optim.clip_grad=1.0 actor_rollout_ref.actor.optim.clip_grad=1.0
-  gad.poll_interval=0.02 "trainer.logger=[file]"
+  actor_rollout_ref.actor.optim.clip_grad=1.0
+  critic.fsdp.seed="$seed"
+  critic.optim.clip_grad=1.0
+  gad.poll_interval=0.02
+  trainer.total_epochs=100
+  trainer.test_freq=10
+  "trainer.logger=[file]"
 )
-run() { # run STAGE LOG ARGS...: the full log goes to a file, a progress line to the terminal
-  local stage=$1 log=$2; shift 2
-  mkdir -p "$(dirname "$log")"
-  echo "== $stage (full log: $log)"
-  bash "$here/run_$stage.sh" "$@" > "$log" 2>&1 &
+
+run() { # run STAGE STEPS FLAGS_AND_OVERRIDES...: progress on the terminal, everything else in the stage's log
+  local stage=$1 steps=$2 dir="$out/$1$suffix"; shift 2
+  mkdir -p "$out/logs"
+  local log="$out/logs/$stage$suffix.log"
+  echo "== $stage: $steps steps (log: $log)"
+  bash "$here/run_$stage.sh" "${common[@]}" --output_dir "$dir" "$@" trainer.total_training_steps="$steps" > "$log" 2>&1 &
   local pid=$!
-  python3 -m recipe.gad.toy progress --metrics "$out/$stage/metrics.jsonl" --pid "$pid" || true
-  wait "$pid" || { tail -n 30 "$log" >&2; fail "$stage stopped; its log is $log"; }
+  trap 'kill "$pid" 2>/dev/null; wait "$pid" 2>/dev/null; exit 130' INT TERM
+  python3 -m recipe.gad.toy progress --metrics "$dir/metrics.jsonl" --pid "$pid" --steps "$steps"
+  if ! wait "$pid"; then
+    grep -E "^error: " "$log" >&2 || tail -n 30 "$log" >&2
+    fail "$stage stopped; its whole log is $log"
+  fi
+  trap - INT TERM
 }
+
+suffix=""
+run warmup "$warmup_steps" --model "$out/problem/model" "${hydra[@]}" \
+  actor_rollout_ref.actor.optim.lr=3e-4 critic.optim.lr=2e-3 trainer.save_freq="$warmup_steps"
+discriminator_lr=2e-3
+if [ "$control" = frozen_d ]; then suffix="-frozen_d" discriminator_lr=0; fi
+run gad "$gad_steps" --warmup_dir "$out/warmup" "${hydra[@]}" \
+  actor_rollout_ref.actor.optim.lr=1.5e-4 critic.optim.lr="$discriminator_lr" trainer.save_freq=50
+
+echo "== what happened"
+python3 -m recipe.gad.toy report --warmup_dir "$out/warmup" --gad_dir "$out/gad$suffix" --out "$out/curves$suffix.png"
+cat <<DONE
+
+checkpoints  $out/warmup/global_step_*  and  $out/gad$suffix/global_step_*
+metrics      $out/warmup/metrics.jsonl  and  $out/gad$suffix/metrics.jsonl
+samples      $out/warmup/val_samples/  and  $out/gad$suffix/val_samples/  (one file per validation)
+logs         $out/logs/
+picture      $out/curves$suffix.png
+DONE

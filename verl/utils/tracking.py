@@ -25,19 +25,26 @@ class FileLogger(_StockFileLogger):
         super().__init__(project_name, experiment_name)
 
     def log(self, data, step):
-        if self._previous is not None:
-            self._restore(step)
-            self._previous = None
-        super().log(data, step)
+        if self._previous is None or self._restore(step, is_training_step="training/global_step" in data):
+            super().log(data, step)
 
-    def _restore(self, first_step: int) -> None:
+    def _restore(self, step: int, is_training_step: bool) -> bool:
+        """Put the interrupted run's lines before this first one; False if its own line of ``step`` stands.
+
+        A resumed run starts with a validation at its checkpoint's step, which the interrupted run has logged whole.
+        """
         assert self._previous is not None
-        if not self._previous.exists():
-            return
-        lines = [line for line in self._previous.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        previous, self._previous = self._previous, None
+        if not previous.exists():
+            return True
+        lines = [line for line in previous.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        steps = [json.loads(line)["step"] for line in lines]
+        stands = not is_training_step and step in steps
+        kept = [line for line, s in zip(lines, steps, strict=True) if s < step or (stands and s == step)]
         restored = Path(f"{self.filepath}.tmp")
-        restored.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] < first_step))
+        restored.write_bytes(b"".join(kept))
         self.fp.close()
         os.replace(restored, self.filepath)
         self.fp = open(self.filepath, "ab", buffering=0)
-        self._previous.unlink()
+        previous.unlink()
+        return not stands
