@@ -59,7 +59,7 @@ absolute() { # relative local paths become absolute; hub ids and URLs stay
   esac
 }
 
-# launch STAGE [KEY=VALUE ...]: the stage's overrides, then the flags', then the user's
+# launch STAGE [KEY=VALUE ...]: the stage's overrides, then the flags', then the user's. The last thing a script does.
 launch() {
   local stage=$1; shift
   [ -n "$MODEL" ] || fail "--model is missing: the student's Hugging Face folder or hub id"
@@ -98,5 +98,5 @@ launch() {
   "$PYTHON" -c 'import recipe.gad.plugin' 2>/dev/null || fail "verl-gad is not installed for $PYTHON; run: pip install -e $(dirname "${BASH_SOURCE[0]}")/../.."
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ -z "$CUDA_VISIBLE_DEVICES" ]; then unset CUDA_VISIBLE_DEVICES; fi # empty kills Ray
   env "${environment[@]}" "$PYTHON" -m recipe.gad.check --config-name gad_trainer "${overrides[@]}"
-  env "${environment[@]}" "${command[@]}"
+  exec env "${environment[@]}" "${command[@]}" # a signal to this script reaches the trainer
 }

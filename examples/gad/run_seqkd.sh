@@ -9,6 +9,7 @@ usage() {
 }
 
 parse_flags "$@"
+[ -z "$WARMUP_DIR$RESUME_STEP" ] || fail "--warmup_dir and --resume_step belong to run_gad.sh"
 launch seqkd \
   gad.actor_objective=imitation \
   critic.enable=False \

@@ -10,6 +10,7 @@ usage() {
 }
 
 parse_flags "$@"
+[ -z "$WARMUP_DIR$RESUME_STEP" ] || fail "--warmup_dir and --resume_step belong to run_gad.sh"
 launch warmup \
   gad.actor_objective=imitation \
   actor_rollout_ref.actor.use_kl_loss=False \

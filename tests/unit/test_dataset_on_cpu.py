@@ -29,7 +29,7 @@ def tokenizer():
 def parquet(tmp_path):
     """Function that writes rows (defaults: the table above) to a file and returns its path."""
 
-    def parquet(name="data.parquet", teacher=lambda text: text, indices=range(len(PROMPTS)), **columns):
+    def parquet(name="data.parquet", teacher=lambda text: text, indices=(0, 1, 2, 3, 4), **columns):
         rows = [
             {"content": [{"role": "user", "content": PROMPTS[i]}], "teacher_response": teacher(ANSWERS[i])}
             | {column: value(i) for column, value in columns.items()}
@@ -82,9 +82,10 @@ def test_the_overlay_is_what_verl_loads():
 
 
 def test_columns_of_the_file_win_over_what_is_filled_in(tokenizer, parquet, tmp_path):
-    path = parquet(data_source=lambda i: f"source {i}", reward_model=lambda i: {"style": "rule", "ground_truth": str(i)})
+    reward = {"style": "rule", "ground_truth": "42"}
+    path = parquet(data_source=lambda i: f"source {i}", reward_model=lambda i: reward)
     row = RLHFDataset(path, tokenizer, config(tmp_path))[3]
-    assert row["data_source"] == "source 3" and row["reward_model"] == {"style": "rule", "ground_truth": "3"}
+    assert row["data_source"] == "source 3" and row["reward_model"] == reward
 
 
 def test_another_teacher_column_is_read(tokenizer, parquet, tmp_path):
@@ -117,10 +118,11 @@ def test_long_answers_are_cut_and_counted(tokenizer, parquet, tmp_path, capsys, 
     assert expected in capsys.readouterr().out
 
 
-def test_a_long_answer_with_truncation_error_names_row_and_files(tokenizer, parquet, tmp_path):
-    path = parquet()
-    with pytest.raises(ValueError, match=r"(?s)row 0 .*data\.parquet.* 9 tokens .*max_response_length=8"):
-        RLHFDataset(path, tokenizer, config(tmp_path, max_response_length=8))
+def test_a_long_answer_with_truncation_error_names_file_and_row(tokenizer, parquet, tmp_path):
+    """The row of the file, not of what is left after filtering: row 2 of two.parquet has a long prompt."""
+    files = [parquet("one.parquet", indices=[2, 3]), parquet("two.parquet", indices=[3, 4, 2, 0])]
+    with pytest.raises(ValueError, match=r"(?s)two\.parquet, row 3: .* 9 tokens .*max_response_length=8"):
+        RLHFDataset(files, tokenizer, config(tmp_path, max_response_length=8, max_prompt_length=10))
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_ties_count_one_half():
 @pytest.mark.parametrize(
     ("student", "teacher", "student_mask", "teacher_mask", "message"),
     [
-        ((2, 3), (2, 3), [[1, 1, 0], [0, 0, 0]], [[1, 0, 0], [1, 0, 0]], r"student mask selects no token in rows \[1\]"),
+        ((2, 2), (2, 2), [[1, 1], [0, 0]], [[1, 0], [1, 0]], r"student mask selects no token in rows \[1\]"),
         ((1, 2), (1, 2), [[1, 1]], [[0, 0]], r"teacher mask selects no token in rows \[0\]"),
         ((1, 2), (1, 2), [[1, 1, 1]], [[1, 1]], "student_vpreds has shape .* but its mask"),
         ((1, 2), (1, 2), [[1, 1]], [[1]], "teacher_vpreds has shape .* but its mask"),
@@ -236,13 +236,16 @@ def sft_by_hand(mode, rows, dp_size=1, tokens=None, sequences=None, scale=None):
     """The aggregation modes written out over lists of token losses."""
     tokens = sum(map(len, rows)) if tokens is None else tokens
     sequences = len(rows) if sequences is None else sequences
-    return dp_size * {
-        "token-mean": sum(map(sum, rows)) / tokens,
-        "token-sum": sum(map(sum, rows)),
-        "seq-mean-token-sum": sum(map(sum, rows)) / sequences,
-        "seq-mean-token-mean": sum(sum(row) / len(row) for row in rows) / sequences,
-        "seq-mean-token-sum-norm": sum(map(sum, rows)) / sequences / (scale or MASK.shape[1]),
-    }[mode]
+    return (
+        dp_size
+        * {
+            "token-mean": sum(map(sum, rows)) / tokens,
+            "token-sum": sum(map(sum, rows)),
+            "seq-mean-token-sum": sum(map(sum, rows)) / sequences,
+            "seq-mean-token-mean": sum(sum(row) / len(row) for row in rows) / sequences,
+            "seq-mean-token-sum-norm": sum(map(sum, rows)) / sequences / (scale or MASK.shape[1]),
+        }[mode]
+    )
 
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

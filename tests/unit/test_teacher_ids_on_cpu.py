@@ -22,8 +22,8 @@ TURNS = "{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}\n{% 
 """A template up to the end of an assistant turn."""
 REST = "{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
 GEMMA = (
-    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 TEXTS = [
     "hello world",
@@ -92,7 +92,8 @@ def test_end_of_turn_comes_from_the_template(byte_tokenizer, caplog, template, s
 def test_stop_tokens_of_generation_config_count_whatever_they_are_called(byte_tokenizer, tmp_path, caplog, token):
     """Gemma's turns end with a token that only generation_config.json lists, and whose name holds the word turn."""
     template = GEMMA.replace("<end_of_turn>", token)
-    tokenizer = byte_tokenizer(template, ("<bos>", "<eos>", "<pad>", "<start_of_turn>", token), eos="<eos>", pad="<pad>")
+    specials = ("<bos>", "<eos>", "<pad>", "<start_of_turn>", token)
+    tokenizer = byte_tokenizer(template, specials, eos="<eos>", pad="<pad>")
     tokenizer.save_pretrained(tmp_path)
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(token)]
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {stops}}}')

@@ -1,0 +1,353 @@
+"""The launch scripts of examples/gad: flags, messages, and the commands they print, composed on verl's config."""
+
+import dataclasses
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "examples/gad"
+LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_pipeline.sh"]
+STAGES = ["seqkd", "warmup", "gad"]
+FLAGS = "--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device --dry-run".split()
+
+
+def sh(script, *arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        ["bash", str(SCRIPTS / script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+class Command:
+    """One printed command: its environment and its Hydra overrides."""
+
+    def __init__(self, line):
+        words = shlex.split(line)
+        start = words.index(sys.executable)
+        assert words[0] == "env" and words[start + 1 : start + 3] == ["-m", "verl.trainer.main_ppo"]
+        assert words[start + 3 : start + 5] == ["--config-path", "pkg://recipe.gad.config"]
+        assert words[start + 5] == "--config-name"
+        self.environment = dict(word.split("=", 1) for word in words[1:start])
+        self.name, self.overrides = words[start + 6], words[start + 7 :]
+
+    def compose(self):
+        """The configuration, in struct mode: a key that verl does not have is an error."""
+        with initialize_config_module(config_module="recipe.gad.config", version_base=None):
+            return compose(self.name, overrides=self.overrides)
+
+
+def dry_run(script, *arguments, flags=("--model", "org/student", "--train_files", "/data/train.parquet"), **options):
+    """The commands that a script prints."""
+    done = sh(script, "--dry-run", *flags, *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return [Command(line) for line in done.stdout.splitlines()]
+
+
+def stage_config(stage, *arguments):
+    (command,) = dry_run(f"run_{stage}.sh", *arguments)
+    return command.compose()
+
+
+# ---------------------------------------------------------------------- flags and messages
+
+
+def test_every_script_is_known_to_these_tests():
+    assert {file.name for file in SCRIPTS.glob("*.sh")} == {"common.sh", "quickstart.sh", *LAUNCHERS}
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_every_flag(script, flag):
+    done = sh(script, flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {script}")
+    assert [name for name in FLAGS if f"  {name}" not in done.stdout] == []
+    assert ("--warmup_dir" in done.stdout) == (script == "run_gad.sh")
+
+
+def test_help_of_the_quickstart():
+    done = sh("quickstart.sh", "--help")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: quickstart.sh")
+
+
+GOOD = ["--model", "m", "--train_files", "t"]
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modle", "x"], "unknown flag --modle"),
+        (["--model"], "--model needs a value"),
+        (["--train_files", "t"], "--model is missing"),
+        (["--model", "m"], "--train_files is missing"),
+        ([*GOOD, "--device", "tpu"], "--device must be gpu or cpu, got tpu"),
+    ],
+    ids=["unknown flag", "no value", "no model", "no data", "device"],
+)
+def test_mistakes_exit_2_with_the_message_on_stderr(script, arguments, message):
+    done = sh(script, "--dry-run", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("run_gad.sh", [*GOOD, "--resume_step", "5"], "--warmup_dir, which is missing"),
+        ("run_gad.sh", ["--warmup_dir", "w", "--model", "m"], "drop --model and --reward_model"),
+        ("run_pipeline.sh", [*GOOD, "--warmup_dir", "w"], "belong to run_gad.sh"),
+        ("run_pipeline.sh", [*GOOD, "--resume_step", "5"], "belong to run_gad.sh"),
+        ("quickstart.sh", ["--speed", "1"], "unknown argument --speed"),
+        ("quickstart.sh", ["--seed"], "--seed needs a value"),
+        ("quickstart.sh", ["--seed", "x1"], "--seed must be a whole number"),
+        ("quickstart.sh", ["--control", "other"], "--control knows frozen_d"),
+    ],
+)
+def test_flags_that_do_not_go_together(script, arguments, message):
+    done = sh(script, *arguments)
+    assert done.returncode == 2 and done.stdout == "" and message in done.stderr
+
+
+def test_no_secrets_or_foreign_paths_in_what_we_ship():
+    shipped = [*SCRIPTS.iterdir(), *(ROOT / "recipe/gad/config").rglob("*.yaml")]
+    pattern = re.compile(r"(?i)(api[_-]?key|secret|password|passwd|bearer |hf_[a-z0-9]{20}|wandb_|/home/\w|/mnt/|AKIA)")
+    assert [(file.name, hit[0]) for file in shipped for hit in pattern.finditer(file.read_text())] == []
+
+
+# ---------------------------------------------------------------------- composed commands
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_the_printed_command_composes(stage, device):
+    (command,) = dry_run(f"run_{stage}.sh", "--device", device, "--output_dir", "/out/a b", "--nnodes", "2")
+    config = command.compose()
+    assert config.gad.stage == stage
+    assert config.trainer.v1.trainer_mode == "gad"
+    assert config.trainer.nnodes == 2
+    assert config.trainer.default_local_dir == "/out/a b"
+    assert config.trainer.experiment_name == stage
+    assert config.actor_rollout_ref.model.path == config.critic.model.path == "org/student"
+    assert config.critic.model.tokenizer_path == "org/student"
+    assert config.data.train_files == config.data.val_files == "/data/train.parquet"
+    assert config.trainer.device == ("cpu" if device == "cpu" else "cuda")
+    assert config.actor_rollout_ref.rollout.name == ("hf" if device == "cpu" else "vllm")
+    expected = {"VERL_FILE_LOGGER_PATH": "/out/a b/metrics.jsonl", "VERL_FILE_LOGGER_APPEND": "1"}
+    expected |= {"VERL_PLATFORM": "cpu"} if device == "cpu" else {}
+    assert command.environment == expected
+    assert dict(config.ray_kwargs.ray_init.runtime_env.env_vars) == expected, "Ray workers of other nodes need them too"
+    assert all(isinstance(value, str) for value in config.ray_kwargs.ray_init.runtime_env.env_vars.values())
+
+
+def test_the_papers_setting():
+    config = stage_config("gad")
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, config.critic.ppo_mini_batch_size) == (256,) * 3
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (2048, 1536)
+    assert (rollout.prompt_length, rollout.response_length) == (2048, 1536)
+    assert (rollout.n, rollout.temperature, rollout.top_p, rollout.top_k) == (8, 0.8, 1.0, -1)
+    assert (actor.optim.lr, config.critic.optim.lr) == (1e-6, 1e-6)
+    assert (actor.optim.clip_grad, config.critic.optim.clip_grad) == (0.2, 0.2)
+    assert (actor.use_kl_loss, actor.kl_loss_coef, actor.kl_loss_type) == (True, 0.001, "low_var_kl")
+    assert (config.algorithm.adv_estimator, config.algorithm.use_kl_in_reward) == ("grpo", False)
+    assert (config.critic.enable, config.critic.ppo_epochs, actor.ppo_epochs) == (True, 1, 1)
+    assert (config.trainer.total_epochs, config.trainer.critic_warmup) == (2, 0)
+    assert config.gad.actor_objective == "policy_gradient" and actor.policy_loss.loss_mode == "vanilla"
+    assert config.critic.ppo_max_token_len_per_gpu >= (8 + 1) * (2048 + 1536), "a whole group fits"
+
+
+def test_warmup_and_seqkd_differ_from_gad_as_the_paper_says():
+    warmup, seqkd = stage_config("warmup"), stage_config("seqkd")
+    assert warmup.gad.actor_objective == seqkd.gad.actor_objective == "imitation"
+    assert (warmup.trainer.total_epochs, warmup.trainer.critic_warmup) == (1, 10)
+    assert (warmup.critic.enable, seqkd.critic.enable) == (True, False)
+    assert not warmup.actor_rollout_ref.actor.use_kl_loss and not seqkd.actor_rollout_ref.actor.use_kl_loss
+    assert (warmup.actor_rollout_ref.actor.optim.lr, seqkd.actor_rollout_ref.actor.optim.lr) == (1e-6, 5e-6)
+
+
+@pytest.mark.parametrize("separator", [[], ["--"]])
+def test_the_users_overrides_win(separator):
+    overrides = ["trainer.critic_warmup=3", "actor_rollout_ref.rollout.n=4", "trainer.experiment_name=mine"]
+    files = "data.train_files=[/a.parquet,/b.parquet]"
+    config = stage_config("warmup", "--exp_name", "other", *separator, *overrides, "device=cpu", files)
+    assert config.trainer.critic_warmup == 3 and config.actor_rollout_ref.rollout.n == 4
+    assert config.trainer.experiment_name == "mine" and config.actor_rollout_ref.rollout.name == "hf"
+    assert config.data.train_files == ["/a.parquet", "/b.parquet"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_the_pipeline_prints_its_three_stages(device):
+    flags = ["--exp_name", "try", "--output_dir", "/out", "--device", device]
+    commands = dry_run("run_pipeline.sh", *flags, "data.seed=5")
+    configs = [command.compose() for command in commands]
+    assert [config.gad.stage for config in configs] == STAGES
+    assert [config.trainer.default_local_dir for config in configs] == [f"/out/{stage}" for stage in STAGES]
+    assert [config.trainer.experiment_name for config in configs] == [f"try-{stage}" for stage in STAGES]
+    assert {config.data.seed for config in configs} == {5}
+    assert [config.actor_rollout_ref.model.path for config in configs[:2]] == ["org/student"] * 2
+    assert configs[2].actor_rollout_ref.model.path == "/out/warmup/global_step_N/actor/huggingface"
+    assert configs[2].critic.model.path == "/out/warmup/global_step_N/critic/huggingface"
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_scripts_work_from_any_folder_and_make_paths_absolute(script, tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "train.parquet").touch()
+    flags = ["--model", "student", "--train_files", "train.parquet", "--val_files", "s3://bucket/val.parquet"]
+    for command in dry_run(script, "--output_dir", "out", flags=flags, cwd=tmp_path):
+        config = command.compose()
+        if "global_step_N" not in config.critic.model.path:
+            assert config.actor_rollout_ref.model.path == config.critic.model.path == f"{tmp_path}/student"
+        assert config.data.train_files == f"{tmp_path}/train.parquet"
+        assert config.data.val_files == "s3://bucket/val.parquet"
+        assert config.trainer.default_local_dir.startswith(f"{tmp_path}/out")
+        assert f"hydra.run.dir={config.trainer.default_local_dir}/hydra" in command.overrides
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["student", "train.parquet"], "a dry run writes nothing"
+
+
+# ---------------------------------------------------------------------- what a script runs
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> "$FAKE_LOG"
+case "$*" in
+  *recipe.gad.checkpoint*) echo "$FAKE_CHECKPOINT" ;;
+  *recipe.gad.check*) exit "${FAKE_CHECK:-0}" ;;
+  *main_ppo*) echo "platform ${VERL_PLATFORM:-unset}, devices ${CUDA_VISIBLE_DEVICES-unset}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Function that runs a script with a Python that only notes its arguments: (result, calls)."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+
+    def fake(script, *arguments, **environment):
+        log.write_text("")
+        settings = {"PYTHON": str(python), "FAKE_LOG": str(log), "FAKE_CHECKPOINT": "/w/global_step_7"}
+        return sh(script, *arguments, cwd=tmp_path, **settings, **environment), log.read_text().splitlines()
+
+    return fake
+
+
+def test_the_run_is_checked_and_then_started_with_the_same_overrides(fake):
+    done, calls = fake("run_warmup.sh", *GOOD, "--device", "cpu", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "platform cpu, devices unset\n", "Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES"
+    _, check, train = calls
+    prefix = "-m verl.trainer.main_ppo --config-path pkg://recipe.gad.config"
+    assert train == check.replace("-m recipe.gad.check", prefix)
+
+
+def test_a_failed_check_stops_the_run(fake):
+    done, calls = fake("run_warmup.sh", *GOOD, FAKE_CHECK="2")
+    assert done.returncode == 2 and not any("main_ppo" in call for call in calls)
+
+
+@pytest.mark.parametrize("step", [None, 7])
+def test_gad_starts_from_the_checkpoint_of_the_warmup(fake, step):
+    resume = [] if step is None else ["--resume_step", step]
+    done, calls = fake("run_gad.sh", "--warmup_dir", "w", "--train_files", "t", *resume)
+    assert done.returncode == 0, done.stderr
+    assert calls[0] == "-m recipe.gad.checkpoint resolve w" + ("" if step is None else " --step 7")
+    assert " actor_rollout_ref.model.path=/w/global_step_7/actor/huggingface " in calls[-1]
+    assert " critic.model.path=/w/global_step_7/critic/huggingface " in calls[-1]
+
+
+def test_the_pipeline_runs_its_stages_in_order_and_stops_at_the_first_failure(fake):
+    done, calls = fake("run_pipeline.sh", *GOOD, "--output_dir", "out")
+    assert done.returncode == 0, done.stderr
+    trained = [re.search(r"gad\.stage=(\w+)", call)[1] for call in calls if "main_ppo" in call]
+    assert trained == STAGES
+    assert any(re.search(r"recipe\.gad\.checkpoint resolve \S*out/warmup", call) for call in calls)
+    done, calls = fake("run_pipeline.sh", *GOOD, FAKE_CHECK="2")
+    assert done.returncode == 2
+    assert not any("gad.stage=warmup" in call for call in calls)
+
+
+# ---------------------------------------------------------------------- the configuration files
+
+
+def uncommented(text):
+    """Dotted leaf keys without a comment line above them, or above the block of plain leaves that they are in."""
+    missing, path, commented, previous = [], [], [], ""
+    blocks = yaml.safe_load(text) or {}
+    for line in text.splitlines():
+        match = re.match(r"( *)([A-Za-z_]\w*):(\s|$)", line)
+        if match and not line.lstrip().startswith("#"):
+            depth = len(match[1]) // 2
+            path[depth:], commented[depth:] = [match[2]], [previous.lstrip().startswith("#")]
+            value, parent = blocks, {}
+            for key in path:
+                parent, value = value, value[key]
+            plain_block = not any(isinstance(v, dict) for v in parent.values())
+            fine = commented[-1] or (len(path) > 1 and plain_block and commented[-2])
+            if not isinstance(value, dict) and path[0] not in ("hydra", "defaults") and not fine:
+                missing.append(".".join(path))
+        previous = line
+    return missing
+
+
+@pytest.mark.parametrize("file", ["gad_trainer.yaml", "device/cpu.yaml", "device/gpu.yaml"])
+def test_every_key_we_set_has_a_comment(file):
+    assert uncommented((ROOT / "recipe/gad/config" / file).read_text()) == []
+
+
+def test_the_comment_check_sees_missing_comments():
+    assert uncommented("a:\n  # c\n  b: 1\n\n  c: 2\n  d:\n    e: 3\n") == ["a.c", "a.d.e"]
+    assert uncommented("a:\n  # c\n  d:\n    e: 3\n    f: 4\n") == []
+
+
+OWN_KEYS = {"data.teacher_key"}
+"""Outside the ``gad`` group; read by verl/utils/dataset/rl_dataset.py."""
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("file", ["gad_trainer.yaml", "device/cpu.yaml"])
+def test_every_key_we_set_exists_in_verls_configuration(file):
+    ours = yaml.safe_load((ROOT / "recipe/gad/config" / file).read_text())
+    keys = [key for key in leaves(ours) if not key.startswith(("hydra.", "defaults", "gad.")) and key not in OWN_KEYS]
+    with initialize_config_module(config_module="verl.trainer.config", version_base=None):
+        stock = OmegaConf.to_container(compose("ppo_trainer"), resolve=False)
+
+    def exists(key):
+        node, parts = stock, key.split(".")
+        for depth, part in enumerate(parts):
+            if node in ({}, None):  # an open dictionary such as override_config
+                return True
+            if part not in node:
+                if parts[:depth] == ["ray_kwargs", "ray_init"]:
+                    return part in inspect.signature(ray.init).parameters
+                target = node.get("_target_")  # a field that verl's dataclass has and its YAML file leaves out
+                return target is not None and part in {field.name for field in dataclasses.fields(get_class(target))}
+            node = node[part]
+        return True
+
+    assert [key for key in keys if not exists(key)] == []
