@@ -96,9 +96,14 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     # ------------------------------------------------------------------ rollout and the teacher's rows
 
+    def prepare_step(self) -> dict:
+        self._submitted = {}
+        return {} if self.seqkd else super().prepare_step()
+
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         """Stock, after noting the order of the prompts and telling the reward function that D scores training rows."""
-        self._submitted = {uid: position for position, uid in enumerate(batch["uid"])}
+        for uid in batch["uid"]:
+            self._submitted[uid] = len(self._submitted)
         for extra_info in batch["extra_info"]:
             extra_info["scored_by_discriminator"] = True
         return super()._submit_batch_to_rollout(batch)
@@ -117,15 +122,20 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _add_teacher_rows(self, batch: KVBatchMeta, metrics: dict) -> None:
         """Put one teacher trajectory per prompt into TransferQueue, built from the prompt ids the students really got.
 
-        Every submitted prompt has a group, so the number of groups never changes: a missing student is a filler row of
-        weight 0, and a prompt without any student a whole group of them.
+        The number of groups never changes: a missing student is a filler row of weight 0, and a prompt whose rollouts
+        all failed is a whole group of them.
         """
-        groups = {uid: _Group(uid, self.rollout_n) for uid in self._submitted}
-        first_rows = {}
+        first_rows: dict[str, str] = {}
+        for key in batch.keys:
+            first_rows.setdefault(key.rsplit("_", 2)[0], key)
+        failed = [uid for uid in self._submitted if uid not in first_rows]
+        uids = [*first_rows, *failed][: self.config.data.train_batch_size]
+        groups = {uid: _Group(uid, self.rollout_n) for uid in uids}
         for key, tag in zip(batch.keys, batch.tags, strict=True):
-            group = groups[key.rsplit("_", 2)[0]]
-            group.students.append((key, tag["seq_len"]))
-            first_rows.setdefault(group.uid, key)
+            groups[key.rsplit("_", 2)[0]].students.append((key, tag["seq_len"]))
+        assert all(len(group.students) <= self.rollout_n for group in groups.values()), (
+            "an agent loop gave several outputs for one sample; D scores one answer per sample"
+        )
         data = tq.kv_batch_get(
             keys=list(first_rows.values()),
             partition_id=batch.partition_id,
@@ -295,9 +305,6 @@ class PPOTrainerGAD(PPOTrainerSync):
             del metrics[name]
 
     # ------------------------------------------------------------------ SeqKD
-
-    def prepare_step(self) -> dict:
-        return {} if self.seqkd else super().prepare_step()
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         """Stock; for SeqKD the teacher rows come straight from the data: nothing is sampled or scored."""
