@@ -290,4 +290,4 @@ def test_stock_grpo_with_the_plugin_logs_what_stock_verl_logs(runner, cpu_only_p
         for key, value in stock["data"].items():
             if not key.startswith(NOT_REPEATABLE):
                 # the stock trainer takes rows in order of arrival, so sums differ in the last digits from run to run
-                assert ours["data"][key] == pytest.approx(value, rel=1e-5, abs=1e-7, nan_ok=True), key
+                assert ours["data"][key] == pytest.approx(value, rel=1e-5, abs=1e-5, nan_ok=True), key

@@ -186,13 +186,15 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """D's score of every student answer, at its last response token, becomes ``values`` and ``rm_scores``."""
         scores = self.discriminator.compute_values(self._view(batch.keys, batch.tags))
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
+        fields = ["response_mask", "values"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
         real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]) & (offsets.diff() > 0)
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         token_scores[offsets[1:][real] - 1] = scores[real]
         nested = torch.nested.nested_tensor_from_jagged(token_scores, offsets)
-        fields = TensorDict({"values": nested, "rm_scores": nested.clone()}, batch_size=len(batch))
+        # `values` replaces what the workers have put there, (prompt + response), and keeps its dtype: the queue insists
+        fields = TensorDict({"values": nested.to(data["values"].dtype), "rm_scores": nested}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
         return batch
 
