@@ -60,7 +60,7 @@ export PYTHON=python3 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=
 
 echo "== problem: a stochastic teacher with a style of its own, and a small student that answers in another style"
 mkdir -p "$out"
-python3 -m recipe.gad.toy build --out "$out/problem" --seed "$seed"
+python3 -m recipe.gad.toy build --out "$out/problem" --seed "$seed" --n_val 128
 
 warmup_steps=30 gad_steps=100
 common=(
@@ -74,12 +74,11 @@ hydra=(
   data.max_response_length=12
   data.seed="$seed"
   actor_rollout_ref.rollout.seed="$seed"
-  actor_rollout_ref.rollout.n=8
+  actor_rollout_ref.rollout.n=4
   actor_rollout_ref.rollout.temperature=1.0
   actor_rollout_ref.rollout.val_kwargs.temperature=1.0
-  actor_rollout_ref.actor.optim.clip_grad=1.0
+  actor_rollout_ref.rollout.agent.num_workers=2
   critic.fsdp.seed="$seed"
-  critic.optim.clip_grad=1.0
   gad.poll_interval=0.02
   trainer.total_epochs=100
   trainer.test_freq=10

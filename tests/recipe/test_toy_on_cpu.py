@@ -19,7 +19,8 @@ CHAT = [{"role": "user", "content": "c a f"}, {"role": "assistant", "content": "
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory):
-    return toy.build_problem(tmp_path_factory.mktemp("toy") / "problem", seed=3, n_train=40, n_val=20)
+    """The quickstart's problem (seed 0), with fewer training rows."""
+    return toy.build_problem(tmp_path_factory.mktemp("toy") / "problem", n_train=40)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def fast_base(monkeypatch):
 
 def test_rows(problem):
     train, val = pd.read_parquet(problem / "train.parquet"), pd.read_parquet(problem / "val.parquet")
-    assert (len(train), len(val)) == (40, 20)
+    assert (len(train), len(val)) == (40, 192)
     for rows in (train, val):
         assert list(rows.columns) == ["content", "teacher_response", "data_source", "extra_info"]
         assert [info["index"] for info in rows["extra_info"]] == list(range(len(rows)))
@@ -44,7 +45,7 @@ def test_rows(problem):
             assert toy.letters_right([content[0]["content"]], [teacher]) == 1.0
             assert len(teacher.split()) + 1 <= toy.MAX_RESPONSE_LENGTH
     prompts = [{content[0]["content"] for content in rows["content"]} for rows in (train, val)]
-    assert len(prompts[1]) == 20 and not prompts[0] & prompts[1]
+    assert len(prompts[1]) == 192 and not prompts[0] & prompts[1]
 
 
 def test_longest_answer_fits():
@@ -84,7 +85,7 @@ def test_base_student_answers_in_its_own_style(problem):
     tokenizer = AutoTokenizer.from_pretrained(problem / "model")
     model = AutoModelForCausalLM.from_pretrained(problem / "model")
     val = pd.read_parquet(problem / "val.parquet")
-    chats = [content.tolist() for content in val["content"]] * 4
+    chats = [content.tolist() for content in val["content"]]
     rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     torch.manual_seed(0)
     tokens = model.generate(**rows, max_new_tokens=toy.MAX_RESPONSE_LENGTH, do_sample=True)[
@@ -93,7 +94,7 @@ def test_base_student_answers_in_its_own_style(problem):
     assert (tokens == tokenizer.eos_token_id).any(1).float().mean() > 0.9
     answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert toy.letters_right([chat[0]["content"] for chat in chats], answers) > 0.8
-    assert toy.closeness(answers, list(val["teacher_response"]) * 4) < 0.35
+    assert toy.closeness(answers, list(val["teacher_response"])) < 0.35
 
 
 def test_verl_tokenizes_the_prompt(problem):
