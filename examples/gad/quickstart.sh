@@ -62,14 +62,14 @@ echo "== problem: a stochastic teacher with a style of its own, and a small stud
 mkdir -p "$out"
 python3 -m recipe.gad.toy build --out "$out/problem" --seed "$seed" --n_val 128
 
-warmup_steps=30 gad_steps=100
+warmup_steps=30 gad_steps=110
 common=(
   --device cpu
   --train_files "$out/problem/train.parquet"
   --val_files "$out/problem/val.parquet"
 )
 hydra=(
-  data.train_batch_size=32
+  data.train_batch_size=16
   data.max_prompt_length=16
   data.max_response_length=12
   data.seed="$seed"
@@ -79,7 +79,6 @@ hydra=(
   actor_rollout_ref.rollout.val_kwargs.temperature=1.0
   actor_rollout_ref.rollout.agent.num_workers=2
   critic.fsdp.seed="$seed"
-  gad.poll_interval=0.02
   trainer.total_epochs=100
   trainer.test_freq=10
   "trainer.logger=[file]"
@@ -91,10 +90,14 @@ run() { # run STAGE STEPS FLAGS_AND_OVERRIDES...: progress on the terminal, ever
   local log="$out/logs/$stage$suffix.log"
   echo "== $stage: $steps steps (log: $log)"
   bash "$here/run_$stage.sh" "${common[@]}" --output_dir "$dir" "$@" trainer.total_training_steps="$steps" > "$log" 2>&1 &
-  local pid=$!
-  trap 'kill "$pid" 2>/dev/null; wait "$pid" 2>/dev/null; exit 130' INT TERM
-  python3 -m recipe.gad.toy progress --metrics "$dir/metrics.jsonl" --pid "$pid" --steps "$steps"
-  if ! wait "$pid"; then
+  local pid=$! bar
+  python3 -m recipe.gad.toy progress --metrics "$dir/metrics.jsonl" --pid "$pid" --steps "$steps" &
+  bar=$!
+  trap 'echo "stopping $stage"; kill "$pid" "$bar" 2>/dev/null; wait; exit 130' INT TERM
+  local status=0
+  wait "$pid" || status=$?
+  wait "$bar" || true
+  if [ "$status" != 0 ]; then
     grep -E "^error: " "$log" >&2 || tail -n 30 "$log" >&2
     fail "$stage stopped; its whole log is $log"
   fi
@@ -107,7 +110,7 @@ run warmup "$warmup_steps" --model "$out/problem/model" "${hydra[@]}" \
 discriminator_lr=2e-3
 if [ "$control" = frozen_d ]; then suffix="-frozen_d" discriminator_lr=0; fi
 run gad "$gad_steps" --warmup_dir "$out/warmup" "${hydra[@]}" \
-  actor_rollout_ref.actor.optim.lr=1.5e-4 critic.optim.lr="$discriminator_lr" trainer.save_freq=50
+  actor_rollout_ref.actor.optim.lr=2e-4 critic.optim.lr="$discriminator_lr" trainer.save_freq=50
 
 echo "== what happened"
 python3 -m recipe.gad.toy report --warmup_dir "$out/warmup" --gad_dir "$out/gad$suffix" --out "$out/curves$suffix.png"
