@@ -9,7 +9,7 @@ usage() {
 usage: quickstart.sh [--output_dir DIR] [--seed N] [--control frozen_d] [--venv DIR | --no_venv]
   --output_dir DIR     problem, checkpoints, metrics, samples and picture (default: outputs/quickstart)
   --seed N             the same seed gives the same numbers (default 0)
-  --control frozen_d   control run: the discriminator stays as the warmup left it, and the student hacks it
+  --control frozen_d   control run: the discriminator stays as the warmup left it; only d_acc falls freely
   --venv DIR           virtual environment to make or reuse (default: .venv in the repository)
   --no_venv            use the active Python, where verl-gad is installed with the cpu extra
 Needs Linux and Python 3.10-3.12; about 2 GB of packages. Everything else it makes by itself.
@@ -62,7 +62,7 @@ echo "== problem: a stochastic teacher with a style of its own, and a small stud
 mkdir -p "$out"
 python3 -m recipe.gad.toy build --out "$out/problem" --seed "$seed" --n_val 128
 
-warmup_steps=30 gad_steps=110
+warmup_steps=30 gad_steps=100
 common=(
   --device cpu
   --train_files "$out/problem/train.parquet"
@@ -88,6 +88,10 @@ run() { # run STAGE STEPS FLAGS_AND_OVERRIDES...: progress on the terminal, ever
   local stage=$1 steps=$2 dir="$out/$1$suffix"; shift 2
   mkdir -p "$out/logs"
   local log="$out/logs/$stage$suffix.log"
+  if [ "$(cat "$dir/latest_checkpointed_iteration.txt" 2>/dev/null)" = "$steps" ]; then
+    echo "== $stage: complete, reused ($dir)"
+    return
+  fi
   echo "== $stage: $steps steps (log: $log)"
   bash "$here/run_$stage.sh" "${common[@]}" --output_dir "$dir" "$@" trainer.total_training_steps="$steps" > "$log" 2>&1 &
   local pid=$! bar
@@ -104,13 +108,15 @@ run() { # run STAGE STEPS FLAGS_AND_OVERRIDES...: progress on the terminal, ever
   trap - INT TERM
 }
 
+# so small a model unlearns its task within steps when it is pulled hard: KL 0.1 to the warmup policy instead of 0.001
 suffix=""
 run warmup "$warmup_steps" --model "$out/problem/model" "${hydra[@]}" \
   actor_rollout_ref.actor.optim.lr=3e-4 critic.optim.lr=2e-3 trainer.save_freq="$warmup_steps"
 discriminator_lr=2e-3
 if [ "$control" = frozen_d ]; then suffix="-frozen_d" discriminator_lr=0; fi
 run gad "$gad_steps" --warmup_dir "$out/warmup" "${hydra[@]}" \
-  actor_rollout_ref.actor.optim.lr=2e-4 critic.optim.lr="$discriminator_lr" trainer.save_freq=50
+  actor_rollout_ref.actor.optim.lr=2e-4 actor_rollout_ref.actor.kl_loss_coef=0.1 \
+  critic.optim.lr="$discriminator_lr" trainer.save_freq=50
 
 echo "== what happened"
 python3 -m recipe.gad.toy report --warmup_dir "$out/warmup" --gad_dir "$out/gad$suffix" --out "$out/curves$suffix.png"
