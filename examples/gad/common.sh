@@ -13,7 +13,7 @@ Flags (before any Hydra override):
   --model PATH         student: Hugging Face folder or hub id
   --reward_model PATH  initial discriminator (default: the student)
   --train_files PATH   parquet with columns content (chat messages) and teacher_response
-  --val_files PATH     parquet of the same form for validation (default: the training file)
+  --val_files PATH     parquet of the same form for validation (default: 64 rows of the training file)
   --exp_name NAME      name of the run (default: the stage)
   --output_dir DIR     checkpoints, metrics.jsonl, val_samples (default: checkpoints/gad/NAME)
   --nnodes N           nodes of the Ray cluster (default 1)
@@ -85,6 +85,7 @@ launch() {
     trainer.validation_data_dir="$OUTPUT_DIR/val_samples"
     hydra.run.dir="$OUTPUT_DIR/hydra"
   )
+  [ -n "$VAL_FILES" ] || overrides+=(data.val_max_samples=64)
   local variable
   for variable in "${environment[@]}"; do # Ray workers on other nodes do not inherit this shell's environment
     overrides+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}='${variable#*=}'")

@@ -13,7 +13,7 @@ usage() {
 parse_flags "$@"
 [ -z "$WARMUP_DIR$RESUME_STEP" ] || fail "--warmup_dir and --resume_step belong to run_gad.sh; the pipeline runs its own warmup"
 base=${OUTPUT_DIR:-checkpoints/gad/${EXP_NAME:-pipeline}}
-flags=(--train_files "$TRAIN_FILES" --val_files "${VAL_FILES:-$TRAIN_FILES}" --nnodes "$NNODES" --device "$DEVICE")
+flags=(--train_files "$TRAIN_FILES" ${VAL_FILES:+--val_files "$VAL_FILES"} --nnodes "$NNODES" --device "$DEVICE")
 [ "$DRY_RUN" = 0 ] || flags+=(--dry-run)
 start=(--model "$MODEL" --reward_model "${REWARD_MODEL:-$MODEL}")
 run() { # run STAGE [flags ...]

@@ -183,6 +183,12 @@ def test_warmup_and_seqkd_differ_from_gad_as_the_paper_says():
     assert (warmup.actor_rollout_ref.actor.optim.lr, seqkd.actor_rollout_ref.actor.optim.lr) == (1e-6, 5e-6)
 
 
+def test_without_a_validation_file_a_few_training_rows_are_validated_on():
+    assert stage_config("gad").data.val_max_samples == 64
+    config = stage_config("gad", "data.val_max_samples=8")
+    assert config.data.val_max_samples == 8 and config.data.val_files == config.data.train_files
+
+
 @pytest.mark.parametrize("separator", [[], ["--"]])
 def test_the_users_overrides_win(separator):
     overrides = ["trainer.critic_warmup=3", "actor_rollout_ref.rollout.n=4", "trainer.experiment_name=mine"]
