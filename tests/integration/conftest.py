@@ -97,7 +97,7 @@ class LiveTrainer:
         return self.on_workers(collect)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: tests of other folders start from a process without Ray
 def ray_cluster():
     folder = tempfile.mkdtemp(prefix="gad-ray-", dir="/tmp")
     ray.init(
