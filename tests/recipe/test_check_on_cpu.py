@@ -668,7 +668,10 @@ def test_too_few_ray_cpus(config, monkeypatch):
             {"critic.model.override_config": {"attn_implementation": "flash_attention_2"}},
             ["critic.model.override_config.attn_implementation", "=sdpa"],
         ),
-        ({"critic.model.override_config": {}}, ["critic.model.override_config.attn_implementation", "=sdpa"]),
+        (
+            {"critic.model.override_config.attn_implementation": None},
+            ["critic.model.override_config.attn_implementation", "=sdpa"],
+        ),
         ({"ray_kwargs.ray_init.num_gpus": 0}, ["ray_kwargs.ray_init.num_gpus=0", "++ray_kwargs.ray_init.num_gpus=1"]),
         ({f"{MODEL}.lora_rank": 8}, [f"{MODEL}.lora.merge=False", f"Fix: {MODEL}.lora.merge=True"]),
     ],
