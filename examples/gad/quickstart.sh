@@ -9,7 +9,7 @@ usage() {
 usage: quickstart.sh [--output_dir DIR] [--seed N] [--control frozen_d] [--venv DIR | --no_venv]
   --output_dir DIR     problem, checkpoints, metrics, samples and picture (default: outputs/quickstart)
   --seed N             the same seed gives the same numbers (default 0)
-  --control frozen_d   control run: D stays as the warmup left it; its d_acc falls too, which proves nothing
+  --control frozen_d   control run: D stays as the warmup left it; d_acc falls further, closeness does not
   --venv DIR           virtual environment to make or reuse (default: .venv in the repository)
   --no_venv            use the active Python, where verl-gad is installed with the cpu extra
 Needs Linux and Python 3.10-3.12; about 2 GB of packages. Everything else it makes by itself.
