@@ -26,7 +26,7 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.config import CriticConfig
 from verl.workers.utils.losses import value_loss
 
-__all__ = ["DataParallelPPOCritic", "discriminator_loss", "last_token_scores", "largest_divisor"]
+__all__ = ["DataParallelPPOCritic", "data_parallel_size", "discriminator_loss", "last_token_scores", "largest_divisor"]
 
 SCORING_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask"]
 """What D reads of a trajectory; the other fields of a row do not travel to its workers."""
@@ -68,6 +68,13 @@ def largest_divisor(total: int, limit: int) -> int:
     return max(d for d in range(1, min(total, limit) + 1) if total % d == 0)
 
 
+def data_parallel_size(worker_group: Any, mesh_name: str) -> int:
+    """Data-parallel ranks of a worker group's mesh ("train" of a ``TrainingWorker``, "actor" of the actor's worker)."""
+    if mesh_name not in worker_group._dispatch_info:
+        worker_group._dispatch_info[mesh_name] = worker_group._query_dispatch_info(mesh_name)
+    return max(worker_group._dispatch_info[mesh_name]) + 1
+
+
 class DataParallelPPOCritic:
     """Scores and updates D through a critic worker group.
 
@@ -89,10 +96,8 @@ class DataParallelPPOCritic:
         return self.rollout_n + 1
 
     def data_parallel_size(self) -> int:
-        """Data-parallel ranks of the worker group."""
-        if "train" not in self.critic_wg._dispatch_info:
-            self.critic_wg._dispatch_info["train"] = self.critic_wg._query_dispatch_info("train")
-        return max(self.critic_wg._dispatch_info["train"]) + 1
+        """Data-parallel ranks that D runs on."""
+        return data_parallel_size(self.critic_wg, "train")
 
     # ------------------------------------------------------------------ scoring
 
@@ -101,9 +106,8 @@ class DataParallelPPOCritic:
 
         Args:
             batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt). The
-            workers
-                split them into micro-batches by critic.forward_micro_batch_size_per_gpu or, with dynamic batches, by
-                critic.forward_max_token_len_per_gpu.
+                workers split them into micro-batches by critic.forward_micro_batch_size_per_gpu or, with dynamic
+                batches, by critic.forward_max_token_len_per_gpu.
             compute_teacher: score the teacher's tensors instead of the students'.
 
         Returns:

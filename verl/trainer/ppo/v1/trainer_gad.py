@@ -33,10 +33,15 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 from verl.workers.actor.dp_actor import imitation_loss
-from verl.workers.critic.dp_critic import DataParallelPPOCritic, largest_divisor
+from verl.workers.critic.dp_critic import DataParallelPPOCritic, data_parallel_size, largest_divisor
 from verl.workers.rollout.teacher_trajectory import build_prompt_ids, build_teacher_trajectory
 
 __all__ = ["PPOTrainerGAD"]
+
+
+def _uid(key: str) -> str:
+    """The prompt of a student's row: keys are {uid}_{session}_{index}."""
+    return key.rsplit("_", 2)[0]
 
 
 class _Group:
@@ -127,12 +132,12 @@ class PPOTrainerGAD(PPOTrainerSync):
         """
         first_rows: dict[str, str] = {}
         for key in batch.keys:
-            first_rows.setdefault(key.rsplit("_", 2)[0], key)
+            first_rows.setdefault(_uid(key), key)
         failed = [uid for uid in self._submitted if uid not in first_rows]
         uids = [*first_rows, *failed][: self.config.data.train_batch_size]
         groups = {uid: _Group(uid, self.rollout_n) for uid in uids}
         for key, tag in zip(batch.keys, batch.tags, strict=True):
-            groups[key.rsplit("_", 2)[0]].students.append((key, tag["seq_len"]))
+            groups[_uid(key)].students.append((key, tag["seq_len"]))
         assert all(len(group.students) <= self.rollout_n for group in groups.values()), (
             "an agent loop gave several outputs for one sample; D scores one answer per sample"
         )
@@ -148,13 +153,16 @@ class PPOTrainerGAD(PPOTrainerSync):
             trajectory = build_teacher_trajectory(prompt_ids, torch.tensor(teacher_ids))
             groups[uid].teacher = (groups[uid].teacher[0], trajectory["input_ids"].numel())
             rows[groups[uid].teacher[0]] = trajectory
+        limit = self.config.data.max_response_length
+        metrics.update(teacher_length_metrics(rows, limit))
+        metrics["response_length/cut_ratio"] = float(np.mean([tag["response_len"] >= limit for tag in batch.tags]))
+        metrics["gad/missing_rollouts"] = len(groups) * self.rollout_n - len(batch)
         self._groups = list(groups.values())
         for group in self._groups:
             for key, _, is_student in group.rows():
                 if not is_student and key not in rows:
                     rows[key] = self._filler()
         self._put_rows(batch.partition_id, rows)
-        self._teacher_metrics(batch, groups, metrics)
 
     def _filler(self) -> dict[str, torch.Tensor]:
         """A two-token row that no loss sees."""
@@ -170,16 +178,6 @@ class PPOTrainerGAD(PPOTrainerSync):
         fields = tu.list_of_dict_to_tensordict(list(rows.values()))
         tq.kv_batch_put(keys=list(rows), partition_id=partition_id, fields=fields, tags=[{} for _ in rows])
         self._extra_keys.extend(rows)
-
-    def _teacher_metrics(self, batch: KVBatchMeta, groups: dict[str, _Group], metrics: dict) -> None:
-        """Lengths of both sides in tokens, the share that reached the limit, and the rollouts that are missing."""
-        limit = self.config.data.max_response_length
-        student = np.array([tag["response_len"] for tag in batch.tags])
-        prompts = {key.rsplit("_", 2)[0]: tag["prompt_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
-        metrics["response_length/cut_ratio"] = float((student >= limit).mean())
-        metrics["gad/missing_rollouts"] = len(groups) * self.rollout_n - len(student)
-        teacher = np.array([groups[uid].teacher[1] - prompt_length for uid, prompt_length in prompts.items()])
-        metrics.update(teacher_length_metrics(teacher, limit))
 
     # ------------------------------------------------------------------ scoring
 
@@ -235,7 +233,9 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _imitate(self, teacher_rows: list[tuple[str, int]], n_real: int, metrics: dict) -> None:
         """Next-token loss on the teacher rows, at temperature 1: the text was not sampled from the student."""
         actor = self.config.actor_rollout_ref.actor
-        ranks = self._spread([size for _, size in teacher_rows], actor, self._actor_dp_size())
+        ranks = self._spread(
+            [size for _, size in teacher_rows], actor, data_parallel_size(self.actor_rollout_wg, "actor")
+        )
         extra_info = {
             "global_batch_size": n_real / len(ranks[0]),
             "mini_batch_size": actor.ppo_mini_batch_size,
@@ -254,11 +254,6 @@ class PPOTrainerGAD(PPOTrainerSync):
         output = rename_dict(self.actor_rollout_wg.update_actor(self._view(keys, **extra_info))["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
         metrics.update(reduce_metrics(output))
-
-    def _actor_dp_size(self) -> int:
-        if "actor" not in self.actor_rollout_wg._dispatch_info:
-            self.actor_rollout_wg._dispatch_info["actor"] = self.actor_rollout_wg._query_dispatch_info("actor")
-        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
 
     def _spread(self, sizes: list[int], update: DictConfig, dp_size: int) -> list[list[list[int]]]:
         """Which unit (a group of rows, or a row) goes to which rank and optimizer step.
@@ -325,15 +320,15 @@ class PPOTrainerGAD(PPOTrainerSync):
             rows[f"{uid}_teacher_0"] = build_teacher_trajectory(torch.tensor(prompt_ids), torch.tensor(teacher_ids))
         self._put_rows("train", rows)
         self._extra_keys = []  # they are the batch: the stock loop clears it
-        lengths = np.array([row["responses"].numel() for row in rows.values()])
-        metrics.update(teacher_length_metrics(lengths, self.config.data.max_response_length))
+        metrics.update(teacher_length_metrics(rows, self.config.data.max_response_length))
         with marked_timer("update_actor", timing_raw, color="red"):
             self._imitate([(key, row["input_ids"].numel()) for key, row in rows.items()], len(rows), metrics)
         return self._view(list(rows))
 
 
-def teacher_length_metrics(lengths: np.ndarray, limit: int) -> dict[str, float]:
-    """Mean, max, min of teacher answers in tokens, and the share that reached ``limit``."""
+def teacher_length_metrics(rows: dict[str, dict[str, torch.Tensor]], limit: int) -> dict[str, float]:
+    """Mean, max, min of the answers of teacher rows in tokens, and the share that reached ``limit``."""
+    lengths = np.array([row["responses"].numel() for row in rows.values()])
     statistics = {
         "mean": lengths.mean(),
         "max": lengths.max(),
