@@ -1,0 +1,39 @@
+"""The ``gad`` command: what a user needs around training. ``gad --help`` lists the subcommands.
+
+Every subcommand lives in a module of its own under recipe/gad/commands/ and imports heavy libraries (torch, datasets,
+transformers) only when it runs, so that ``gad --help`` stays fast. Bad input is a ValueError (or an OSError): it is
+printed as ``error: ...`` and ends the command with exit code 2.
+"""
+
+import sys
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="gad",
+    help="Generative Adversarial Distillation: data, checks, evaluation, reports and export around the training runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep the name of a subcommand part of the command line, however many there are."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``gad``; ``argv`` defaults to the process's arguments. Always leaves through SystemExit."""
+    try:
+        app(args=argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
