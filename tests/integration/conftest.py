@@ -122,6 +122,8 @@ def live(ray_cluster, compose_config, tmp_path_factory):
         "trainer.total_training_steps=100",
         "gad.stage=warmup",
         "trainer.resume_mode=disable",
+        "gad.score_in_update=False",  # every pass on its own: tests look at them one by one
+        "gad.skip_old_log_prob=False",
     )
     config.transfer_queue.enable = True
     tq.init(config.transfer_queue)

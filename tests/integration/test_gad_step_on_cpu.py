@@ -190,6 +190,108 @@ def test_grouped_update_equals_the_pairwise_one_over_real_pairs(live, micro_batc
     live.finish(batch)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_scores_in_update_are_those_before_the_step_and_d_is_updated_once(live, missing):
+    live.set(gad__score_in_update=True)
+    batch, metrics = live.sample()
+    if missing:
+        batch = drop(batch, batch.keys[:missing])
+    batch = live.trainer._balance_batch(batch, metrics=metrics)
+    critic = hf_model(live, "critic")
+    loss, accuracy, norm = pairwise_reference(critic, live_groups(live))
+    live.trainer._compute_values(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    assert sum(real) == 8 * 4 - missing
+    fields = live.fields(batch.keys)
+    for is_real, (prompt, response), token_scores in zip(real, rows(fields), fields["rm_scores"].unbind(), strict=True):
+        assert token_scores[:-1].abs().sum() == 0
+        expected = score(critic, prompt, response).item() if is_real else 0.0
+        assert token_scores[-1].item() == pytest.approx(expected, abs=2e-5)
+    once = live.weights("critic")
+    assert any(not torch.equal(once[name].double(), value) for name, value in critic.state_dict().items())
+    live.trainer._update_critic(batch, metrics=metrics)
+    assert all(torch.equal(once[name], value) for name, value in live.weights("critic").items())
+    live.set(gad__score_in_update=False)
+    live.finish(batch)
+
+
+def test_scores_get_a_pass_of_their_own_when_a_batch_is_several_optimizer_steps(live):
+    live.set(gad__score_in_update=True, critic__ppo_mini_batch_size=4)
+    batch, metrics = live.sample()
+    batch = live.trainer._balance_batch(batch, metrics=metrics)
+    before = live.weights("critic")
+    live.trainer._compute_values(batch, metrics=metrics)
+    assert all(torch.equal(before[name], value) for name, value in live.weights("critic").items())
+    assert "critic/d_loss" not in metrics and "rm_scores" in live.fields(batch.keys)
+    live.set(gad__score_in_update=False, critic__ppo_mini_batch_size=8)
+    live.finish(batch)
+
+
+def test_without_the_old_log_prob_pass_the_actor_gets_the_same_gradient(live):
+    live.set(
+        gad__skip_old_log_prob=True,
+        actor_rollout_ref__actor__kl_loss_type="low_var_kl",
+        actor_rollout_ref__actor__kl_loss_coef=0.7,
+    )
+    live.step()  # the actor has moved away from the reference
+    temperature = live.config.actor_rollout_ref.rollout.temperature
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    fields, policy = live.fields(batch.keys), hf_model(live, "actor")
+    assert "old_log_probs" not in fields
+    total, tokens, entropy, kl = 0.0, int(fields["response_mask"].values().sum()), 0.0, 0.0
+    for (prompt, response), advantages, ref in zip(
+        rows(fields), fields["advantages"].unbind(), fields["ref_log_prob"].unbind(), strict=True
+    ):
+        logits = policy(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        log_prob = (logits / temperature).log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+        sample_kl = KL_FORMULAS["low_var_kl"](log_prob - ref.double()).sum()
+        surrogate = -(advantages.double() * (log_prob - log_prob.detach()).exp()).sum()
+        total = total + (surrogate + 0.7 * sample_kl) / tokens
+        entropy, kl = entropy - log_prob.detach().sum().item() / tokens, kl + sample_kl.item() / tokens
+    total.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters() if p.grad is not None)).item()
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert metrics["actor/loss"] == pytest.approx(total.item(), abs=1e-5)
+    assert metrics["actor/kl_loss"] == pytest.approx(kl, rel=1e-3)
+    assert metrics["actor/entropy"] == pytest.approx(entropy, abs=1e-4)
+    assert metrics["actor/ppo_kl"] == 0.0
+    assert 0.0 < metrics["training/rollout_probs_diff_max"] < 1e-4
+    assert 0.0 < metrics["training/rollout_probs_diff_mean"] <= metrics["training/rollout_probs_diff_max"]
+    live.set(gad__skip_old_log_prob=False)
+    live.finish(batch)
+
+
+@pytest.mark.parametrize(
+    "needs_it",
+    [
+        {"algorithm__use_kl_in_reward": True},
+        {"algorithm__rollout_correction__rollout_is": "token"},
+        {"actor_rollout_ref__actor__ppo_epochs": 2},
+        {"actor_rollout_ref__actor__ppo_mini_batch_size": 4},
+        {"algorithm__adv_estimator": "optimal_token_baseline"},
+    ],
+    ids=lambda keys: next(iter(keys)).rsplit("__", 1)[-1],
+)
+def test_old_log_probs_are_computed_when_something_needs_them(live, needs_it):
+    from omegaconf import OmegaConf
+
+    before = {key: OmegaConf.select(live.config, key.replace("__", ".")) for key in needs_it}
+    live.set(gad__skip_old_log_prob=True)
+    assert live.trainer._skips_old_log_prob()
+    live.set(**needs_it)
+    batch, metrics = live.sample()
+    batch = live.trainer._balance_batch(batch, metrics=metrics)
+    live.trainer._compute_old_log_prob(batch, metrics=metrics)
+    assert "old_log_probs" in live.fields(batch.keys)
+    live.set(gad__skip_old_log_prob=False, **before)
+    live.finish(batch)
+
+
 def test_critic_epochs_and_mini_batches_take_that_many_optimizer_steps(live):
     def steps_taken():
         def count(worker):
@@ -212,7 +314,8 @@ def test_critic_epochs_and_mini_batches_take_that_many_optimizer_steps(live):
 def test_without_teacher_data_the_critic_keeps_the_stock_value_loss(live):
     batch, metrics = live.sample()
     batch = run_from(live, batch, metrics)
-    got = live.trainer.discriminator.update_critic(live.trainer._view(batch.keys))
+    got, scores = live.trainer.discriminator.update_critic(live.trainer._view(batch.keys))
+    assert scores.numel() == 0
     assert "critic/vf_loss" in got and "critic/d_loss" not in got
     fields = live.fields(batch.keys)
     assert math.isfinite(got["critic/vf_loss"]) and fields["returns"].values().abs().sum() > 0

@@ -23,7 +23,8 @@ def jagged(rows):
 
 
 def micro_batch(weights, dp_size=1):
-    data = TensorDict({"pair_weight": torch.tensor(weights, dtype=torch.float32)}, batch_size=len(weights))
+    fields = {"pair_weight": torch.tensor(weights, dtype=torch.float32), "row": 7 + torch.arange(len(weights))}
+    data = TensorDict(fields, batch_size=len(weights))
     data.set_non_tensor("dp_size", dp_size)
     return data
 
@@ -83,6 +84,8 @@ def test_discriminator_loss_reads_groups_with_the_teacher_first():
     values, weights = engine_rows([0, 1])
     loss, metrics = discriminator_loss(4, {"values": values}, micro_batch(weights))
     assert loss.item() == pytest.approx(expected_metrics()["d_loss"], rel=1e-6)
+    last = [row[-1].item() for row in values.unbind()]
+    assert metrics.pop("row_scores") == [(7 + row, pytest.approx(score)) for row, score in enumerate(last)]
     assert {name: metric.aggregate() for name, metric in metrics.items()} == pytest.approx(expected_metrics(), rel=1e-6)
 
 
@@ -92,6 +95,7 @@ def test_micro_batches_of_one_rank_add_up():
         values, weights = engine_rows([prompt])
         loss, metrics = discriminator_loss(4, {"values": values}, micro_batch(weights))
         total += loss.item()
+        metrics.pop("row_scores")
         sums = {name: sums[name] + metric.aggregate() for name, metric in metrics.items()}
     assert total == pytest.approx(expected_metrics()["d_loss"], rel=1e-6)
     assert sums == pytest.approx(expected_metrics(), rel=1e-6)
@@ -104,6 +108,7 @@ def test_two_ranks_average_to_the_loss_and_the_metrics_of_the_whole_batch():
         values, weights = engine_rows([prompt])
         loss, metrics = discriminator_loss(4, {"values": values}, micro_batch(weights, dp_size=2))
         losses.append(loss.item())
+        metrics.pop("row_scores")
         by_rank.append(metrics)
     assert np.mean(losses) == pytest.approx(expected_metrics()["d_loss"], rel=1e-6)
     reduced = {name: Metric.aggregate_dp([metrics[name] for metrics in by_rank]) for name in by_rank[0]}

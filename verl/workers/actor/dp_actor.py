@@ -1,14 +1,20 @@
-"""New: the imitation objective of the actor, for SeqKD and the GAD warmup (no stock module of this name in verl 0.9.1).
+"""New: objectives of the actor beside stock ``ppo_loss`` (no stock module of this name in verl 0.9.1).
 
 ``actor_rollout_wg.set_loss_fn(partial(imitation_loss, config=actor_config))`` makes a stock engine worker train on
-teacher trajectories instead of on advantages.
+teacher trajectories instead of on advantages: SeqKD and the GAD warmup. ``on_policy_loss`` is ``ppo_loss`` for a batch
+that is one optimizer step.
 """
 
+import torch
 from tensordict import TensorDict
 
 from verl.trainer.ppo.core_algos import compute_sft_loss
+from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
-from verl.workers.utils.padding import no_padding_2_padding
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
+
+__all__ = ["imitation_loss", "on_policy_loss"]
 
 
 def imitation_loss(config: ActorConfig, model_output: dict, data: TensorDict, dp_group=None):
@@ -33,3 +39,34 @@ def imitation_loss(config: ActorConfig, model_output: dict, data: TensorDict, dp
         "loss_scale_factor": config.loss_scale_factor,
     }
     return compute_sft_loss(log_prob_BT, mask_BT, config.loss_agg_mode, **batch_info)
+
+
+def on_policy_loss(config: ActorConfig, model_output: dict, data: TensorDict, dp_group=None):
+    """Stock ``ppo_loss`` whose old log-probabilities are those of this very forward pass.
+
+    When a batch is one optimizer step, the policy that sampled it is the policy that is updated: a separate pass for
+    old log-probabilities finds the same numbers, the ratio is 1 and the gradient is that of the log-probabilities.
+
+    Args:
+        config: the actor's configuration.
+        model_output: ``log_probs``, jagged (rows, prompt + response).
+        data: one micro-batch with response_mask, advantages and what ``ppo_loss`` reads, jagged; ``rollout_log_probs``
+            if the rollout engine returned its own.
+        dp_group: part of the engine's loss interface.
+
+    Returns:
+        loss and metrics of ``ppo_loss``; and how far the rollout engine's probabilities of the sampled tokens are from
+        the actor's: rollout_probs_diff_mean (mean over micro-batches) and rollout_probs_diff_max.
+    """
+    old_log_probs = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
+    data["old_log_probs"] = old_log_probs
+    loss, metrics = ppo_loss(config, model_output, data, dp_group)
+    mask = data["response_mask"].values().bool()
+    if "rollout_log_probs" in data and mask.any():
+        rollout = data["rollout_log_probs"].values()[mask].to(old_log_probs.device)
+        difference = (old_log_probs.values()[mask].exp() - rollout.exp()).abs()
+    else:
+        difference = torch.zeros(1)
+    metrics["rollout_probs_diff_mean"] = Metric(AggregationType.MEAN, difference.mean())
+    metrics["rollout_probs_diff_max"] = Metric(AggregationType.MAX, difference.max())
+    return loss, metrics

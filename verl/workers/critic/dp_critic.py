@@ -51,16 +51,20 @@ def discriminator_loss(group_size: int, model_output: dict, data: TensorDict, dp
         group_size: n + 1 rows of a prompt, the teacher first.
         model_output: ``values``, jagged (R, prompt + response), R a multiple of group_size.
         data: one micro-batch with ``pair_weight`` (R,): 0 for the teacher and for missing students, else one over the
-            number of real pairs of the optimizer step; and the scalar dp_size that the engine adds.
+            number of real pairs of the optimizer step; ``row`` (R,): a number that names the row; and the scalar
+            dp_size that the engine adds.
         dp_group: unused, part of the engine's loss interface.
 
     Returns:
         loss and metrics of the micro-batch, scaled by dp_size since engines average both over ranks: summed over the
-        micro-batches of a rank and averaged over ranks they are the means over the step's real pairs.
+        micro-batches of a rank and averaged over ranks they are the means over the step's real pairs. The metric
+        "row_scores" lists (row, score): engines return metrics from a training pass, but no model output.
     """
-    scores = last_token_scores(model_output["values"]).view(-1, group_size)
+    scores = last_token_scores(model_output["values"])
     weights = data["pair_weight"].to(scores.device).view(-1, group_size) * data["dp_size"]
-    return compute_grouped_discriminator_loss(scores[:, 1:], scores[:, 0], weights[:, 1:])
+    groups = scores.view(-1, group_size)
+    loss, metrics = compute_grouped_discriminator_loss(groups[:, 1:], groups[:, 0], weights[:, 1:])
+    return loss, {**metrics, "row_scores": list(zip(data["row"].tolist(), scores.tolist(), strict=True))}
 
 
 def largest_divisor(total: int, limit: int) -> int:
@@ -164,14 +168,17 @@ class DataParallelPPOCritic:
 
     # ------------------------------------------------------------------ update
 
-    def update_critic(self, batch: KVBatchMeta) -> dict[str, float]:
+    def update_critic(self, batch: KVBatchMeta) -> tuple[dict[str, float], torch.Tensor]:
         """One pass of optimizer steps over the batch, ``ppo_epochs`` times.
 
         With teacher data (``batch.extra_info["group_size"]``: rows grouped as [teacher, s_1..s_n], with
-        ``pair_weight``) the discriminator loss; without, stock verl's value loss on values and returns.
+        ``pair_weight`` and ``row`` = 0, 1, ...) the discriminator loss; without, stock verl's value loss on values and
+        returns.
 
         Returns:
-            Metrics of the step, under "critic/".
+            Metrics of the step, under "critic/"; and D's scores of the rows in float32, (R,), as the first epoch's
+            forward passes found them: those of :meth:`compute_values` if the batch is one optimizer step. Empty
+            without teacher data.
         """
         has_teacher = "group_size" in batch.extra_info
         self._set_loss("discriminator" if has_teacher else "value")
@@ -194,13 +201,16 @@ class DataParallelPPOCritic:
             partition_id=batch.partition_id,
             keys=batch.keys,
             tags=batch.tags,
-            fields=[*SCORING_FIELDS, "pair_weight"] if has_teacher else None,
+            fields=[*SCORING_FIELDS, "pair_weight", "row"] if has_teacher else None,
             extra_info=extra_info,
         )
         output = self.critic_wg.train_mini_batch(rows).get()
         metrics = rename_dict(output["metrics"], "critic/")
         metrics["perf/mfu/critic"] = metrics.pop("critic/mfu")
-        return reduce_metrics(metrics)
+        row_scores: dict[int, float] = {}
+        for row, score in metrics.pop("critic/row_scores", []):  # in the order of the optimizer steps
+            row_scores.setdefault(row, score)
+        return reduce_metrics(metrics), torch.tensor([row_scores[row] for row in sorted(row_scores)])
 
     def _set_loss(self, name: str) -> None:
         if self._loss == name:

@@ -4,6 +4,10 @@ One step, stock unless marked *:
     rollout -> * rows in order, * teacher trajectories -> old_log_prob -> ref -> * scores of D -> advantage (GRPO)
     -> * update of D on [teacher, s_1..s_n] -> from trainer.critic_warmup on: update of the actor (* or imitation)
 
+When a batch is one optimizer step, two of the passes would find numbers that an update finds anyway, and are left out:
+scores of D (``gad.score_in_update``: D is updated first, its scores are those of the update's forward pass, before the
+optimizer step) and old_log_prob (``gad.skip_old_log_prob``).
+
 Steps are counted from 1 and the actor is updated while ``critic_warmup <= global_step`` (stock comparison), so
 ``trainer.critic_warmup=10`` trains D alone for 9 steps.
 
@@ -12,13 +16,14 @@ code sees; the trainer clears them at the end of the step.
 """
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
@@ -32,11 +37,15 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
-from verl.workers.actor.dp_actor import imitation_loss
+from verl.workers.actor.dp_actor import imitation_loss, on_policy_loss
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, data_parallel_size, largest_divisor
 from verl.workers.rollout.teacher_trajectory import build_prompt_ids, build_teacher_trajectory
+from verl.workers.utils.losses import ppo_loss
 
 __all__ = ["PPOTrainerGAD"]
+
+OLD_LOG_PROB_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
+"""Advantage estimators that read old log-probabilities."""
 
 
 def _uid(key: str) -> str:
@@ -95,9 +104,57 @@ class PPOTrainerGAD(PPOTrainerSync):
         super()._setup()
         if self.use_critic:
             self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n)
-        if self.imitation:
+        self._actor_loss: Callable = ppo_loss  # what stock verl has set
+
+    def _set_actor_loss(self, loss: Callable) -> None:
+        if loss is not self._actor_loss:
             actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
-            self.actor_rollout_wg.set_loss_fn(partial(imitation_loss, config=actor_config))
+            self.actor_rollout_wg.set_loss_fn(partial(loss, config=actor_config))
+            self._actor_loss = loss
+
+    # ------------------------------------------------------------------ passes that an update makes unnecessary
+
+    def _one_optimizer_step(self, update: DictConfig) -> bool:
+        """Is a batch one optimizer step of ``config.critic`` or of the actor's config?"""
+        return update.ppo_epochs == 1 and update.ppo_mini_batch_size == self.config.data.train_batch_size
+
+    def _scores_in_update(self) -> bool:
+        return self.config.gad.score_in_update and self._one_optimizer_step(self.config.critic)
+
+    def _skips_old_log_prob(self) -> bool:
+        """Does nothing need old log-probabilities beyond those that the actor's update finds itself?"""
+        algorithm, actor = self.config.algorithm, self.config.actor_rollout_ref.actor
+        correction = algorithm.get("rollout_correction") or {}
+        needed = (
+            algorithm.use_kl_in_reward
+            or algorithm.adv_estimator in OLD_LOG_PROB_ESTIMATORS
+            or any(correction.get(key) for key in ("bypass_mode", "rollout_is", "rollout_rs"))
+            or OmegaConf.select(actor, f"{actor.strategy}.router_replay.mode", default="disabled") != "disabled"
+        )
+        return self.config.gad.skip_old_log_prob and not needed and (self.imitation or self._one_optimizer_step(actor))
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Stock, or nothing but the entropy: -log pi of a sampled token is an unbiased estimate of it."""
+        if not self._skips_old_log_prob():
+            return super()._compute_old_log_prob(batch, metrics)
+        if self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            fields = ["rollout_log_probs", "response_mask"]
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            mask = data["response_mask"].values().bool()
+            metrics["actor/entropy"] = -data["rollout_log_probs"].values()[mask].mean().item()
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Stock; its statistics of rollout correction need old log-probabilities."""
+        if not self._skips_old_log_prob():
+            return super()._compute_advantage(batch, metrics)
+        correction = self.config.algorithm.get("rollout_correction")
+        with open_dict(self.config):
+            self.config.algorithm.rollout_correction = None
+            try:
+                return super()._compute_advantage(batch, metrics)
+            finally:
+                self.config.algorithm.rollout_correction = correction
 
     # ------------------------------------------------------------------ rollout and the teacher's rows
 
@@ -183,7 +240,11 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """D's score of every student answer, at its last response token, becomes ``values`` and ``rm_scores``."""
-        scores = self.discriminator.compute_values(self._view(batch.keys, batch.tags))
+        if self._scores_in_update():
+            score_of = self._update_discriminator(batch.partition_id, metrics)
+            scores = torch.tensor([score_of.get(key, 0.0) for key in batch.keys])
+        else:
+            scores = self.discriminator.compute_values(self._view(batch.keys, batch.tags))
         fields = ["response_mask", "values"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
@@ -191,8 +252,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         token_scores[offsets[1:][real] - 1] = scores[real]
         nested = torch.nested.nested_tensor_from_jagged(token_scores, offsets)
-        # `values` replaces what the workers have put there, (prompt + response), and keeps its dtype: the queue insists
-        fields = TensorDict({"values": nested.to(data["values"].dtype), "rm_scores": nested}, batch_size=len(batch))
+        # `values` replaces what workers may have put there, (prompt + response), in its dtype: the queue insists
+        dtype = data["values"].dtype if "values" in data else nested.dtype
+        fields = TensorDict({"values": nested.to(dtype), "rm_scores": nested}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
         return batch
 
@@ -204,7 +266,16 @@ class PPOTrainerGAD(PPOTrainerSync):
     # ------------------------------------------------------------------ updates
 
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Update D on whole groups; d_loss and d_acc are means over the real pairs of an optimizer step."""
+        if not self._scores_in_update():  # else the scores have come from the update
+            self._update_discriminator(batch.partition_id, metrics)
+        return batch
+
+    def _update_discriminator(self, partition_id: str, metrics: dict) -> dict[str, float]:
+        """Update D on whole groups; d_loss and d_acc are means over the real pairs of an optimizer step.
+
+        Returns:
+            key of a row -> its score in the update's forward pass.
+        """
         critic = self.config.critic
         sizes = [sum(size for _, size, _ in group.rows()) for group in self._groups]
         ranks = self._spread(sizes, critic, self.discriminator.data_parallel_size())
@@ -217,21 +288,28 @@ class PPOTrainerGAD(PPOTrainerSync):
             for indices, n_pairs in zip(rank, pairs, strict=True):
                 for key, _, is_student in (row for i in indices for row in self._groups[i].rows()):
                     weights[key] = 1.0 / n_pairs if is_student else 0.0
-        fields = TensorDict({"pair_weight": torch.tensor(list(weights.values()))}, batch_size=len(weights))
-        tq.kv_batch_put(keys=list(weights), partition_id=batch.partition_id, fields=fields)
+        fields = {"pair_weight": torch.tensor(list(weights.values())), "row": torch.arange(len(weights))}
+        tq.kv_batch_put(keys=list(weights), partition_id=partition_id, fields=TensorDict(fields, len(weights)))
         rows = self._view(list(weights), group_size=self.discriminator.group_size)
-        metrics.update(self.discriminator.update_critic(rows))
-        return batch
+        update_metrics, scores = self.discriminator.update_critic(rows)
+        metrics.update(update_metrics)
+        return dict(zip(weights, scores.tolist(), strict=True))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Stock policy update, or imitation of the teacher rows (one per prompt)."""
         if not self.imitation:
-            return super()._update_actor(batch, metrics)
+            self._set_actor_loss(on_policy_loss if self._skips_old_log_prob() else ppo_loss)
+            batch = super()._update_actor(batch, metrics)
+            for name in ("rollout_probs_diff_mean", "rollout_probs_diff_max"):
+                if f"actor/{name}" in metrics:  # under stock's name for what its old_log_prob pass finds
+                    metrics[f"training/{name}"] = metrics.pop(f"actor/{name}")
+            return batch
         self._imitate([group.teacher for group in self._groups], sum(bool(g.students) for g in self._groups), metrics)
         return batch
 
     def _imitate(self, teacher_rows: list[tuple[str, int]], n_real: int, metrics: dict) -> None:
         """Next-token loss on the teacher rows, at temperature 1: the text was not sampled from the student."""
+        self._set_actor_loss(imitation_loss)
         actor = self.config.actor_rollout_ref.actor
         ranks = self._spread(
             [size for _, size in teacher_rows], actor, data_parallel_size(self.actor_rollout_wg, "actor")
@@ -296,6 +374,8 @@ class PPOTrainerGAD(PPOTrainerSync):
             metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
             metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
             return
+        if self._scores_in_update():  # D's update took the place of stock's pass for values
+            timing_raw["update_critic"] = timing_raw.pop("values")
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         # D's score sits on one token of a row, so stock statistics over all tokens of `values` mean nothing here
         for name in [name for name in metrics if name.startswith(("critic/values/", "critic/vf_"))]:
