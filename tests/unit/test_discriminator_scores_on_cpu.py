@@ -117,6 +117,7 @@ def test_two_ranks_average_to_the_loss_and_the_metrics_of_the_whole_batch():
 
 def test_a_micro_batch_of_fillers_adds_nothing():
     loss, metrics = discriminator_loss(2, {"values": jagged([[1.0], [5.0]])}, micro_batch([0.0, 0.0]))
+    metrics.pop("row_scores")
     assert loss.item() == 0.0 and all(metric.aggregate() == 0.0 for metric in metrics.values())
 
 
