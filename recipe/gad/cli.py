@@ -9,6 +9,8 @@ import sys
 
 import typer
 
+from recipe.gad.commands.prepare import prepare
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -19,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.command()(prepare)
 
 
 @app.callback()

@@ -1,9 +1,10 @@
 """Data files of a GAD run: every row has a prompt (chat messages) and the teacher's answer. Checked before training.
 
-Parquet is streamed by row group and only the two columns are read; .json and .jsonl files are streamed line by line.
+Parquet is streamed by row group and only the two columns are read; .json and .jsonl files are streamed row by row.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ import pyarrow.parquet as pq
 
 BATCH_ROWS = 4096
 """Rows that are in memory at a time."""
+CHUNK_CHARS = 1 << 20
+"""Characters of a JSON list that are read at a time."""
+LONGEST_ROW_CHARS = 1 << 26
+"""Characters of a row of a JSON list, at most: a list that is broken early is not read to its end."""
+LIST_EMPTY, LIST_START, LIST_NEXT, LIST_END = map(re.compile, (r"\s*\[\s*\]", r"\s*\[\s*", r"\s*,\s*", r"\s*\]"))
 
 PROMPT_FORM = "a list of chat messages [{role, content}, ...] that ends with the user's (or a tool's) message"
 TEACHER_FORM = "the teacher's answer: text, or one chat message {role, content}"
@@ -170,7 +176,9 @@ def _json_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
     columns: list[str] = []
     first: list[Any] = []
     last: list[Any] = []
-    for number, row in enumerate(_json_rows(file)):
+    for number, (row, problem) in enumerate(json_rows(file)):
+        if problem is not None:
+            raise ValueError(f"row {number} {problem}. Fix: repair or drop the line")
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is of type {type(row).__name__}, not an object. Fix: write it again")
         columns = columns or list(row)
@@ -184,18 +192,51 @@ def _json_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
     yield first, last
 
 
-def _json_rows(file: Path) -> Iterator[Any]:
-    with file.open(encoding="utf-8") as lines:
-        start = lines.read(64).lstrip()[:1]
-        lines.seek(0)
-        if start == "[":
-            try:
-                yield from json.load(lines)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"is not valid JSON ({error}). Fix: write it again") from None
+def json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
+    """Rows of a file with one JSON value per line, or of one JSON list; in bounded memory either way.
+
+    Yields:
+        (row, None); or (text of the line, "is not valid JSON (...)") and the rows behind it. Blank lines are no rows.
+
+    Raises:
+        ValueError: the file is a JSON list, and broken: what stands behind the break cannot be told apart.
+    """
+    with file.open("rb") as lines:
+        if lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            yield from ((row, None) for row in _list_rows(file))
             return
-        for number, line in enumerate(line for line in lines if line.strip()):
+        lines.seek(0)
+        for line in lines:
+            if not line.strip():
+                continue
             try:
-                yield json.loads(line)
+                yield json.loads(line), None
+            except ValueError as error:  # no JSON, or no UTF-8
+                yield line.decode("utf-8", "backslashreplace").rstrip("\r\n"), f"is not valid JSON ({error})"
+
+
+def _list_rows(file: Path) -> Iterator[Any]:
+    """Rows of one JSON list, each decoded as soon as it has been read."""
+    decode = json.JSONDecoder().raw_decode
+    with file.open(encoding="utf-8-sig") as text:
+        buffer, position, number = text.read(CHUNK_CHARS), 0, 0
+        while True:
+            if closing := (LIST_EMPTY if number == 0 else LIST_END).match(buffer, position):
+                if (buffer[closing.end() :] + text.read(CHUNK_CHARS)).strip():
+                    raise ValueError("goes on behind its JSON list. Fix: write one list, or one row per line")
+                return
+            opening = (LIST_START if number == 0 else LIST_NEXT).match(buffer, position)
+            try:
+                if opening is None:
+                    raise json.JSONDecodeError("expected , or ]", buffer, position)
+                row, end = decode(buffer, opening.end())
+                if end == len(buffer):  # "12" may go on as "123"
+                    raise json.JSONDecodeError("the list is not closed", buffer, end)
             except json.JSONDecodeError as error:
-                raise ValueError(f"row {number} is not valid JSON ({error}). Fix: repair or drop the line") from None
+                more = text.read(max(CHUNK_CHARS, len(buffer))) if len(buffer) - position < LONGEST_ROW_CHARS else ""
+                if not more:
+                    raise ValueError(f"row {number} is not valid JSON ({error.msg}). Fix: write it again") from None
+                buffer, position = buffer[position:] + more, 0
+                continue
+            yield row
+            position, number = end, number + 1
