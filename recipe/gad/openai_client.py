@@ -1,0 +1,263 @@
+"""Chat completions from any OpenAI-compatible API, with one mechanism of retries, back-off and rate limit.
+
+    async with ChatClient(base_url="http://localhost:8000/v1") as client:
+        completion = await client.complete(messages, model="teacher", temperature=0.8, max_tokens=1536)
+
+Only ``chat.completions.create`` of the ``openai`` package is used, with that package's own retries switched off.
+"""
+
+import asyncio
+import email.utils
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+API_KEY_ENV = "OPENAI_API_KEY"
+MAX_RETRIES = 8
+"""Attempts after the first one. With the delays below they span about 3 minutes, the length of a server's restart."""
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
+"""Seconds of back-off after the first failure, and at most; it doubles with every failure of a request."""
+LONGEST_RETRY_AFTER = 600.0
+"""Seconds. A server that asks for a longer pause has ended the day's quota: the request fails instead of waiting."""
+TIMEOUT = 600.0
+"""Seconds without a byte from the server after which an attempt has failed; reasoning models are silent for minutes."""
+RETRIED_STATUS = (408, 409, 425, 429)
+"""HTTP status codes that may pass, beside all of 500 and above."""
+HOPELESS_STATUS = (401, 402, 404)
+"""HTTP status codes that every other request would get as well: wrong key, no money left, no such model or address."""
+QUOTA_CODE = "insufficient_quota"
+"""Error code of a 429 that no waiting helps."""
+MESSAGE_CHARS = 300
+"""Characters of a server's error text that are kept: some send whole HTML pages."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. Token counts are the server's (0 where it reports none).
+
+    ``finish_reason`` is the server's: "stop", "length" (cut at max_tokens), "content_filter", ...; ``refusal`` is the
+    text of a refusal that the API marks as one.
+    """
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    refusal: str | None = None
+
+
+class RequestFailed(ValueError):
+    """A request that failed for good. ``hopeless``: so would every other request (wrong key, no such model, ...)."""
+
+    def __init__(self, message: str, hopeless: bool = False):
+        super().__init__(message)
+        self.hopeless = hopeless
+
+
+class ChatClient:
+    """Asynchronous chat completions; any number of ``complete`` calls may run at the same time.
+
+    Args:
+        base_url: address of the API ("http://localhost:8000/v1"); None: OPENAI_BASE_URL, else OpenAI's own.
+        api_key_env: environment variable with the key; the key never appears in a message. With a ``base_url`` the
+            default variable may be unset, for servers that ask for no key.
+        requests_per_minute: attempts are started at least 60 / requests_per_minute seconds apart.
+        max_retries: attempts after the first one.
+        timeout: seconds without a byte from the server after which an attempt has failed.
+
+    Raises:
+        ValueError: there is no key, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key_env: str = API_KEY_ENV,
+        requests_per_minute: float | None = None,
+        max_retries: int = MAX_RETRIES,
+        timeout: float = TIMEOUT,
+    ):
+        from openai import AsyncOpenAI
+
+        if requests_per_minute is not None and requests_per_minute <= 0:
+            raise ValueError(f"requests_per_minute={requests_per_minute}: expected a number above 0")
+        if max_retries < 0:
+            raise ValueError(f"max_retries={max_retries}: expected 0 or more")
+        if timeout <= 0:
+            raise ValueError(f"timeout={timeout}: expected seconds above 0")
+        key = os.environ.get(api_key_env)
+        if not key and (base_url is None or api_key_env != API_KEY_ENV):
+            raise ValueError(f"the environment variable {api_key_env} is not set. Fix: export {api_key_env}=<API key>")
+        self._key = key
+        # never None: the package would then look for OPENAI_API_KEY and send it to any address
+        self._client = AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
+        self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._max_retries = max_retries
+        self._next_start = 0.0  # time.monotonic() before which no attempt starts
+        self.base_url = str(self._client.base_url)
+        self.retries = 0
+        """Attempts that were repeated so far."""
+
+    async def __aenter__(self) -> "ChatClient":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._client.close()
+
+    async def complete(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        model: str,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Completion:
+        """One answer to chat messages ``[{role, content}, ...]``.
+
+        Rate limits (429), timeouts, lost connections, server errors (5xx) and unreadable answers are retried, after
+        the server's Retry-After or else exponential back-off with jitter. A 429 holds back all requests of the client.
+
+        Args:
+            model: name of the model at the API.
+            temperature, max_tokens: not sent if None, so that the server's default holds.
+            extra: more fields of the request body, such as {"top_p": 0.9, "max_completion_tokens": 2048}.
+
+        Raises:
+            RequestFailed: the request was refused, or every attempt failed.
+        """
+        body: dict[str, Any] = {"model": model, "messages": messages}
+        if temperature is not None:
+            body["temperature"] = temperature
+        if max_tokens is not None:
+            body["max_tokens"] = max_tokens
+        for attempt in range(self._max_retries + 1):
+            await self._wait_for_start()
+            try:
+                return _completion(await self._client.chat.completions.create(**body, extra_body=extra))
+            except Exception as error:
+                failure = _Failure.of(error)
+                if failure is None:
+                    raise
+            message = self._without_key(failure.message)
+            if not failure.passing:
+                raise RequestFailed(message, failure.hopeless) from None
+            if (failure.retry_after or 0) > LONGEST_RETRY_AFTER:
+                raise RequestFailed(f"{message}; the server asks for {failure.retry_after:.0f} s", True) from None
+            if attempt == self._max_retries:
+                raise RequestFailed(f"{message} ({attempt + 1} attempts)", failure.hopeless) from None
+            self.retries += 1
+            await self._back_off(attempt, failure)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _wait_for_start(self) -> None:
+        while (wait := self._next_start - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        self._next_start = time.monotonic() + self._interval
+
+    async def _back_off(self, attempt: int, failure: "_Failure") -> None:
+        if failure.retry_after is None:
+            await asyncio.sleep(random.uniform(0.5, 1.0) * min(LONGEST_DELAY, FIRST_DELAY * 2**attempt))
+            return
+        if failure.status == 429:
+            self._next_start = max(self._next_start, time.monotonic() + failure.retry_after)
+        # jitter on top, never below what the server asks for
+        await asyncio.sleep(failure.retry_after * random.uniform(1.0, 1.1))
+
+    def _without_key(self, message: str) -> str:
+        return message.replace(self._key, "<key>") if self._key else message
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concurrency: int) -> None:
+    """``await work(item)`` for every item, ``concurrency`` at a time; items are taken from the iterable only then.
+
+    The first exception cancels what is running and is raised.
+    """
+    iterator = iter(items)
+
+    async def worker() -> None:
+        for item in iterator:
+            await work(item)
+
+    workers = [asyncio.ensure_future(worker()) for _ in range(concurrency)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for task in workers:
+            task.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+class _UnreadableAnswer(Exception):
+    """HTTP 200 with something else than a chat completion."""
+
+
+def _completion(answer: Any) -> Completion:
+    choices = getattr(answer, "choices", None)
+    if not choices or choices[0].message is None:
+        raise _UnreadableAnswer(f"the server's answer is no chat completion: {str(answer)[:MESSAGE_CHARS]}")
+    usage, message = answer.usage, choices[0].message
+    return Completion(
+        text=message.content or "",
+        finish_reason=choices[0].finish_reason,
+        prompt_tokens=(usage and usage.prompt_tokens) or 0,
+        completion_tokens=(usage and usage.completion_tokens) or 0,
+        refusal=getattr(message, "refusal", None),
+    )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a failed attempt means: worth repeating (``passing``) or not, and for other requests too (``hopeless``)."""
+
+    message: str
+    passing: bool
+    hopeless: bool = False
+    status: int | None = None
+    retry_after: float | None = None
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Failure | None":
+        """None: not a failure of the request, but an error of this program."""
+        import openai
+
+        if isinstance(error, openai.APIStatusError):
+            status = error.status_code
+            out_of_quota = error.code == QUOTA_CODE
+            text = error.message.removeprefix(f"Error code: {status} - ")
+            return cls(
+                message=f"HTTP {status}: {text[:MESSAGE_CHARS]}",
+                passing=(status in RETRIED_STATUS or status >= 500) and not out_of_quota,
+                hopeless=status in HOPELESS_STATUS or out_of_quota,
+                status=status,
+                retry_after=_retry_after(error.response.headers),
+            )
+        if isinstance(error, openai.APITimeoutError):
+            return cls("the server did not answer in time", passing=True)
+        if isinstance(error, openai.APIConnectionError):
+            return cls(f"no connection to the server ({error.__cause__ or error})", passing=True, hopeless=True)
+        if isinstance(error, openai.APIError | _UnreadableAnswer):
+            return cls(str(error), passing=True)
+        if isinstance(error, UnicodeEncodeError):
+            return cls(f"the prompt cannot be sent as UTF-8 ({error})", passing=False)
+        if isinstance(error, ValueError):  # what JSON and schema errors of the package are
+            return cls(f"the server's answer is no chat completion ({error})", passing=True)
+        return None
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds to wait by the Retry-After header, which is a number of seconds or a date (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
