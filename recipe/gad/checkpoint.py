@@ -213,6 +213,39 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
     )
 
 
+def actor_folder(model: str) -> str:
+    """Hugging Face folder of the student that ``model`` names; anything that is no folder is taken as a hub id.
+
+    Args:
+        model: a Hugging Face folder, or of a run: its output folder (the newest complete actor), ``global_step_N``,
+            or ``global_step_N/actor``.
+
+    Raises:
+        ValueError: the folder holds no complete actor.
+    """
+    folder = Path(os.path.abspath(Path(model).expanduser()))
+    if not folder.is_dir():
+        if len(Path(model).parts) > 2 or model.startswith((".", "~", "/")):
+            raise ValueError(f"{model}: no such folder. Fix: pass a Hugging Face folder or id, or a run's folder")
+        return model
+    if (folder / "config.json").is_file():
+        return str(folder)
+    found = list(reversed(step_folders(folder).values()))
+    candidates = [step / "actor" for step in found] or [folder / "actor" if (folder / "actor").is_dir() else folder]
+    skipped: list[str] = []
+    for actor in candidates:
+        problems = verify_hf_folder(actor / "huggingface")
+        if not problems:
+            for problem in skipped:
+                print(f"skipped {problem}", file=sys.stderr)
+            return str(actor / "huggingface")
+        skipped.append("; ".join(problems))
+    raise ValueError(
+        f"{model} holds no model: no config.json, and no complete actor: {'; '.join(skipped)}. "
+        "Fix: pass a Hugging Face folder or id, or a run's output folder"
+    )
+
+
 # ---------------------------------------------------------------------- whose folder is it
 
 

@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from recipe.gad.commands import eval as eval_command
 from recipe.gad.commands.prepare import prepare
 
 __all__ = ["app", "main"]
@@ -23,12 +24,13 @@ app = typer.Typer(
 )
 
 
-app.command()(prepare)
-
-
 @app.callback()
 def _root() -> None:
     """Keep the name of a subcommand part of the command line, however many there are."""
+
+
+app.command()(prepare)
+app.add_typer(eval_command.app, name="eval")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,11 +9,14 @@ from functools import lru_cache
 from rouge_score.rouge_scorer import RougeScorer
 
 
-class _UnicodeTokenizer:
+def words(text: str) -> list[str]:
     """rouge-score's own words for ASCII text; other scripts, which it drops, count character by character."""
+    return re.findall(r"[a-z0-9]+|[^\W_a-z0-9]", text.lower())
 
+
+class _UnicodeTokenizer:
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[a-z0-9]+|[^\W_a-z0-9]", text.lower())
+        return words(text)
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,120 @@
+"""Metrics of answers as text, with confidence intervals over prompts.
+
+Words are those of the ROUGE-L reward: lower case, without punctuation, characters for scripts without spaces.
+
+    rouge_l      ROUGE-L F1 of the student's answer against the teacher's
+    length       tokens of an answer, the end token included
+    cut          share of answers that were cut at max_response_length
+    distinct_1   different words of all answers together / words of all answers (Li et al., arXiv 1510.03055)
+    distinct_2   the same for pairs of neighbouring words inside an answer
+    repetition   share of the 4-grams of an answer that an earlier 4-gram of the same answer equals; mean over answers
+
+distinct falls as answers get longer or more numerous: compare it between models on the same data only.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recipe.gad.reward import compute_score, words
+
+REPETITION_ORDER = 4
+RESAMPLES = 2000
+"""Bootstrap resamples: the ends of a 95 % interval then rest on 50 resamples each."""
+CONFIDENCE = 0.95
+Z = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ngrams(tokens: Sequence[str], order: int) -> list[tuple[str, ...]]:
+    """All runs of ``order`` neighbouring tokens, in order."""
+    return list(zip(*(tokens[start:] for start in range(order)), strict=False))
+
+
+def repetition_rate(text: str) -> float:
+    """Share in [0, 1] of the 4-grams of words that equal an earlier one; 0 for fewer than four words."""
+    grams = ngrams(words(text), REPETITION_ORDER)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts_by_prompt: Sequence[Sequence[str]], order: int) -> Estimate:
+    """Different n-grams / n-grams over all answers, in [0, 1]; 0 if no answer is long enough.
+
+    The interval is value +- 1.96 jackknife standard errors (one prompt left out at a time): bootstrap resamples hold
+    prompts twice, which lowers distinct by itself.
+    """
+    grams = [Counter(itertools.chain(*(ngrams(words(t), order) for t in texts))) for texts in texts_by_prompt]
+    prompts_with = Counter(itertools.chain(*grams))
+    different, total, prompts = len(prompts_with), sum(gram.total() for gram in grams), len(grams)
+    value = different / total if total else 0.0
+    left_out = []
+    for gram in grams:
+        rest = total - gram.total()
+        left_out.append((different - sum(prompts_with[g] == 1 for g in gram)) / rest if rest else value)
+    mean = sum(left_out) / prompts
+    error = ((prompts - 1) / prompts * sum((other - mean) ** 2 for other in left_out)) ** 0.5
+    return Estimate(value, value - Z * error, value + Z * error)
+
+
+def bootstrap_means(values: Sequence[Sequence[float]], seed: int = 0) -> list[Estimate]:
+    """Mean of every column with its percentile bootstrap interval; whole rows (prompts) are resampled.
+
+    Args:
+        values: (prompts, metrics); a prompt with several answers holds their mean.
+        seed: of the resampling; same seed, same intervals.
+    """
+    import numpy as np
+
+    table = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.stack([table[rng.integers(len(table), size=len(table))].mean(axis=0) for _ in range(RESAMPLES)])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return [Estimate(*map(float, triple)) for triple in zip(table.mean(axis=0), low, high, strict=True)]
+
+
+def by_prompt(answers: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Answers of one index together, in the order of the file."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for answer in answers:
+        groups.setdefault(answer["index"], []).append(answer)
+    return list(groups.values())
+
+
+def _answer_metrics(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """(metric, side) -> value of one answer."""
+    rouge = compute_score(answer["data_source"], answer["student"], answer["teacher"])["rouge_l"]
+    metrics = {("rouge_l", "student"): rouge}
+    for side in ("student", "teacher"):
+        metrics["length", side] = answer[f"{side}_tokens"]
+        metrics["cut", side] = float(answer[f"{side}_cut"])
+        metrics["repetition", side] = repetition_rate(answer[side])
+    return metrics
+
+
+def text_metrics(answers: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, dict[str, Estimate]]:
+    """Metric -> side ("student", and "teacher" where it has one) -> estimate, from the lines of ``answers.jsonl``."""
+    groups = by_prompt(answers)
+    rows = [[_answer_metrics(answer) for answer in group] for group in groups]
+    columns = list(rows[0][0])
+    table = [[sum(row[key] for row in group) / len(group) for key in columns] for group in rows]
+    metrics: dict[str, dict[str, Estimate]] = {}
+    for (name, side), estimate in zip(columns, bootstrap_means(table, seed), strict=True):
+        metrics.setdefault(name, {})[side] = estimate
+    for order in (1, 2):
+        metrics[f"distinct_{order}"] = {
+            # the teacher's answer is the same for every sample of a prompt
+            "student": distinct([[answer["student"] for answer in group] for group in groups], order),
+            "teacher": distinct([[group[0]["teacher"]] for group in groups], order),
+        }
+    return metrics
