@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# SeqKD, warmup, GAD and their evaluation for SmolLM2-135M with GPT-4's answers, on one GPU; prepare.sh comes first.
+# The scripts of examples/gad underneath; what stands here are the sizes of this example.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHON=${PYTHON:-python3}
+
+usage() {
+  cat <<'HELP'
+usage: run.sh [--out DIR] [--stages "seqkd warmup gad eval report"] [hydra.key=value ...]
+  --out DIR      folder of prepare.sh; gets one folder a stage (default: outputs/smollm2_gpt4)
+  --stages LIST  what to run, in this order (default: all of it); a stage that stopped goes on where it was
+Hydra overrides go to every training stage. Without flash-attn:
+  +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+HELP
+}
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+out="$PWD/outputs/smollm2_gpt4" stages="seqkd warmup gad eval report"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --help|-h) usage; exit 0 ;;
+    --out|--stages) [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
+    --*) fail "unknown flag $1; see --help" ;;
+    *) break ;;
+  esac
+  case "$1" in
+    --out) out=$2 ;;
+    --stages) stages=$2 ;;
+  esac
+  shift 2
+done
+[ -d "$out/student" ] && [ -f "$out/data/train.parquet" ] || fail "$out holds no student and data; run prepare.sh --out $out"
+
+# SeqKD sees as many batches of teacher answers as warmup and GAD together
+warmup_steps=30 gad_steps=100
+seqkd_steps=$((warmup_steps + gad_steps))
+data=(--train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
+sizes=(
+  data.train_batch_size=32
+  data.max_prompt_length=512
+  data.max_response_length=256
+  data.val_max_samples=128
+  actor_rollout_ref.rollout.max_model_len=768
+  actor_rollout_ref.rollout.gpu_memory_utilization=0.3
+  actor_rollout_ref.rollout.cudagraph_capture_sizes="[1,8,16,32,64,128,192,256]"
+  actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768
+  actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=32768
+  critic.forward_max_token_len_per_gpu=32768
+  trainer.n_gpus_per_node=1
+  trainer.total_epochs=10
+  trainer.test_freq=20
+)
+imitation_lr=2e-5 discriminator_lr=1e-5 policy_lr=5e-6
+
+train() { # train STAGE STEPS ...
+  local stage=$1 steps=$2; shift 2
+  bash "$here/../run_$stage.sh" "${data[@]}" --output_dir "$out/$stage" "$@" trainer.total_training_steps="$steps" \
+    trainer.save_freq="$steps"
+}
+
+evaluate() { # evaluate NAME MODEL: the two-sample test's discriminators start from the untrained student for all models
+  "$PYTHON" -m recipe.gad.cli eval --model "$2" --val_files "$out/data/val.parquet" --output_dir "$out/eval/$1" \
+    --temperature 0.8 --max_prompt_length 512 --max_response_length 256 --gpu_memory_utilization 0.3 \
+    --two_sample_model "$out/student"
+}
+
+for stage in $stages; do
+  echo "== $stage"
+  case "$stage" in
+    seqkd)
+      train seqkd "$seqkd_steps" --model "$out/student" "${sizes[@]}" \
+        actor_rollout_ref.actor.optim.lr="$imitation_lr" "$@" ;;
+    warmup)
+      train warmup "$warmup_steps" --model "$out/student" "${sizes[@]}" \
+        actor_rollout_ref.actor.optim.lr="$imitation_lr" critic.optim.lr="$discriminator_lr" "$@" ;;
+    gad)
+      train gad "$gad_steps" --warmup_dir "$out/warmup" "${sizes[@]}" \
+        actor_rollout_ref.actor.optim.lr="$policy_lr" critic.optim.lr="$discriminator_lr" "$@" ;;
+    eval)
+      evaluate base "$out/student"
+      for name in seqkd warmup gad; do
+        [ ! -d "$out/$name" ] || evaluate "$name" "$out/$name"
+      done
+      "$PYTHON" -m recipe.gad.cli eval compare "$out"/eval/* --output "$out/eval/compare.json" ;;
+    report)
+      "$PYTHON" -m recipe.gad.cli report "$out/warmup" "$out/gad" --output "$out/report.html" ;;
+    *) fail "unknown stage $stage; see --help" ;;
+  esac
+done
