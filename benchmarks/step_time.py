@@ -103,6 +103,7 @@ def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
         f"actor_rollout_ref.rollout.n={args.n}",
         "actor_rollout_ref.rollout.ignore_eos=True",
         f"actor_rollout_ref.rollout.max_model_len={PROMPT_WORDS + 16 + args.response}",
+        f"actor_rollout_ref.rollout.max_num_seqs={args.prompts * args.n}",
         f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={tokens}",
         f"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu={tokens}",
         f"critic.ppo_max_token_len_per_gpu={tokens}",
