@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from recipe.gad.commands.collect import collect
 from recipe.gad.commands.prepare import prepare
 
 __all__ = ["app", "main"]
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 
 app.command()(prepare)
+app.command()(collect)
 
 
 @app.callback()

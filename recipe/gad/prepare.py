@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from recipe.gad.rows import Example, Message, Rejects, Row, data_source_of, read_example, read_rows
+from recipe.gad.rows import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
 from recipe.gad.teacher_file import BATCH_ROWS
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
@@ -126,9 +126,8 @@ def prepare(
         with (
             _RowWriter(written[0], result.train) as train,
             _RowWriter(written[1], result.val) as val,
-            written[2].open("w", encoding="utf-8", errors="backslashreplace") as rejects_file,
+            open_rejects(written[2], strict) as rejects,
         ):
-            rejects = Rejects(rejects_file, strict)
             # validation first: what is in it is kept out of training
             for row, is_val in _rows(
                 [(source, True) for source in val_inputs] + [(source, False) for source in inputs]

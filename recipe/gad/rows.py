@@ -20,8 +20,10 @@ prompt and response   one of PROMPT_KEYS + one of TEACHER_KEYS; text, or message
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -308,15 +310,9 @@ def _names(columns: dict[str, Any]) -> str:
 
 
 class Rejects:
-    """Counts bad rows, shows the first ``SHOWN_REJECTS`` on stderr and writes all of them, one JSON object per line:
-    ``file``, ``row`` (counted from 0), ``reason``, ``record``.
+    """Bad rows: counted, the first SHOWN_REJECTS printed to stderr, all written; see :func:`open_rejects`."""
 
-    Args:
-        out: open text file.
-        strict: raise at the first one instead.
-    """
-
-    def __init__(self, out: TextIO, strict: bool = False):
+    def __init__(self, out: TextIO, strict: bool):
         self._out, self._strict = out, strict
         self.count = 0
 
@@ -334,3 +330,23 @@ class Rejects:
         record = {"file": row.file, "row": row.number, "reason": reason, "record": row.value}
         # default: what JSON has no word for (dates, bytes)
         print(json.dumps(record, ensure_ascii=False, default=str), file=self._out)
+
+
+@contextmanager
+def open_rejects(path: Path, strict: bool = False) -> Iterator[Rejects]:
+    """Collector of bad rows. ``path`` gets them at the end, if there are any: one JSON object per line with file, row
+    (counted from 0), reason and record. Without bad rows there is no such file afterwards.
+
+    Args:
+        strict: the first bad row is a ValueError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+            yield (rejects := Rejects(out, strict))
+        if rejects.count:
+            os.replace(temporary, path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
