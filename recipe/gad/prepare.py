@@ -24,7 +24,7 @@ from recipe.gad.rows import Example, Message, Row, data_source_of, open_rejects,
 from recipe.gad.teacher_file import BATCH_ROWS
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
-BATCH_CHARS = 1 << 24
+BATCH_CHARS = 1 << 22
 """Characters of prompts and answers after which a batch of rows is written, if not BATCH_ROWS before."""
 SCHEMA = pa.schema(
     {

@@ -53,6 +53,8 @@ ROLES = {
 FILE_ENDINGS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
 READ_ROWS = 256
 """Rows of a parquet file that are in memory at a time."""
+READ_BYTES = 1 << 20
+"""Bytes of a column of a parquet file that are read at a time."""
 SHOWN_REJECTS = 5
 """Bad rows that are printed; all of them are in the rejects file."""
 
@@ -128,7 +130,8 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
 
 def _parquet_rows(file: Path) -> Iterator[tuple[Any, None]]:
     try:
-        with pq.ParquetFile(file, memory_map=True) as parquet:
+        # pages as they come: a row group can be as large as the file
+        with pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
             for batch in parquet.iter_batches(READ_ROWS):
                 yield from ((row, None) for row in batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
@@ -225,7 +228,7 @@ def _messages(key: str, value: Any) -> list[Message]:
         if parsed is None and key in ("messages", "conversations"):
             raise ValueError(f"column {key!r} is text, not a list of messages")
         if parsed is None:
-            return [{"role": "user", "content": value}]
+            return [{"role": "user", "content": _text(f"column {key!r}", value)}]
         value = parsed
     if not isinstance(value, list) or not value:
         found = "is an empty list" if value == [] else f"is of type {type(value).__name__}"
