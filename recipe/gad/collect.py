@@ -4,7 +4,7 @@ Every finished request is one line, appended and flushed at once, so that a kill
 nothing else; the same command again goes on behind them. Beside the answers (``answers.jsonl``) lie
 
 - ``answers.failed.jsonl``: what is no training data, with the reason: answers cut at max_tokens, refused or empty, and
-  requests that failed for good. They count as done until ``retry_failed``.
+  requests that failed for good. They count as done until ``retry_failed``; the lines stay, an answer outdates them.
 - ``answers.rejects.jsonl``: rows of the input without a usable prompt.
 - ``answers.settings.json``: the settings of the requests. Answers of other settings belong in another file.
 
@@ -12,6 +12,7 @@ A request is known by a hash of its messages, its sample number and the settings
 """
 
 import fcntl
+import itertools
 import json
 import os
 from collections import Counter
@@ -56,23 +57,25 @@ class Request(NamedTuple):
 
 @dataclass
 class Collected:
-    """Counts of an output file, earlier runs included."""
+    """Counts of an output, earlier runs included."""
 
     answers: int = 0
-    failed: Counter = field(default_factory=Counter)
-    """Failed requests by reason."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Id -> reason of the requests whose last attempt failed."""
     rejected: int = 0
     """Rows of the input without a usable prompt."""
     new: int = 0
     """Requests that this run finished."""
     prompt_tokens: int = 0
+    """Of every request, also of those that failed and were asked again."""
     completion_tokens: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
         if "reason" in record:
-            self.failed[record["reason"]] += 1
+            self.reasons[record["id"]] = record["reason"]
         else:
             self.answers += 1
+            self.reasons.pop(record["id"], None)
         self.prompt_tokens += record["prompt_tokens"]
         self.completion_tokens += record["completion_tokens"]
 
@@ -120,13 +123,13 @@ async def collect(
     out.parent.mkdir(parents=True, exist_ok=True)
     result = Collected()
     with _open_locked(out) as answers, _open_locked(out.with_suffix(".failed.jsonl")) as failed:
-        if retry_failed:
-            failed.truncate(0)
         done: set[str] = set()
-        for record in (*_finished(answers), *_finished(failed)):
+        for record in itertools.chain(_finished(failed), _finished(answers)):
             done.add(record["id"])
             result.add(record)
         _check_settings(out.with_suffix(".settings.json"), asdict(settings), empty=not done)
+        if retry_failed:
+            done.difference_update(result.reasons)
         with open_rejects(out.with_suffix(".rejects.jsonl")) as rejects:
             to_do = sum(1 for _ in _requests(inputs, samples, prompt_key, settings, set(done), rejects))
         result.rejected = rejects.count
@@ -140,7 +143,7 @@ async def collect(
             result.add(record)
             result.new += 1
             cost = f", cost {result.cost(*prices):.2f}" if any(prices) else ""
-            bar.set_postfix_str(f"{result.failed.total()} failed, {client.retries} retries{cost}", refresh=False)
+            bar.set_postfix_str(f"{len(result.reasons)} failed, {client.retries} retries{cost}", refresh=False)
             bar.update()
 
         with tqdm(total=to_do, desc=settings.model, unit=" requests", disable=None) as bar:
@@ -152,14 +155,14 @@ def summary(result: Collected, out: str | Path, prices: tuple[float, float]) -> 
     """Counts, tokens and cost as lines of text."""
     out = Path(out)
     lines = [f"answers     {result.answers:>9,} in {out}", f"this run    {result.new:>9,} requests finished"]
-    for reason, count in result.failed.most_common():
+    for reason, count in Counter(result.reasons.values()).most_common():
         lines.append(f"failed      {count:>9,} {reason}, in {out.with_suffix('.failed.jsonl')}")
     if result.rejected:
         lines.append(f"rejected    {result.rejected:>9,} rows without a prompt, in {out.with_suffix('.rejects.jsonl')}")
     lines.append(f"tokens      {result.prompt_tokens:>9,} of prompts, {result.completion_tokens:,} of answers")
     if any(prices):
-        lines.append(f"cost        {result.cost(*prices):>9,.2f}")
-    if result.failed:
+        lines.append(f"cost        {result.cost(*prices):>9,.4f}")
+    if result.reasons:
         lines.append("--retry_failed asks again for what failed")
     return "\n".join(lines)
 

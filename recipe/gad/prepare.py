@@ -237,7 +237,7 @@ def token_counter(tokenizer_path: str) -> TokenCounter:
     """Counts tokens as the trainer does: chat template and generation prompt on one side, end of turn on the other.
 
     Raises:
-        ValueError, OSError: there is no tokenizer. The counter: the chat template refuses the prompt.
+        ValueError: there is no tokenizer, or no chat template. The counter: the template refuses the prompt.
     """
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
@@ -249,7 +249,11 @@ def token_counter(tokenizer_path: str) -> TokenCounter:
         tokenize_teacher,
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no tokenizer at {tokenizer_path} ({reason}). Fix: the student's folder or hub id") from None
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer_path} has no chat template. Fix: name the student's own folder")
     end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))

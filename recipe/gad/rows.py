@@ -118,14 +118,14 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
     saved = (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file()
     try:
         found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the data set {name} cannot be loaded: {error}") from None
-    splits = found if isinstance(found, dict) else {"train": found}
-    if split is not None and split not in splits:
-        raise ValueError(f"{name} has no split {split!r}. Fix: choose from {', '.join(splits)}")
-    for key in [split] if split is not None else list(splits):
-        for number, value in enumerate(splits[key]):
-            yield Row(f"{name}:{key}", Path(name).name, number, value)
+        splits = found if isinstance(found, dict) else {"train": found}
+        if split is not None and split not in splits:
+            raise ValueError(f"no split {split!r}. Fix: choose from {', '.join(splits)}")
+        for key in [split] if split is not None else list(splits):
+            for number, value in enumerate(splits[key]):
+                yield Row(f"{name}:{key}", Path(name).name, number, value)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"the data set {name} cannot be read: {error}") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[Any, None]]:

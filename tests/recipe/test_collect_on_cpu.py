@@ -62,7 +62,7 @@ def test_answers_are_collected_and_prepared(chat_server, prompts, tmp_path, caps
     assert all(body["top_p"] == 0.9 and body["max_tokens"] == 9 for body in chat_server.bodies)
     printed = capsys.readouterr().out
     assert "6 in" in printed and "18 of prompts, 12 of answers" in printed
-    assert "cost            42.00" in printed  # 6 x (3 x 1 + 2 x 2)
+    assert "cost          42.0000" in printed  # 6 x (3 x 1 + 2 x 2)
 
     data = tmp_path / "data"
     assert run("prepare", out, "--out", data, "--val_fraction", "0") == 0
@@ -131,7 +131,9 @@ def test_answers_that_are_no_training_data(chat_server, tmp_path, capsys):
     assert run(*call, "--retry_failed") == 0
     assert len(chat_server.bodies) == asked + 6
     assert sorted(row["teacher_response"] for row in lines(out)) == ["fine"] + ["fine now"] * 6
-    assert lines(failed) == []
+    assert len(lines(failed)) == 6  # they stay, and were paid for: 5 answers of the first run, 6 of the last
+    assert run(*call) == 0
+    assert "33 of prompts, 22 of answers" in capsys.readouterr().out
 
 
 def test_more_samples_later(chat_server, prompts, tmp_path):

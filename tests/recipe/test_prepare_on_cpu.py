@@ -299,6 +299,13 @@ def test_unreadable_files(write, tmp_path, capsys, name, content, message):
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_data_set_that_cannot_be_read(write, tmp_path, capsys):
+    (tmp_path / "d").mkdir()
+    write('{"prompt": "q", "response": "a"}\n{"prompt": \n', "d/train.jsonl")
+    assert run(tmp_path / "d", "--out", tmp_path / "out") == 2
+    assert f"the data set {tmp_path}/d cannot be read" in capsys.readouterr().err
+
+
 def test_sources_that_are_not_there(tmp_path, capsys):
     for source in ("nowhere.jsonl", tmp_path / "nowhere.jsonl", "a/b/c"):
         assert run(source, "--out", tmp_path / "out") == 2
@@ -428,7 +435,7 @@ def test_preset_keeps_the_data_set_s_own_split(tmp_path, capsys):
     assert sides(out) == [{f"p {i}" for i in range(15)}, {f"p {i}" for i in range(15, 25)}]
     assert {row["data_source"] for row in table(out)} == {"LMSYS-Chat-GPT-5-Chat-Response"}
     assert run(f"{folder}:nowhere", "--out", tmp_path / "no") == 2
-    assert "has no split 'nowhere'. Fix: choose from train, test" in capsys.readouterr().err
+    assert "no split 'nowhere'. Fix: choose from train, test" in capsys.readouterr().err
     assert run(f"{folder}:test", "--out", tmp_path / "test", "--val_fraction", 0) == 0
     assert len(table(tmp_path / "test")) == 10
 
@@ -495,6 +502,8 @@ def test_a_tokenizer_without_template(tmp_path, tiny_problem):
     tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="has no chat template"):
         token_counter(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match="no tokenizer at /nowhere/model"):
+        token_counter("/nowhere/model")
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer
@@ -587,5 +596,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     assert done.returncode == 0, done.stderr
     rows, grown = map(int, done.stdout.split())
     print(f"{kind}: {big.stat().st_size / 1e6:.0f} MB read, the peak grew by {grown} MB")
-    assert rows == 16_000 + (kind == "json") and grown < 40
+    assert rows == 16_000 + (kind == "json") and grown < 60
     shutil.rmtree(tmp_path)

@@ -98,5 +98,5 @@ def collect(
     except RequestFailed as error:
         raise ValueError(f"{error}. What was finished is kept: the same command goes on") from None
     typer.echo(work.summary(result, out, prices))
-    if result.failed or result.rejected:
+    if result.reasons or result.rejected:
         raise typer.Exit(1)
