@@ -6,11 +6,12 @@ nothing else: not on the order of the rows, not on the rest of the data, not on 
 stay in memory, about 80 bytes a row.
 """
 
+import itertools
 import os
 import tempfile
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -75,10 +76,10 @@ class Prepared:
 
 
 def prepare(
-    inputs: list[str],
+    inputs: Sequence[str],
     out_dir: str | Path,
     *,
-    val_inputs: Iterable[str] = (),
+    val_inputs: Sequence[str] = (),
     val_fraction: float = 0.01,
     prompt_key: str | None = None,
     teacher_key: str | None = None,
@@ -109,13 +110,13 @@ def prepare(
     Raises:
         ValueError: an argument or a source is wrong, outputs exist, or a file would be empty; nothing is written.
     """
-    out_dir, val_inputs = Path(out_dir).expanduser(), list(val_inputs)
+    out_dir = Path(out_dir).expanduser()
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: expected a number in [0, 1)")
     finals = [out_dir / name for name in (TRAIN, VAL, REJECTS)]
     existing = [str(path) for path in finals if path.exists()]
     if existing and not overwrite:
-        raise ValueError(f"{' and '.join(existing)} already there. Fix: choose another folder, or --overwrite")
+        raise ValueError(f"{', '.join(existing)}: already there. Fix: choose another folder, or --overwrite")
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare.", dir=out_dir) as folder:
         written = [Path(folder) / path.name for path in finals]
@@ -129,9 +130,7 @@ def prepare(
             open_rejects(written[2], strict) as rejects,
         ):
             # validation first: what is in it is kept out of training
-            for row, is_val in _rows(
-                [(source, True) for source in val_inputs] + [(source, False) for source in inputs]
-            ):
+            for row, is_val in itertools.chain(_rows(val_inputs, True), _rows(inputs, False)):
                 result.rows += 1
                 try:
                     example = read_example(row, prompt_key, teacher_key)
@@ -152,18 +151,17 @@ def prepare(
                 side.add(example, data_source or data_source_of(row), lengths)
         result.rejected = rejects.count
         _check_not_empty(result, val_wanted=bool(val_inputs) or val_fraction > 0)
-        for new, final, rows in zip(
-            written, finals, (result.train.rows, result.val.rows, result.rejected), strict=True
-        ):
-            if rows:
+        counts = (result.train.rows, result.val.rows, result.rejected)
+        for new, final, count in zip(written, finals, counts, strict=True):
+            if count:
                 os.replace(new, final)
             else:
                 final.unlink(missing_ok=True)
     return result
 
 
-def _rows(sources: list[tuple[str, bool]]) -> Iterator[tuple[Row, bool]]:
-    for source, is_val in sources:
+def _rows(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:
+    for source in sources:
         for row in tqdm(read_rows(source), desc=source, unit=" rows", disable=None):
             yield row, is_val
 
