@@ -9,6 +9,8 @@ import typer
 
 from recipe.gad.openai_client import API_KEY_ENV, MAX_RETRIES, TIMEOUT
 
+GOES_ON = "What was finished is kept: the same command goes on"
+
 
 def collect(
     inputs: Annotated[
@@ -96,7 +98,10 @@ def collect(
     try:
         result = asyncio.run(run())
     except RequestFailed as error:
-        raise ValueError(f"{error}. What was finished is kept: the same command goes on") from None
+        raise ValueError(f"{error}. {GOES_ON}") from None
+    except KeyboardInterrupt:
+        typer.echo(GOES_ON, err=True)
+        raise
     typer.echo(work.summary(result, out, prices))
     if result.reasons or result.rejected:
         raise typer.Exit(1)
