@@ -57,8 +57,8 @@ def collect(
 ) -> None:
     """Collect a teacher's answers through an OpenAI-compatible API.
 
-    The key comes from the environment. Every answer is saved at once; after a crash the same command goes on, and asks
-    nothing twice. Answers that were cut, refused or empty and requests that failed for good go to
+    The key comes from the environment. Every answer is saved at once; after a crash the same command goes on with
+    what was not finished. Answers that were cut, refused or empty and requests that failed for good go to
     <out>.failed.jsonl; then the exit code is 1. <out> is ready for gad prepare.
 
     Example: gad collect prompts.txt --out answers.jsonl --model gpt-5-chat-latest --temperature 0.8 --max_tokens 1536
