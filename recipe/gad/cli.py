@@ -10,6 +10,7 @@ import sys
 import typer
 
 from recipe.gad.commands import eval as eval_command
+from recipe.gad.commands.collect import collect
 from recipe.gad.commands.prepare import prepare
 
 __all__ = ["app", "main"]
@@ -30,6 +31,7 @@ def _root() -> None:
 
 
 app.command()(prepare)
+app.command()(collect)
 app.add_typer(eval_command.app, name="eval")
 
 

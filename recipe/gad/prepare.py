@@ -6,11 +6,12 @@ nothing else: not on the order of the rows, not on the rest of the data, not on 
 stay in memory, about 80 bytes a row.
 """
 
+import itertools
 import os
 import tempfile
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -20,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from recipe.gad.rows import Example, Message, Rejects, Row, data_source_of, read_example, read_rows
+from recipe.gad.rows import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
 from recipe.gad.teacher_file import BATCH_ROWS
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
-BATCH_CHARS = 1 << 24
+BATCH_CHARS = 1 << 22
 """Characters of prompts and answers after which a batch of rows is written, if not BATCH_ROWS before."""
 SCHEMA = pa.schema(
     {
@@ -75,10 +76,10 @@ class Prepared:
 
 
 def prepare(
-    inputs: list[str],
+    inputs: Sequence[str],
     out_dir: str | Path,
     *,
-    val_inputs: Iterable[str] = (),
+    val_inputs: Sequence[str] = (),
     val_fraction: float = 0.01,
     prompt_key: str | None = None,
     teacher_key: str | None = None,
@@ -109,13 +110,13 @@ def prepare(
     Raises:
         ValueError: an argument or a source is wrong, outputs exist, or a file would be empty; nothing is written.
     """
-    out_dir, val_inputs = Path(out_dir).expanduser(), list(val_inputs)
+    out_dir = Path(out_dir).expanduser()
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: expected a number in [0, 1)")
     finals = [out_dir / name for name in (TRAIN, VAL, REJECTS)]
     existing = [str(path) for path in finals if path.exists()]
     if existing and not overwrite:
-        raise ValueError(f"{' and '.join(existing)} already there. Fix: choose another folder, or --overwrite")
+        raise ValueError(f"{', '.join(existing)}: already there. Fix: choose another folder, or --overwrite")
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare.", dir=out_dir) as folder:
         written = [Path(folder) / path.name for path in finals]
@@ -126,13 +127,10 @@ def prepare(
         with (
             _RowWriter(written[0], result.train) as train,
             _RowWriter(written[1], result.val) as val,
-            written[2].open("w", encoding="utf-8", errors="backslashreplace") as rejects_file,
+            open_rejects(written[2], strict) as rejects,
         ):
-            rejects = Rejects(rejects_file, strict)
             # validation first: what is in it is kept out of training
-            for row, is_val in _rows(
-                [(source, True) for source in val_inputs] + [(source, False) for source in inputs]
-            ):
+            for row, is_val in itertools.chain(_rows(val_inputs, True), _rows(inputs, False)):
                 result.rows += 1
                 try:
                     example = read_example(row, prompt_key, teacher_key)
@@ -153,18 +151,17 @@ def prepare(
                 side.add(example, data_source or data_source_of(row), lengths)
         result.rejected = rejects.count
         _check_not_empty(result, val_wanted=bool(val_inputs) or val_fraction > 0)
-        for new, final, rows in zip(
-            written, finals, (result.train.rows, result.val.rows, result.rejected), strict=True
-        ):
-            if rows:
+        counts = (result.train.rows, result.val.rows, result.rejected)
+        for new, final, count in zip(written, finals, counts, strict=True):
+            if count:
                 os.replace(new, final)
             else:
                 final.unlink(missing_ok=True)
     return result
 
 
-def _rows(sources: list[tuple[str, bool]]) -> Iterator[tuple[Row, bool]]:
-    for source, is_val in sources:
+def _rows(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:
+    for source in sources:
         for row in tqdm(read_rows(source), desc=source, unit=" rows", disable=None):
             yield row, is_val
 
@@ -238,7 +235,7 @@ def token_counter(tokenizer_path: str) -> TokenCounter:
     """Counts tokens as the trainer does: chat template and generation prompt on one side, end of turn on the other.
 
     Raises:
-        ValueError, OSError: there is no tokenizer. The counter: the chat template refuses the prompt.
+        ValueError: there is no tokenizer, or no chat template. The counter: the template refuses the prompt.
     """
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
@@ -250,7 +247,11 @@ def token_counter(tokenizer_path: str) -> TokenCounter:
         tokenize_teacher,
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no tokenizer at {tokenizer_path} ({reason}). Fix: the student's folder or hub id") from None
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer_path} has no chat template. Fix: name the student's own folder")
     end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))

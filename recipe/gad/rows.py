@@ -20,8 +20,10 @@ prompt and response   one of PROMPT_KEYS + one of TEACHER_KEYS; text, or message
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -51,6 +53,8 @@ ROLES = {
 FILE_ENDINGS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
 READ_ROWS = 256
 """Rows of a parquet file that are in memory at a time."""
+READ_BYTES = 1 << 20
+"""Bytes of a column of a parquet file that are read at a time."""
 SHOWN_REJECTS = 5
 """Bad rows that are printed; all of them are in the rejects file."""
 
@@ -114,19 +118,20 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
     saved = (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file()
     try:
         found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the data set {name} cannot be loaded: {error}") from None
-    splits = found if isinstance(found, dict) else {"train": found}
-    if split is not None and split not in splits:
-        raise ValueError(f"{name} has no split {split!r}. Fix: choose from {', '.join(splits)}")
-    for key in [split] if split is not None else list(splits):
-        for number, value in enumerate(splits[key]):
-            yield Row(f"{name}:{key}", Path(name).name, number, value)
+        splits = found if isinstance(found, dict) else {"train": found}
+        if split is not None and split not in splits:
+            raise ValueError(f"no split {split!r}. Fix: choose from {', '.join(splits)}")
+        for key in [split] if split is not None else list(splits):
+            for number, value in enumerate(splits[key]):
+                yield Row(f"{name}:{key}", Path(name).name, number, value)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"the data set {name} cannot be read: {error}") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[Any, None]]:
     try:
-        with pq.ParquetFile(file, memory_map=True) as parquet:
+        # pages as they come: a row group can be as large as the file
+        with pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
             for batch in parquet.iter_batches(READ_ROWS):
                 yield from ((row, None) for row in batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
@@ -223,7 +228,7 @@ def _messages(key: str, value: Any) -> list[Message]:
         if parsed is None and key in ("messages", "conversations"):
             raise ValueError(f"column {key!r} is text, not a list of messages")
         if parsed is None:
-            return [{"role": "user", "content": value}]
+            return [{"role": "user", "content": _text(f"column {key!r}", value)}]
         value = parsed
     if not isinstance(value, list) or not value:
         found = "is an empty list" if value == [] else f"is of type {type(value).__name__}"
@@ -308,15 +313,9 @@ def _names(columns: dict[str, Any]) -> str:
 
 
 class Rejects:
-    """Counts bad rows, shows the first ``SHOWN_REJECTS`` on stderr and writes all of them, one JSON object per line:
-    ``file``, ``row`` (counted from 0), ``reason``, ``record``.
+    """Bad rows: counted, the first SHOWN_REJECTS printed to stderr, all written; see :func:`open_rejects`."""
 
-    Args:
-        out: open text file.
-        strict: raise at the first one instead.
-    """
-
-    def __init__(self, out: TextIO, strict: bool = False):
+    def __init__(self, out: TextIO, strict: bool):
         self._out, self._strict = out, strict
         self.count = 0
 
@@ -334,3 +333,23 @@ class Rejects:
         record = {"file": row.file, "row": row.number, "reason": reason, "record": row.value}
         # default: what JSON has no word for (dates, bytes)
         print(json.dumps(record, ensure_ascii=False, default=str), file=self._out)
+
+
+@contextmanager
+def open_rejects(path: Path, strict: bool = False) -> Iterator[Rejects]:
+    """Collector of bad rows. ``path`` gets them at the end, if there are any: one JSON object per line with file, row
+    (counted from 0), reason and record. Without bad rows there is no such file afterwards.
+
+    Args:
+        strict: the first bad row is a ValueError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+            yield (rejects := Rejects(out, strict))
+        if rejects.count:
+            os.replace(temporary, path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -233,10 +233,11 @@ def _list_rows(file: Path) -> Iterator[Any]:
                 if end == len(buffer):  # "12" may go on as "123"
                     raise json.JSONDecodeError("the list is not closed", buffer, end)
             except json.JSONDecodeError as error:
-                more = text.read(max(CHUNK_CHARS, len(buffer))) if len(buffer) - position < LONGEST_ROW_CHARS else ""
+                buffer, position = buffer[position:], 0
+                more = text.read(max(CHUNK_CHARS, len(buffer))) if len(buffer) < LONGEST_ROW_CHARS else ""
                 if not more:
                     raise ValueError(f"row {number} is not valid JSON ({error.msg}). Fix: write it again") from None
-                buffer, position = buffer[position:] + more, 0
+                buffer += more
                 continue
             yield row
             position, number = end, number + 1
