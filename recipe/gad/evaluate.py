@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipe.gad.answers import ANSWERS, IDENTITY, differences, read_answers, read_settings, write_atomically
+from recipe.gad.answers import ANSWERS, IDENTITY, differences, read_answers, read_settings
+from recipe.gad.files import write_atomically
 from recipe.gad.judge import RESULTS, JudgeSettings, against, judge
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.text_metrics import text_metrics
@@ -66,7 +67,7 @@ def _cells(scores: dict[str, Any], side: str) -> dict[str, str]:
     }
     if side == "student" and "two_sample" in scores:
         test = scores["two_sample"]
-        cells["two-sample acc"] = f"{test['accuracy']:.3f} ± {test['accuracy_std']:.3f}"
+        cells["two-sample acc"] = f"{_interval(test['accuracy'], 3)} ± {test['accuracy_std']:.3f}"
     verdicts = scores.get("judge", {})
     if "score" in verdicts:
         cells["judge 1-10"] = _interval(verdicts["score"]["first" if side == "student" else "second"], 2)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from recipe.gad.openai_client import ChatClient, RequestFailed, for_each
-from recipe.gad.text_metrics import bootstrap_means
+from recipe.gad.text_metrics import prompt_means
 
 REPLIES = "judge.jsonl"
 MODES = ("pairwise", "score", "both")
@@ -184,7 +184,7 @@ def judge(
         client: an open client; it is closed at the end.
         settings: judge and questions.
         folder: keeps the replies (``judge.jsonl``).
-        concurrency: requests in flight at most.
+        concurrency: requests in flight at most, 1 or more.
         seed: of the bootstrap.
 
     Returns:
@@ -198,8 +198,6 @@ def judge(
         ValueError: no pair has a verdict, or the replies' file is in use.
         RequestFailed: (a ValueError) no request can succeed. Replies that came before are kept.
     """
-    if concurrency < 1:
-        raise ValueError(f"judge concurrency {concurrency}: expected 1 or more")
     questions: list[str] = []
     for c in candidates:
         if settings.asks("pairwise") and c.first != c.second:
@@ -269,11 +267,8 @@ def _intervals(rows: Sequence[tuple], counts: _Counts, seed: int) -> list[dict[s
             f"the judge gave no verdict: {counts.failed} requests failed and {counts.unparsable} replies could not be "
             f"read (see {REPLIES}). Fix: another judge, or a larger limit of its answer's length"
         )
-    by_prompt: dict[int, list[tuple]] = {}
-    for index, *values in rows:
-        by_prompt.setdefault(index, []).append(tuple(values))
-    means = [[sum(column) / len(column) for column in zip(*group, strict=True)] for group in by_prompt.values()]
-    return [asdict(estimate) for estimate in bootstrap_means(means, seed)]
+    estimates = prompt_means([index for index, *_ in rows], [values for _, *values in rows], seed)
+    return [asdict(estimate) for estimate in estimates]
 
 
 # ---------------------------------------------------------------------- replies

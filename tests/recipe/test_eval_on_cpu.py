@@ -142,7 +142,7 @@ def test_a_retrained_model_or_changed_data_is_noticed(settings, tiny_problem, tm
     changed = {"model": str(tmp_path / "model"), "val_files": (str(tmp_path / "val.parquet"),)}
     make_answers(settings(**changed), tmp_path / "out")
     AutoModelForCausalLM.from_pretrained(tiny_problem / "model").save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="model_files"):
+    with pytest.raises(ValueError, match="model_written"):
         make_answers(settings(**changed), tmp_path / "out")
     make_answers(settings(**changed), tmp_path / "out", overwrite=True)
     shutil.copy(tiny_problem / "train.parquet", tmp_path / "val.parquet")

@@ -20,7 +20,7 @@ JudgeExtra = Annotated[
     str,
     typer.Option("--judge_extra", help="JSON object of more fields for the judge's requests; reasoning models: '{}'."),
 ]
-JudgeConcurrency = Annotated[int, typer.Option("--judge_concurrency", help="Requests to the judge at a time.")]
+JudgeConcurrency = Annotated[int, typer.Option("--judge_concurrency", min=1, help="Requests to the judge at a time.")]
 
 app = typer.Typer(
     help="Sample answers of a model to validation prompts and measure how close they are to the teacher's.",
@@ -142,7 +142,7 @@ def evaluate(
     answers = make_answers(settings, output_dir, overwrite, gpu_memory_utilization, enforce_eager)
     scores = update_scores(output_dir, text=text_section(answers, seed))
     if test is not None:
-        scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test))
+        scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test, seed))
     if client is not None:
         pairs = against(answers, [answer["teacher"] for answer in answers])
         verdicts = judge(pairs, client, judge_settings, output_dir, judge_concurrency, seed)
@@ -164,9 +164,9 @@ def compare(
 
     With --judge_model the answers of every model are judged against those of the first one, pair by pair.
     """
-    from recipe.gad.answers import write_atomically
     from recipe.gad.evaluate import compare as compare_folders
     from recipe.gad.evaluate import comparison_table, judge_against_first
+    from recipe.gad.files import write_atomically
     from recipe.gad.judge import JudgeSettings
 
     comparison = compare_folders(folders)
