@@ -60,6 +60,8 @@ class Settings:
         object.__setattr__(self, "val_files", tuple(os.path.abspath(Path(f).expanduser()) for f in self.val_files))
         if self.backend not in BACKENDS:
             raise ValueError(f"backend {self.backend!r}: expected one of {', '.join(BACKENDS)}")
+        if self.backend == "vllm" and not importlib.util.find_spec("vllm"):
+            raise ValueError('backend vllm: not installed. Fix: pip install "verl-gad[vllm]", or --backend hf')
         if self.temperature < 0 or (self.temperature == 0 and self.n > 1):
             raise ValueError(
                 f"temperature {self.temperature} with n={self.n}: expected above 0, or 0 (greedy) with n=1"

@@ -215,7 +215,7 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
 
 
 def actor_folder(model: str) -> str:
-    """Hugging Face folder of the student that ``model`` names; anything that is no folder is taken as a hub id.
+    """Hugging Face folder of the student that ``model`` names; OWNER/NAME without such a folder is a hub id.
 
     Args:
         model: a Hugging Face folder, or of a run: its output folder (the newest complete actor), ``global_step_N``,
@@ -226,7 +226,7 @@ def actor_folder(model: str) -> str:
     """
     folder = Path(os.path.abspath(Path(model).expanduser()))
     if not folder.is_dir():
-        if len(Path(model).parts) > 2 or model.startswith((".", "~", "/")):
+        if len(Path(model).parts) != 2 or model.startswith((".", "~", "/")):
             raise ValueError(f"{model}: no such folder. Fix: pass a Hugging Face folder or id, or a run's folder")
         return model
     if (folder / "config.json").is_file():

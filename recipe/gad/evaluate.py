@@ -13,7 +13,7 @@ from typing import Any
 
 from recipe.gad.answers import ANSWERS, IDENTITY, differences, read_answers, read_settings
 from recipe.gad.files import write_atomically
-from recipe.gad.judge import RESULTS, JudgeSettings, against, judge
+from recipe.gad.judge import RESULTS, JudgeSettings, against, judge, left_out
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.text_metrics import text_metrics
 
@@ -87,13 +87,15 @@ def format_table(rows: dict[str, dict[str, str]]) -> str:
     titles = list(dict.fromkeys(title for cells in rows.values() for title in cells))
     lines = [["", *titles], *([name, *(cells.get(title, "-") for title in titles)] for name, cells in rows.items())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles) + 1)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    padded = (map(str.ljust, line, widths) for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def scores_table(scores: dict[str, Any]) -> str:
     """The scores of one model as text: a row per metric, columns student and teacher."""
     student, teacher = (_cells(scores, side) for side in ("student", "teacher"))
-    return format_table({title: {"student": student[title], "teacher": teacher.get(title, "-")} for title in student})
+    table = format_table({title: {"student": student[title], "teacher": teacher.get(title, "-")} for title in student})
+    return f"{table}\n{left_out(scores['judge'])}" if "judge" in scores else table
 
 
 # ---------------------------------------------------------------------- several folders
@@ -119,7 +121,7 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
         changed = differences(first_settings, settings, ignore=IDENTITY)
         for section in ("two_sample", "judge"):
             if section in scores and section in first_scores:
-                found = differences(first_scores[section]["settings"], scores[section]["settings"])
+                found = differences(first_scores[section]["settings"], scores[section]["settings"], ignore=("mode",))
                 changed += [f"{section} {line}" for line in found]
         if prompts != first_prompts and not changed:
             changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different ones"]
@@ -171,4 +173,10 @@ def comparison_table(comparison: dict[str, dict[str, Any]]) -> str:
         if "judge_against_first" in entry:
             verdicts = entry["judge_against_first"]["pairwise"]
             rows[name] |= {f"{result} vs {first}": _interval(verdicts[result], 3) for result in RESULTS}
-    return format_table({**rows, "teacher": _cells(comparison[first]["scores"], "teacher")})
+    notes = [
+        f"\n{name}: {left_out(entry[key])}"
+        for name, entry in comparison.items()
+        for entry, key in ((entry["scores"], "judge"), (entry, "judge_against_first"))
+        if key in entry
+    ]
+    return format_table({**rows, "teacher": _cells(comparison[first]["scores"], "teacher")}) + "".join(notes)

@@ -245,6 +245,21 @@ def _score_result(candidates: Sequence[Candidates], replies: dict[str, str | Non
     return {"first": first, "second": second, "pairs": len(rows), **asdict(counts)}
 
 
+def left_out(verdicts: dict[str, Any]) -> str:
+    """One line on what the rates of :func:`judge` leave out, and on how much the position mattered."""
+    parts = []
+    for mode in ("pairwise", "score"):
+        if mode in verdicts:
+            counts = verdicts[mode]
+            parts.append(
+                f"{mode}: {counts['pairs']} pairs counted, {counts['unparsable']} replies unparsable, "
+                f"{counts['failed']} requests failed"
+            )
+    if "pairwise" in verdicts:
+        parts.append(f"the two orders disagree in {verdicts['pairwise']['order_disagreement']:.1%}")
+    return f"judge {verdicts['settings']['model']}: {'; '.join(parts)}"
+
+
 @dataclass
 class _Counts:
     unparsable: int = 0
@@ -281,11 +296,10 @@ async def _ask(
     from tqdm import tqdm
 
     keys = {question: _key(question, settings) for question in questions}
-    replies: dict[str, str | None] = {}
     failures = 0
     with _open_locked(path) as file:
         known = _read_replies(file)
-        replies = {question: known[key] for question, key in keys.items() if key in known}
+        replies: dict[str, str | None] = {question: known[key] for question, key in keys.items() if key in known}
         with tqdm(total=len(questions), initial=len(replies), desc="judge", unit="question") as bar:
 
             async def ask(question: str) -> None:

@@ -116,6 +116,12 @@ def test_greedy_answers_equal_an_argmax_loop_without_padding(settings, tiny_prob
         assert line["student_tokens"] == len(answer)
 
 
+def test_a_low_temperature_samples_what_greedy_search_finds(settings, tmp_path):
+    greedy = [line["student"] for line in make_answers(settings(temperature=0.0), tmp_path / "greedy")]
+    cold = [line["student"] for line in make_answers(settings(temperature=1e-4, n=2), tmp_path / "cold")]
+    assert cold == [text for text in greedy for _ in range(2)]
+
+
 def test_the_seed_decides_the_answers(settings, tmp_path):
     def texts(folder, **changes):
         return [line["student"] for line in make_answers(settings(**changes), tmp_path / folder)]
@@ -173,6 +179,7 @@ def test_long_prompts_are_dropped_as_in_training(settings, tiny_problem, tmp_pat
     ("wrong", "message"),
     [
         ({"backend": "sglang"}, "backend 'sglang': expected one of vllm, hf"),
+        ({"backend": "vllm"}, "backend vllm: not installed"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": 0.0, "n": 2}, "greedy"),
         ({"n": 0}, "n 0"),
@@ -207,7 +214,7 @@ def test_a_run_its_checkpoint_and_its_actor_name_the_actors_folder(tiny_problem,
 
 def test_hub_ids_stay_and_missing_folders_are_errors(tmp_path):
     assert actor_folder("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    for missing in (str(tmp_path / "nowhere"), "runs/gad/global_step_3", "~/nowhere"):
+    for missing in (str(tmp_path / "nowhere"), "modell", "runs/gad/global_step_3", "~/nowhere"):
         with pytest.raises(ValueError, match="no such folder"):
             actor_folder(missing)
     with pytest.raises(ValueError, match="holds no model"):
@@ -236,6 +243,7 @@ def test_the_command_writes_scores_and_keeps_sections(command, tiny_problem, tmp
     )
     assert command(tmp_path, "--judge_model", "a judge", "--judge_base_url", chat_server.url) == 0
     table = capsys.readouterr().out
+    assert "0 replies unparsable, 0 requests failed; the two orders disagree in 100.0%" in table
     assert "judge 1-10" in table and "4.00 [4.00, 4.00]" in table and "two-sample acc" in table
     scores = read_scores(tmp_path)
     assert scores["judge"]["pairwise"]["tie"]["value"] == 1
@@ -326,7 +334,8 @@ def test_compare_lets_a_judge_decide_between_two_models(evaluated, capsys, chat_
     chat_server.reply = longer_wins
     judge = ("--judge_model", "a judge", "--judge_base_url", chat_server.url)
     assert gad("eval", "compare", evaluated / "a", evaluated / "b", *judge) == 0
-    titles, a, b, teacher = capsys.readouterr().out.splitlines()
+    titles, a, b, teacher, note = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"b: judge a judge: pairwise: {len(of_a)} pairs counted, 0 replies unparsable")
     start = titles.index("win vs a")
     assert (a[start:].split()[0], b[start:].split()[0], teacher[start:].split()[0]) == ("-", f"{wins:.3f}", "-")
 
@@ -363,4 +372,4 @@ def test_compare_refuses_two_sample_tests_of_different_bases(evaluated, tmp_path
 
 def test_tables_are_aligned():
     table = format_table({"x": {"one": "1", "two": "22"}, "longer": {"two": "2"}})
-    assert [line.rstrip() for line in table.splitlines()] == ["        one  two", "x       1    22", "longer  -    2"]
+    assert table.splitlines() == ["        one  two", "x       1    22", "longer  -    2"]
