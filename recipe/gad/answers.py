@@ -18,13 +18,14 @@ import hashlib
 import importlib.util
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from recipe.gad.checkpoint import TOKENIZER_FILES, actor_folder
+from recipe.gad.files import write_atomically
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
@@ -59,6 +60,8 @@ class Settings:
         object.__setattr__(self, "val_files", tuple(os.path.abspath(Path(f).expanduser()) for f in self.val_files))
         if self.backend not in BACKENDS:
             raise ValueError(f"backend {self.backend!r}: expected one of {', '.join(BACKENDS)}")
+        if self.backend == "vllm" and not importlib.util.find_spec("vllm"):
+            raise ValueError('backend vllm: not installed. Fix: pip install "verl-gad[vllm]", or --backend hf')
         if self.temperature < 0 or (self.temperature == 0 and self.n > 1):
             raise ValueError(
                 f"temperature {self.temperature} with n={self.n}: expected above 0, or 0 (greedy) with n=1"
@@ -68,18 +71,18 @@ class Settings:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a whole number of at least 1")
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON, with fingerprints of the data (hash) and of a model folder (sizes and times)."""
-        folder = Path(self.model)
-        names = [file for pattern in ("*.safetensors", "*.bin", *TOKENIZER_FILES) for file in folder.glob(pattern)]
+        """The settings as JSON, with the hash of the data and the time of a model folder's newest file."""
+        patterns = ("*.safetensors", "*.bin", *TOKENIZER_FILES)
+        times = [file.stat().st_mtime for pattern in patterns for file in Path(self.model).glob(pattern)]
         return {
             **dataclasses.asdict(self),
             "val_files": list(self.val_files),
             "val_sha256": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in self.val_files],
-            "model_files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(names)},
+            "model_written": datetime.fromtimestamp(max(times)).isoformat() if times else None,
         }
 
 
-IDENTITY = ("model", "model_files")
+IDENTITY = ("model", "model_written")
 """Settings in which two models differ; all others must agree before their answers are compared."""
 NO_MATTER = ("val_files",)
 """Settings without influence on the answers: paths of data that is known by its hash."""
@@ -100,20 +103,6 @@ def differences(first: dict[str, Any], second: dict[str, Any], ignore: Iterable[
         for name in names
         if name not in {*ignore, *NO_MATTER} and first.get(name) != second.get(name)
     ]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it: it is there in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from recipe.gad.files import write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
@@ -214,7 +215,7 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
 
 
 def actor_folder(model: str) -> str:
-    """Hugging Face folder of the student that ``model`` names; anything that is no folder is taken as a hub id.
+    """Hugging Face folder of the student that ``model`` names; OWNER/NAME without such a folder is a hub id.
 
     Args:
         model: a Hugging Face folder, or of a run: its output folder (the newest complete actor), ``global_step_N``,
@@ -225,10 +226,13 @@ def actor_folder(model: str) -> str:
     """
     folder = Path(os.path.abspath(Path(model).expanduser()))
     if not folder.is_dir():
-        if len(Path(model).parts) > 2 or model.startswith((".", "~", "/")):
+        if len(Path(model).parts) != 2 or model.startswith((".", "~", "/")):
             raise ValueError(f"{model}: no such folder. Fix: pass a Hugging Face folder or id, or a run's folder")
         return model
     if (folder / "config.json").is_file():
+        problems = weight_problems(folder) if any(folder.glob("*.safetensors*")) else []
+        if problems:
+            raise ValueError(f"{model} cannot be loaded: {'; '.join(problems)}. Fix: copy or save it again")
         return str(folder)
     found = list(reversed(step_folders(folder).values()))
     candidates = [step / "actor" for step in found] or [folder / "actor" if (folder / "actor").is_dir() else folder]
@@ -278,17 +282,7 @@ def claim_folder(folder: str | Path, stage: str) -> None:
         ValueError: the folder holds another run's checkpoints.
     """
     check_folder(folder, stage, resume=False)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=MARKER, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump({"stage": stage}, stream)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, folder / MARKER)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(Path(folder) / MARKER, json.dumps({"stage": stage}))
 
 
 def check_folder(folder: str | Path, stage: str, resume: bool = True, world_size: int | None = None) -> None:

@@ -14,11 +14,13 @@ distinct falls as answers get longer or more numerous: compare it between models
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from recipe.gad.reward import compute_score, words
+
+T = TypeVar("T")
 
 REPETITION_ORDER = 4
 RESAMPLES = 2000
@@ -83,11 +85,24 @@ def bootstrap_means(values: Sequence[Sequence[float]], seed: int = 0) -> list[Es
     return [Estimate(*map(float, triple)) for triple in zip(table.mean(axis=0), low, high, strict=True)]
 
 
-def by_prompt(answers: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Answers of one index together, in the order of the file."""
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for answer in answers:
-        groups.setdefault(answer["index"], []).append(answer)
+def prompt_means(prompts: Sequence[Hashable], values: Sequence[Sequence[float]], seed: int) -> list[Estimate]:
+    """Mean over prompts of their mean values, column by column, with bootstrap intervals over prompts.
+
+    Args:
+        prompts: what tells the prompts of the rows apart, (rows,).
+        values: (rows, metrics).
+        seed: of the bootstrap.
+    """
+    groups = by_key(prompts, values)
+    means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
+    return bootstrap_means(means, seed)
+
+
+def by_key(keys: Iterable[Hashable], items: Iterable[T]) -> list[list[T]]:
+    """Items of one key together, in the order in which the keys first appear."""
+    groups: dict[Hashable, list[T]] = {}
+    for key, item in zip(keys, items, strict=True):
+        groups.setdefault(key, []).append(item)
     return list(groups.values())
 
 
@@ -104,13 +119,13 @@ def _answer_metrics(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
 
 def text_metrics(answers: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, dict[str, Estimate]]:
     """Metric -> side ("student", and "teacher" where it has one) -> estimate, from the lines of ``answers.jsonl``."""
-    groups = by_prompt(answers)
-    rows = [[_answer_metrics(answer) for answer in group] for group in groups]
-    columns = list(rows[0][0])
-    table = [[sum(row[key] for row in group) / len(group) for key in columns] for group in rows]
+    prompts = [answer["index"] for answer in answers]
+    rows = [_answer_metrics(answer) for answer in answers]
+    estimates = prompt_means(prompts, [list(row.values()) for row in rows], seed)
     metrics: dict[str, dict[str, Estimate]] = {}
-    for (name, side), estimate in zip(columns, bootstrap_means(table, seed), strict=True):
+    for (name, side), estimate in zip(rows[0], estimates, strict=True):
         metrics.setdefault(name, {})[side] = estimate
+    groups = by_key(prompts, answers)
     for order in (1, 2):
         metrics[f"distinct_{order}"] = {
             # the teacher's answer is the same for every sample of a prompt

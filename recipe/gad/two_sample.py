@@ -21,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from recipe.gad.checkpoint import has_score_head
+from recipe.gad.checkpoint import actor_folder, has_score_head
+from recipe.gad.text_metrics import prompt_means
 
 WARMUP_SHARE = 0.1
 """Share of the optimizer steps in which the learning rate rises; it falls linearly to 0 in the others."""
@@ -49,6 +50,7 @@ class TwoSampleSettings:
     """Pairs of one optimizer step."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", actor_folder(self.model))
         if not self.seeds:
             raise ValueError("the two-sample test needs at least one seed")
         if self.lr <= 0 or self.epochs < 1 or self.batch_pairs < 1:
@@ -72,12 +74,20 @@ class Pair:
     teacher: list[int]
 
 
-def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSettings) -> dict[str, Any]:
+def run_two_sample_test(
+    answers: Sequence[dict[str, Any]], settings: TwoSampleSettings, bootstrap_seed: int = 0
+) -> dict[str, Any]:
     """Held-out accuracy and AUC of fresh discriminators on the lines of ``answers.jsonl``.
 
+    Args:
+        answers: lines of the file.
+        settings: base model, seeds and training of the discriminators.
+        bootstrap_seed: of the confidence interval.
+
     Returns:
-        ``accuracy`` and ``auc`` (means over seeds, in [0, 1]), ``accuracy_std`` and ``auc_std`` (sample standard
-        deviations over seeds, 0 for one seed), ``by_seed``, ``pairs``, and the ``settings``.
+        ``accuracy`` (in [0, 1]: value, the mean over seeds, with low and high of its 95 % confidence interval over
+        prompts), ``auc`` (mean over seeds), ``accuracy_std`` and ``auc_std`` (sample standard deviations over seeds,
+        0 for one seed), ``by_seed``, ``pairs``, and the ``settings``.
 
     Raises:
         ValueError: fewer than two different prompts, or the base model has no chat template.
@@ -88,15 +98,25 @@ def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSe
     if len({pair.prompt for pair in pairs}) < 2:
         raise ValueError("the two-sample test needs at least two different prompts: one to learn from, one to hold out")
     base = load_base(settings.model)
-    by_seed = []
+    correct, by_seed = [0.0] * len(pairs), []
     for seed in tqdm(settings.seeds, desc="two-sample test", unit="seed"):
-        by_seed.append({"seed": seed, **_held_out(base, pairs, settings, seed)})
-    result: dict[str, Any] = {}
-    for name in ("accuracy", "auc"):
-        values = [row[name] for row in by_seed]
-        result[name] = statistics.fmean(values)
-        result[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {**result, "by_seed": by_seed, "pairs": len(pairs), "settings": asdict(settings)}
+        values, auc = _held_out(base, pairs, settings, seed)
+        by_seed.append({"seed": seed, "accuracy": statistics.fmean(values), "auc": auc})
+        correct = [total + value / len(settings.seeds) for total, value in zip(correct, values, strict=True)]
+    [accuracy] = prompt_means([pair.prompt for pair in pairs], [(value,) for value in correct], bootstrap_seed)
+    return {
+        "accuracy": asdict(accuracy),
+        "accuracy_std": _spread([row["accuracy"] for row in by_seed]),
+        "auc": statistics.fmean(row["auc"] for row in by_seed),
+        "auc_std": _spread([row["auc"] for row in by_seed]),
+        "by_seed": by_seed,
+        "pairs": len(pairs),
+        "settings": asdict(settings),
+    }
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
@@ -125,12 +145,13 @@ def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
     return [Pair(*row) for row in zip(keys, sequences("student"), sequences("teacher"), strict=True)]
 
 
-def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Random halves of the prompts; all pairs of one prompt, duplicates in the data included, are in the same half."""
+def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the pairs of random halves of the prompts; all pairs of one prompt are in the same half."""
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(seed).shuffle(prompts)
     first = set(prompts[: len(prompts) // 2])
-    return [pair for pair in pairs if pair.prompt in first], [pair for pair in pairs if pair.prompt not in first]
+    positions = range(len(pairs))
+    return [i for i in positions if pairs[i].prompt in first], [i for i in positions if pairs[i].prompt not in first]
 
 
 def area_under_curve(student_scores, teacher_scores) -> float:
@@ -143,22 +164,21 @@ def area_under_curve(student_scores, teacher_scores) -> float:
     return float((below + below_or_equal).double().mean() / 2 / len(students))
 
 
-def _held_out(base, pairs: list[Pair], settings: TwoSampleSettings, seed: int) -> dict[str, float]:
-    """Accuracy over all pairs, each scored by the discriminator that did not see its prompt, and mean AUC."""
-    import torch
-
+def _held_out(base, pairs: Sequence[Pair], settings: TwoSampleSettings, seed: int) -> tuple[list[float], float]:
+    """1.0, 0.5 or 0.0 for every pair, by the discriminator that did not see its prompt, and the mean AUC."""
     from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 
     first, second = halves(pairs, seed)
-    correct, areas = [], []
+    correct, areas = [0.0] * len(pairs), []
     for train, test in ((first, second), (second, first)):
         model = fresh_discriminator(base, seed)
-        train_discriminator(model, train, settings, seed)
-        student = score(model, [pair.student for pair in test])
-        teacher = score(model, [pair.teacher for pair in test])
-        correct.append(compute_discriminator_accuracy(student, teacher))
+        train_discriminator(model, [pairs[i] for i in train], settings, seed)
+        student = score(model, [pairs[i].student for i in test])
+        teacher = score(model, [pairs[i].teacher for i in test])
+        for i, value in zip(test, compute_discriminator_accuracy(student, teacher).tolist(), strict=True):
+            correct[i] = value
         areas.append(area_under_curve(student, teacher))
-    return {"accuracy": float(torch.cat(correct).mean()), "auc": statistics.fmean(areas)}
+    return correct, statistics.fmean(areas)
 
 
 # ---------------------------------------------------------------------- the discriminator

@@ -62,7 +62,7 @@ def test_two_draws_of_one_distribution_cannot_be_told_apart(model):
     count = 400
     result = run(answers_of("teacher", "teacher", count), model)
     bound = 3 * 0.5 / count**0.5  # three standard errors of a fair coin
-    assert abs(result["accuracy"] - 0.5) < bound
+    assert abs(result["accuracy"]["value"] - 0.5) < bound
     assert abs(result["auc"] - 0.5) < bound
     assert result["pairs"] == count
 
@@ -71,7 +71,7 @@ def test_two_styles_are_told_apart_whichever_is_called_the_teacher(model):
     forward = run(answers_of("base", "teacher", 200), model, seeds=(0,))
     backward = run(answers_of("base", "teacher", 200, swap=True), model, seeds=(0,))
     for result in (forward, backward):
-        assert result["accuracy"] > 0.97
+        assert result["accuracy"]["low"] > 0.95
         assert result["auc"] > 0.97
 
 
@@ -88,7 +88,8 @@ def test_same_seed_same_numbers_and_the_spread_is_over_seeds(model):
     first, second = run(answers, model, **short), run(answers, model, **short)
     assert first == second
     values = [line["accuracy"] for line in first["by_seed"]]
-    assert first["accuracy"] == pytest.approx(np.mean(values))
+    assert first["accuracy"]["value"] == pytest.approx(np.mean(values))
+    assert first["accuracy"]["low"] <= first["accuracy"]["value"] <= first["accuracy"]["high"]
     assert first["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
     assert len(set(values)) > 1
 
@@ -132,9 +133,9 @@ def test_a_new_head_is_drawn_for_every_seed_and_the_base_stays(model):
 def test_halves_share_no_prompt():
     pairs = [Pair(prompt=str(number // 3), student=[number], teacher=[]) for number in range(31)]
     first, second = halves(pairs, seed=0)
-    assert {pair.prompt for pair in first}.isdisjoint(pair.prompt for pair in second)
-    assert sorted(pair.student for pair in first + second) == [[number] for number in range(31)]
-    assert len({pair.prompt for pair in first}) == 5  # of 11 prompts
+    assert {pairs[i].prompt for i in first}.isdisjoint(pairs[i].prompt for i in second)
+    assert sorted(first + second) == list(range(31))
+    assert len({pairs[i].prompt for i in first}) == 5  # of 11 prompts
     assert halves(pairs, seed=0) == (first, second)
     assert halves(pairs, seed=1) != (first, second)
 

@@ -6,6 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
+DEFAULT_JUDGE_EXTRA = '{"temperature": 0}'
+DEFAULT_JUDGE_CONCURRENCY = 16
+JudgeModel = Annotated[
+    str | None,
+    typer.Option("--judge_model", help="Name of a judge model at an OpenAI-compatible API; its key: OPENAI_API_KEY."),
+]
+JudgeBaseUrl = Annotated[
+    str | None,
+    typer.Option("--judge_base_url", help="Address of that API. Default: OPENAI_BASE_URL, else OpenAI's own."),
+]
+JudgeExtra = Annotated[
+    str,
+    typer.Option("--judge_extra", help="JSON object of more fields for the judge's requests; reasoning models: '{}'."),
+]
+JudgeConcurrency = Annotated[int, typer.Option("--judge_concurrency", min=1, help="Requests to the judge at a time.")]
+
 app = typer.Typer(
     help="Sample answers of a model to validation prompts and measure how close they are to the teacher's.",
     invoke_without_command=True,
@@ -70,6 +86,17 @@ def evaluate(
     two_sample_lr: Annotated[float, typer.Option("--two_sample_lr", help="Learning rate of the test.")] = 2e-5,
     two_sample_epochs: Annotated[int, typer.Option("--two_sample_epochs", help="Epochs of the test.")] = 3,
     two_sample_batch: Annotated[int, typer.Option("--two_sample_batch", help="Pairs of one optimizer step.")] = 8,
+    judge_model: JudgeModel = None,
+    judge_base_url: JudgeBaseUrl = None,
+    judge_mode: Annotated[
+        str,
+        typer.Option(
+            "--judge_mode",
+            help="pairwise (student against teacher, in both orders), score (1-10 for each of the two) or both.",
+        ),
+    ] = "both",
+    judge_extra: JudgeExtra = DEFAULT_JUDGE_EXTRA,
+    judge_concurrency: JudgeConcurrency = DEFAULT_JUDGE_CONCURRENCY,
 ) -> None:
     """Sample answers of a model to validation prompts and measure how close they are to the teacher's.
 
@@ -85,7 +112,9 @@ def evaluate(
         missing = ", ".join(name for name, value in given.items() if not value)
         raise ValueError(f"missing {missing}. Example: gad eval --model MODEL --val_files val.parquet --output_dir DIR")
     from recipe.gad.answers import Settings, default_backend, make_answers
-    from recipe.gad.evaluate import scores_table, update_scores
+    from recipe.gad.evaluate import scores_table, text_section, update_scores
+    from recipe.gad.judge import JudgeSettings, against, judge
+    from recipe.gad.openai_client import ChatClient
     from recipe.gad.two_sample import TwoSampleSettings, run_two_sample_test
 
     settings = Settings(
@@ -99,46 +128,63 @@ def evaluate(
         n=n,
         prompt_key=prompt_key,
         teacher_key=teacher_key,
-        chat_template_kwargs=_json_object(chat_template_kwargs),
+        chat_template_kwargs=_json_object("--chat_template_kwargs", chat_template_kwargs),
     )
     test = None
     if two_sample_model is not None:
         test = TwoSampleSettings(
             two_sample_model, _seeds(two_sample_seeds), two_sample_lr, two_sample_epochs, two_sample_batch
         )
+    client = None
+    if judge_model is not None:
+        judge_settings = JudgeSettings(judge_model, judge_mode, _json_object("--judge_extra", judge_extra))
+        client = ChatClient(judge_base_url)
     answers = make_answers(settings, output_dir, overwrite, gpu_memory_utilization, enforce_eager)
-    sections: dict[str, Any] = {}
+    scores = update_scores(output_dir, text=text_section(answers, seed))
     if test is not None:
-        sections["two_sample"] = run_two_sample_test(answers, test)
-    scores = update_scores(output_dir, seed, sections)
+        scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test, seed))
+    if client is not None:
+        pairs = against(answers, [answer["teacher"] for answer in answers])
+        verdicts = judge(pairs, client, judge_settings, output_dir, judge_concurrency, seed)
+        scores = update_scores(output_dir, judge=verdicts)
     print(scores_table(scores))
 
 
 @app.command(epilog="Example: gad eval compare eval/seqkd eval/gad --output compare.json")
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of gad eval.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Output folders of gad eval.")],
     output: Annotated[Path | None, typer.Option(help="Write the comparison as JSON.")] = None,
+    judge_model: JudgeModel = None,
+    judge_base_url: JudgeBaseUrl = None,
+    judge_extra: JudgeExtra = DEFAULT_JUDGE_EXTRA,
+    judge_concurrency: JudgeConcurrency = DEFAULT_JUDGE_CONCURRENCY,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap over the judge's verdicts.")] = 0,
 ) -> None:
-    """One table of several evaluated models: same validation data, same settings."""
-    from recipe.gad.answers import write_atomically
+    """One table of several evaluated models: same validation data, same settings.
+
+    With --judge_model the answers of every model are judged against those of the first one, pair by pair.
+    """
     from recipe.gad.evaluate import compare as compare_folders
-    from recipe.gad.evaluate import comparison_table
+    from recipe.gad.evaluate import comparison_table, judge_against_first
+    from recipe.gad.files import write_atomically
+    from recipe.gad.judge import JudgeSettings
 
     comparison = compare_folders(folders)
+    if judge_model is not None:
+        judge_settings = JudgeSettings(judge_model, "pairwise", _json_object("--judge_extra", judge_extra))
+        judge_against_first(comparison, judge_settings, judge_base_url, judge_concurrency, seed)
     if output is not None:
         write_atomically(output, json.dumps(comparison, indent=2) + "\n")
     print(comparison_table(comparison))
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _json_object(option: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(
-            f"--chat_template_kwargs {text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'"
-        )
+        raise ValueError(f"{option} {text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'")
     return value
 
 
