@@ -9,6 +9,8 @@ import sys
 
 import typer
 
+from recipe.gad.commands.report import report
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -24,6 +26,9 @@ app = typer.Typer(
 @app.callback()
 def _root() -> None:
     """Keep the name of a subcommand part of the command line, however many there are."""
+
+
+app.command()(report)
 
 
 def main(argv: list[str] | None = None) -> None:

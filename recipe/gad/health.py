@@ -157,8 +157,21 @@ def fooled_discriminator(d_acc: Curve) -> Verdict | None:
         "The student has outrun the discriminator",
         f"critic/d_acc is {window.show()}, below a coin toss: D prefers the student's answers to the teacher's, and its "
         "reward no longer points to the teacher.",
-        "Raise critic.optim.lr (0 means a frozen D), or slow the student: lower actor_rollout_ref.actor.optim.lr, raise "
+        "Raise critic.optim.lr, or slow the student: lower actor_rollout_ref.actor.optim.lr, raise "
         "actor_rollout_ref.actor.kl_loss_coef. An earlier checkpoint may be the better one.",
+    )
+
+
+def frozen_discriminator(learning_rate: Curve) -> Verdict | None:
+    """D is not trained."""
+    window = learning_rate.last(RECENT)
+    if len(window.steps) < RECENT or window.values.any():
+        return None
+    return Verdict(
+        "warning",
+        "The discriminator is frozen",
+        f"critic/lr is 0 in steps {window.steps[0]}-{window.steps[-1]}; the student learns to please a D that never learns.",
+        "Set critic.optim.lr above 0, unless this is a control experiment.",
     )
 
 
@@ -348,7 +361,7 @@ def looping_answers(answers: Sequence[str], teacher_answers: Sequence[str]) -> V
     """Answers that repeat themselves: they compress far better than text does, and than the teacher's to that prompt."""
 
     def compression(text: str) -> float:
-        data = text.encode()
+        data = text.encode("utf-8", "surrogatepass")
         return len(data) / len(zlib.compress(data))
 
     loops = [
@@ -405,6 +418,7 @@ RULES = (
     Rule(saturated_discriminator, ("critic/d_acc",), policy_steps=True),
     Rule(guessing_discriminator, ("critic/d_acc",)),
     Rule(fooled_discriminator, ("critic/d_acc",)),
+    Rule(frozen_discriminator, ("critic/lr",)),
     Rule(collapsed_entropy, ("actor/entropy",), policy_steps=True),
     Rule(falling_validation, (ROUGE_L, "critic/score_gap")),
     Rule(clip_fraction, ("actor/pg_clipfrac",)),

@@ -99,6 +99,18 @@ def series(metrics: Metrics, name: str) -> dict[int, float]:
     return {step: metrics[step][name] for step in sorted(metrics) if name in metrics[step]}
 
 
+def phase_seconds(row: dict[str, float]) -> dict[str, float]:
+    """Seconds of the phases of one step (one row of :data:`Metrics`), in the order in which they ran; "other" is what no phase accounts for."""
+    phases = {
+        name.removeprefix("timing_s/"): seconds
+        for name, seconds in row.items()
+        if name.startswith("timing_s/") and name != "timing_s/step" and math.isfinite(seconds)
+    }
+    if "timing_s/step" in row:
+        phases["other"] = max(0.0, row["timing_s/step"] - sum(phases.values()))
+    return phases
+
+
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Mean of every value and the up to ``width - 1`` values before it."""
     windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
