@@ -10,6 +10,7 @@ import sys
 import typer
 
 from recipe.gad.commands.report import report
+from recipe.gad.commands.watch import watch
 
 __all__ = ["app", "main"]
 
@@ -29,6 +30,7 @@ def _root() -> None:
 
 
 app.command()(report)
+app.command()(watch)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Is this run healthy? Plain rules over its curves and validation answers; every finding names evidence and remedy.
 
-A rule takes curves (steps and values of one metric) and returns a :class:`Verdict` or None. The rules look at means over
-several steps, since a single step of GAD is one batch and noisy; they stay silent until there are enough steps.
+A rule takes curves (steps and values of one metric) and returns a :class:`Verdict` or None. The rules look at means
+over several steps, since a single step of GAD is one batch and noisy; they stay silent until there are enough steps.
 :func:`diagnose` applies all rules whose metrics a run has logged.
 """
 
@@ -9,7 +9,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -31,13 +30,13 @@ STUCK_FALL = 0.01
 
 COIN_TOSS = (0.4, 0.6)
 COIN_TOSS_STEPS = 30
-"""d_acc of a guessing D is 0.5; ten-step means of it stay inside this band. A D that can learn leaves it in 30 steps."""
+"""d_acc of a guessing D is 0.5, and ten-step means of it stay in this band; a D that learns leaves it in 30 steps."""
 
 FOOLED_D_ACC = 0.45
 """Below a coin toss by more than noise: D prefers the student, so it has stopped following the student's changes."""
 
 ENTROPY_COLLAPSE = 0.2
-"""Entropy below a fifth of its start: samples of one prompt become the same, and GRPO has no advantage to learn from."""
+"""Entropy below a fifth of its start: samples of one prompt become the same, and GRPO has no advantages left."""
 
 ROUGE_FALL = 0.15
 """ROUGE-L this share below its best; validation of some hundred sampled answers moves by about 0.05 by itself."""
@@ -66,7 +65,7 @@ PPO_KL = 0.1
 
 COMPRESSION = 4.0
 COMPRESSION_TO_TEACHER = 2.0
-"""zlib shrinks prose 1.5-3 times, and a loop ten times and more; text that is regular by nature is so in the teacher too."""
+"""zlib shrinks prose 1.5-3 times and a loop ten times and more; what is regular by nature is so in the teacher too."""
 
 BAD_ANSWERS = 0.1
 """Share of validation answers from which on looping, or saying the same to different prompts, is no accident."""
@@ -141,9 +140,9 @@ def guessing_discriminator(d_acc: Curve) -> Verdict | None:
         "The discriminator does not learn",
         f"critic/d_acc is {d_acc.show()} and no ten steps leave {COIN_TOSS[0]}-{COIN_TOSS[1]}: it guesses, from the "
         "start on.",
-        "Check that critic/grad_norm and critic/lr are above 0 and that teacher and student answers differ at all. Then a "
-        "higher critic.optim.lr, a longer head start for D (trainer.critic_warmup in the warmup stage), or a larger D "
-        "(critic.model.path).",
+        "Check that critic/grad_norm and critic/lr are above 0 and that teacher and student answers differ at all. "
+        "Then a higher critic.optim.lr, a longer head start for D (trainer.critic_warmup in the warmup stage), or a "
+        "larger D (critic.model.path).",
     )
 
 
@@ -155,8 +154,8 @@ def fooled_discriminator(d_acc: Curve) -> Verdict | None:
     return Verdict(
         "warning",
         "The student has outrun the discriminator",
-        f"critic/d_acc is {window.show()}, below a coin toss: D prefers the student's answers to the teacher's, and its "
-        "reward no longer points to the teacher.",
+        f"critic/d_acc is {window.show()}, below a coin toss: D prefers the student's answers to the teacher's, and "
+        "its reward no longer points to the teacher.",
         "Raise critic.optim.lr, or slow the student: lower actor_rollout_ref.actor.optim.lr, raise "
         "actor_rollout_ref.actor.kl_loss_coef. An earlier checkpoint may be the better one.",
     )
@@ -170,7 +169,8 @@ def frozen_discriminator(learning_rate: Curve) -> Verdict | None:
     return Verdict(
         "warning",
         "The discriminator is frozen",
-        f"critic/lr is 0 in steps {window.steps[0]}-{window.steps[-1]}; the student learns to please a D that never learns.",
+        f"critic/lr is 0 in steps {window.steps[0]}-{window.steps[-1]}: the student learns to please a D that never "
+        "learns.",
         "Set critic.optim.lr above 0, unless this is a control experiment.",
     )
 
@@ -216,7 +216,8 @@ def falling_validation(rouge_l: Curve, score_gap: Curve) -> Verdict | None:
             f"{fall}, while critic/score_gap shrank from {since[:START].mean():.3g} to {since[-START:].mean():.3g}: "
             "D takes the answers for the teacher's more and more, and they are not.",
             "Read the samples: what pleases D? Keep the checkpoint of the best ROUGE-L. Then a higher "
-            "actor_rollout_ref.actor.kl_loss_coef, a lower actor_rollout_ref.actor.optim.lr, or a higher critic.optim.lr.",
+            "actor_rollout_ref.actor.kl_loss_coef, a lower actor_rollout_ref.actor.optim.lr, or a higher "
+            "critic.optim.lr.",
         )
     return Verdict(
         "warning",
@@ -235,15 +236,15 @@ def clip_fraction(pg_clipfrac: Curve) -> Verdict | None:
     evidence = f"actor/pg_clipfrac is {window.show()}; usual is {CLIP_BAND[0]}-{CLIP_BAND[1]}."
     if window.mean() > CLIP_BAND[1]:
         advice = (
-            "The policy moves too far on one batch: lower actor_rollout_ref.actor.optim.lr, fewer updates per batch (larger "
-            "actor_rollout_ref.actor.ppo_mini_batch_size, actor_rollout_ref.actor.ppo_epochs=1), or a wider "
+            "The policy moves too far on one batch: lower actor_rollout_ref.actor.optim.lr, fewer updates per batch "
+            "(larger actor_rollout_ref.actor.ppo_mini_batch_size, actor_rollout_ref.actor.ppo_epochs=1), or a wider "
             "actor_rollout_ref.actor.clip_ratio."
         )
         return Verdict("warning", "Many tokens are clipped", evidence, advice)
     if window.mean() < CLIP_BAND[0]:
         advice = (
-            "No fault by itself: the updates of a batch are small. If learning is slow, actor_rollout_ref.actor.optim.lr "
-            "has room."
+            "No fault by itself: the updates of a batch are small. If learning is slow, "
+            "actor_rollout_ref.actor.optim.lr has room."
         )
         return Verdict("note", "Few tokens are clipped", evidence, advice)
     return None
@@ -343,7 +344,7 @@ def not_finite(metrics: Metrics) -> Verdict | None:
                 bad.setdefault(name, []).append(step)
     if not bad:
         return None
-    shown = "; ".join(f"{name} in {len(steps)} steps, first {steps[0]}, last {steps[-1]}" for name, steps in bad.items())
+    shown = "; ".join(f"{name} in {len(s)} steps, first {s[0]}, last {s[-1]}" for name, s in bad.items())
     return Verdict(
         "problem",
         "NaN or infinite numbers",
@@ -358,7 +359,7 @@ def not_finite(metrics: Metrics) -> Verdict | None:
 
 
 def looping_answers(answers: Sequence[str], teacher_answers: Sequence[str]) -> Verdict | None:
-    """Answers that repeat themselves: they compress far better than text does, and than the teacher's to that prompt."""
+    """Answers that repeat themselves: they compress far better than text does, and than the teacher's answer."""
 
     def compression(text: str) -> float:
         data = text.encode("utf-8", "surrogatepass")
@@ -399,7 +400,8 @@ def same_answers(prompts: Sequence[str], answers: Sequence[str], teacher_answers
         f"{count} of {n_prompts} prompts of the last validation got {text[:80]!r}; the teacher's commonest answer "
         f"has {of_teacher}.",
         "The student has found an answer that D likes whatever the prompt. Go back to a checkpoint before it. Then a "
-        "higher actor_rollout_ref.actor.kl_loss_coef, a lower actor_rollout_ref.actor.optim.lr, or a higher critic.optim.lr.",
+        "higher actor_rollout_ref.actor.kl_loss_coef, a lower actor_rollout_ref.actor.optim.lr, or a higher "
+        "critic.optim.lr.",
     )
 
 
@@ -433,7 +435,7 @@ LEVELS = ("problem", "warning", "note")
 
 
 def curve(metrics: Metrics, pattern: str) -> Curve:
-    """Finite values of a metric; the mean over all metrics of the step that match ``pattern``. Empty if there is none."""
+    """Finite values of a metric, the mean over all that match ``pattern`` in a step. Empty if there is none."""
     values: dict[int, list[float]] = {}
     for name in matching_names(metrics, pattern):
         for step, value in series(metrics, name).items():

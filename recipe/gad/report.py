@@ -17,12 +17,11 @@ from recipe.gad.run_log import (
     ROUGE_L,
     Metrics,
     answers_over_training,
-    dump_files,
     load_metrics,
     matching_names,
     phase_seconds,
-    read_dump,
     read_overrides,
+    read_samples,
     running_mean,
     series,
 )
@@ -51,7 +50,7 @@ class Run:
     offset: int = 0
     verdicts: list[Verdict] = field(default_factory=list)
     looked_at: list[str] = field(default_factory=list)
-    dumps: dict[int, list[dict]] = field(default_factory=dict)
+    samples: dict[int, list[dict]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     overrides: dict[str, str] = field(default_factory=dict)
 
@@ -79,39 +78,28 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
         stages = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         if not stages:
             raise ValueError(
-                f"{folder} holds no run: expected {folder / 'metrics.jsonl'}, or stages like {folder / 'gad/metrics.jsonl'}; "
-                "give the --output_dir of a run"
+                f"{folder} holds no run: expected {folder / 'metrics.jsonl'} or stages like "
+                f"{folder / 'gad/metrics.jsonl'}; give the --output_dir of a run"
             )
         handover = max(load_metrics(folder / "warmup/metrics.jsonl")) if folder / "warmup" in stages else 0
         order = [folder / "seqkd", folder / "warmup"]
         for stage in sorted(stages, key=lambda path: order.index(path) if path in order else len(order)):
             found.append((stage, 0 if stage in order else handover))
     paths = [path.resolve() for path, _ in found]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"a run is named twice: {', '.join(map(str, sorted({p for p in paths if paths.count(p) > 1})))}")
+    twice = [path for i, path in enumerate(paths) if path in paths[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; name every run once")
     parent = os.path.commonpath([path.parent for path in paths])
-    return [_read_run(path, str(path.relative_to(parent)), offset) for path, (_, offset) in zip(paths, found, strict=True)]
+    return [
+        _read_run(path, str(path.relative_to(parent)), offset) for path, (_, offset) in zip(paths, found, strict=True)
+    ]
 
 
 def _read_run(path: Path, label: str, offset: int) -> Run:
     run = Run(path, label, load_metrics(path / "metrics.jsonl"), offset, overrides=read_overrides(path))
-    files = dump_files(path / "val_samples")
-    chosen = _spread(list(files), SAMPLED_STEPS)
-    for step in chosen:
-        try:
-            run.dumps[step] = read_dump(files[step])
-        except ValueError as error:  # samples are an extra: say what is wrong and show the rest
-            run.notes.append(f"samples of step {step} left out: {error}")
-    samples = run.dumps[max(run.dumps)] if run.dumps else []
-    run.verdicts, run.looked_at = diagnose(run.metrics, samples)
+    run.samples, run.notes = read_samples(path, SAMPLED_STEPS)
+    run.verdicts, run.looked_at = diagnose(run.metrics, list(run.samples.values())[-1] if run.samples else ())
     return run
-
-
-def _spread(items: list, n: int) -> list:
-    """At most ``n`` of the items, first and last included, evenly spread."""
-    if len(items) <= n:
-        return items
-    return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -134,8 +122,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "d_acc",
             "Discriminator accuracy",
-            "Share of pairs in which D prefers the teacher; 0.5 is a coin toss. High after the warmup, in the band once the "
-            "student follows. Alone it proves nothing: look at ROUGE-L beside it.",
+            "Share of pairs in which D prefers the teacher; 0.5 is a coin toss. High after the warmup, in the band "
+            "once the student follows. Alone it proves nothing: look at ROUGE-L beside it.",
             {"d_acc": "critic/d_acc"},
             (0.5, 0.8),
         ),
@@ -176,18 +164,18 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Policy": (
         Panel("entropy", "Entropy", "Nats per token. Near 0 the student has collapsed.", {"entropy": "actor/entropy"}),
-        Panel("pg_loss", "Policy gradient loss", "Around 0 by construction; its size says little.", {"": "actor/pg_loss"}),
+        Panel("pg_loss", "Policy gradient loss", "Around 0 by construction.", {"": "actor/pg_loss"}),
         Panel(
             "pg_clipfrac",
             "Clipped tokens",
-            "Share of tokens whose update is clipped. Exactly 0 when every batch is one optimizer step; the band is for "
-            "several.",
+            "Share of tokens whose update is clipped. Exactly 0 when every batch is one optimizer step; the band is "
+            "for several.",
             {"pg_clipfrac": "actor/pg_clipfrac"},
             (0.1, 0.3),
         ),
-        Panel("ppo_kl", "KL within a step", "Sampling policy against updated policy, nats per token.", {"": "actor/ppo_kl"}),
-        Panel("kl_loss", "KL to the reference", "Distance from the warmup policy, nats per token.", {"": "actor/kl_loss"}),
-        Panel("sft_loss", "Imitation loss", "Next-token loss on the teacher's text (warmup, SeqKD).", {"": "actor/sft_loss"}),
+        Panel("ppo_kl", "KL within a step", "Sampling against updated policy, nats per token.", {"": "actor/ppo_kl"}),
+        Panel("kl_loss", "KL to the reference", "From the warmup policy, nats per token.", {"": "actor/kl_loss"}),
+        Panel("sft_loss", "Imitation loss", "Next-token loss on the teacher's text.", {"": "actor/sft_loss"}),
         Panel(
             "grad_norm",
             "Gradient norms",
@@ -209,7 +197,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             unit="GB",
         ),
         Panel("throughput", "Throughput", "Tokens per second and GPU.", {"": "perf/throughput"}, unit="tokens/s"),
-        Panel("missing", "Missing rollouts", "Samples the rollout engine did not deliver.", {"": "gad/missing_rollouts"}),
+        Panel("missing", "Missing rollouts", "Samples that were not delivered.", {"": "gad/missing_rollouts"}),
     ),
 }
 STEP_TIME = Panel("step_time", "Step time", "Seconds of a step by phase.", {"": "timing_s/*"}, unit="s")
@@ -217,6 +205,8 @@ STEP_TIME = Panel("step_time", "Step time", "Seconds of a step by phase.", {"": 
 COLOURS = ("#3b8bd0", "#e07b29", "#2ca27c", "#c768a8", "#b59a10", "#8a7fd6", "#d0524f", "#7a8c99")
 """Of runs, or of the curves of a single one; readable on white and on black."""
 DASHES = ("-", "--", ":", "-.")
+LEGEND_WIDTH = 75
+"""Characters of legend text that fit side by side below a picture."""
 THEMES = {"light": ("#ffffff", "#24292f", "#c9d1d9"), "dark": ("#15191f", "#d5dbe1", "#3a424c")}
 """Background, text and grid of the pictures."""
 
@@ -233,9 +223,9 @@ def _draw(panel: Panel, runs: Sequence[Run], theme: str) -> bytes:
 
     background, text, grid = THEMES[theme]
     style = {
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), background),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), background),
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), text),
-        **dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), grid),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), grid),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
         "axes.grid": True,
         "axes.axisbelow": True,
@@ -245,9 +235,9 @@ def _draw(panel: Panel, runs: Sequence[Run], theme: str) -> bytes:
     with matplotlib.rc_context(style):
         timed = [run for run in runs if _has(run, STEP_TIME)]
         rows = len(timed) if panel is STEP_TIME else 1
-        figure = Figure(figsize=(6.4, 0.8 + 2.5 * rows), dpi=140, layout="constrained")
+        figure = Figure(figsize=(6.4, 1.1 + 2.5 * rows), dpi=140, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, squeeze=False)[:, 0]
+        axes = list(figure.subplots(rows, squeeze=False)[:, 0])
         if panel is STEP_TIME:
             _draw_phases(axes, timed)
         else:
@@ -286,11 +276,13 @@ def _draw_curves(axis: Any, panel: Panel, runs: Sequence[Run], text_colour: str)
     for handover in {run.offset for run in runs if run.offset and _has(run, panel)}:
         axis.axvline(handover, color=text_colour, lw=1, ls="--", alpha=0.6)
         axis.annotate(" GAD", (handover, 1.01), xycoords=("data", "axes fraction"), fontsize=9)
-    axis.legend(fontsize=8.5, framealpha=0.8)
+    handles, labels = axis.get_legend_handles_labels()
+    columns = max(1, min(3, LEGEND_WIDTH // max(map(len, labels))))
+    axis.figure.legend(handles, labels, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center")
 
 
 def _short(name: str) -> str:
-    """``val-aux/toy/rouge_l/mean@1`` -> ``toy``, ``actor/pg_loss`` -> ``pg_loss``: what tells the curves of a panel apart."""
+    """``val-aux/toy/rouge_l/mean@1`` -> ``toy``, ``actor/pg_loss`` -> ``pg_loss``: the part that differs."""
     parts = name.split("/")
     return "/".join(parts[1:-2]) if len(parts) > 3 else parts[-1]
 
@@ -299,18 +291,19 @@ def _draw_phases(axes: Sequence[Any], runs: Sequence[Run]) -> None:
     """Stacked seconds of every phase, one row per run, each with the colour of its phase in all rows."""
     phases = step_phases(runs)
     for axis, run in zip(axes, runs, strict=True):
-        rows = [(step + run.offset, run.metrics[step]) for step in sorted(run.metrics) if "timing_s/step" in run.metrics[step]]
-        steps = [step for step, _ in rows]
+        timed = list(series(run.metrics, "timing_s/step"))
+        rows = [phase_seconds(run.metrics[step]) for step in timed]
+        steps = [step + run.offset for step in timed]
         below = [0.0] * len(rows)
         for i, phase in enumerate(phases):
-            seconds = [phase_seconds(row).get(phase, 0.0) for _, row in rows]
+            seconds = [row.get(phase, 0.0) for row in rows]
             above = [low + s for low, s in zip(below, seconds, strict=True)]
             axis.fill_between(steps, below, above, step="mid", color=_phase_colour(i), lw=0, label=phase)
             below = above
         axis.set_title(run.label if len(runs) > 1 else "", fontsize=10, loc="left")
         axis.margins(x=0)
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].figure.legend(handles[::-1], labels[::-1], fontsize=8.5, loc="outside right upper")
+    axes[0].figure.legend(handles[::-1], labels[::-1], fontsize=8.5, frameon=False, loc="outside right upper")
 
 
 def _phase_colour(i: int) -> Any:
@@ -343,15 +336,16 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         ValueError: a folder holds no run.
     """
     import jinja2
+    from rich.console import Console
     from rich.progress import track
 
     runs, output = find_runs(folders), Path(output)
-    drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in SECTIONS}
+    drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
     png_folder = output.with_name(f"{output.stem}_png")
     png_folder.mkdir(parents=True, exist_ok=True)
-    panels = [(section, panel) for section, panels in SECTIONS.items() for panel in panels] + [("Cost", STEP_TIME)]
-    for section, panel in track(panels, description="drawing", transient=True):
+    panels = [(section, panel) for section, panels in SECTIONS.items() for panel in panels] + [("Step time", STEP_TIME)]
+    for section, panel in track(panels, "drawing", console=Console(stderr=True), transient=True):
         png_path = png_folder / f"{panel.name}.png"
         if not any(_has(run, panel) for run in runs):
             left_out.append(panel)
@@ -361,7 +355,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         _write_whole(png_path, pictures["light"])
         drawn[section].append((panel, {theme: base64.b64encode(png).decode() for theme, png in pictures.items()}))
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     page = template.render(
         runs=runs,
@@ -404,10 +400,12 @@ def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _samples(run: Run) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Prompt, teacher's answer, and the student's as (step and ROUGE-L, text)."""
     prompts = []
-    for prompt, teacher, rows in answers_over_training(list(run.dumps.values()), SAMPLED_PROMPTS):
-        rouge_l = [row.get("rouge_l") for row in rows]
-        labels = [f"step {step}" + ("" if r is None else f" ({r:.2f})") for step, r in zip(run.dumps, rouge_l, strict=True)]
-        prompts.append((prompt, teacher, list(zip(labels, (row["output"] for row in rows), strict=True))))
+    for prompt, teacher, rows in answers_over_training(list(run.samples.values()), SAMPLED_PROMPTS):
+        answers = []
+        for step, row in zip(run.samples, rows, strict=True):
+            rouge_l = row.get("rouge_l")
+            answers.append((f"step {step}" + ("" if rouge_l is None else f" ({rouge_l:.2f})"), row["output"]))
+        prompts.append((prompt, teacher, answers))
     return prompts
 
 

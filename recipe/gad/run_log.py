@@ -1,8 +1,8 @@
 """What a training run leaves in its folder, read back: metrics, validation samples and settings.
 
-    RUN_DIR/metrics.jsonl              verl's file logger: a line {"step": 3, "data": {"critic/d_acc": 0.9, ...}} per step
-    RUN_DIR/val_samples/<step>.jsonl   verl's validation dump: input, output, gts (the teacher's answer), score, ...
-    RUN_DIR/hydra/.hydra/*.yaml        the settings, as Hydra records them
+    RUN_DIR/metrics.jsonl            verl's file logger: a line {"step": 3, "data": {"critic/d_acc": 0.9, ...}} per step
+    RUN_DIR/val_samples/<step>.jsonl verl's validation dump: input, output, gts (the teacher's answer), score, ...
+    RUN_DIR/hydra/.hydra/*.yaml      the settings, as Hydra records them
 
 All of it may still be written while it is read: a last line without its newline does not count yet.
 """
@@ -31,6 +31,7 @@ class MetricLog:
 
     def _restart(self, identity: tuple[int, int] | None) -> None:
         self.metrics: Metrics = {}
+        self.modified = 0.0  # seconds since the epoch
         self._identity = identity
         self._offset = self._lines = 0
 
@@ -50,6 +51,7 @@ class MetricLog:
             restarted = (stat.st_dev, stat.st_ino) != self._identity or stat.st_size < self._offset
             if restarted:
                 self._restart((stat.st_dev, stat.st_ino))
+            self.modified = stat.st_mtime
             file.seek(self._offset)
             added = file.read()
         added = added[: added.rfind(b"\n") + 1]
@@ -100,7 +102,7 @@ def series(metrics: Metrics, name: str) -> dict[int, float]:
 
 
 def phase_seconds(row: dict[str, float]) -> dict[str, float]:
-    """Seconds of the phases of one step (one row of :data:`Metrics`), in the order in which they ran; "other" is what no phase accounts for."""
+    """Seconds of the phases of one step (a row of :data:`Metrics`) in their order; "other" is the rest of the step."""
     phases = {
         name.removeprefix("timing_s/"): seconds
         for name, seconds in row.items()
@@ -137,6 +139,27 @@ def read_dump(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_samples(run_dir: str | Path, n: int) -> tuple[dict[int, list[dict]], list[str]]:
+    """Rows of up to ``n`` validation dumps of a run by step: the last, the first, and evenly between them.
+
+    Samples are an extra of a run: a dump that cannot be read is left out.
+
+    Returns:
+        the rows by step, and a line for every dump left out.
+    """
+    files = dump_files(Path(run_dir) / "val_samples")
+    steps = list(files)
+    if len(steps) > n:
+        steps = sorted({steps[-1 - round(i * (len(steps) - 1) / max(1, n - 1))] for i in range(n)})
+    samples, left_out = {}, []
+    for step in steps:
+        try:
+            samples[step] = read_dump(files[step])
+        except ValueError as error:
+            left_out.append(f"samples of step {step} are left out: {error}")
+    return samples, left_out
+
+
 def answers_over_training(dumps: Sequence[list[dict]], k: int) -> list[tuple[str, str, list[dict]]]:
     """First ``k`` prompts (sorted) that all dumps hold, as (prompt, teacher's answer, its row in every dump)."""
     by_prompt = [{(row["input"], row["gts"]): row for row in dump} for dump in dumps]
@@ -147,7 +170,7 @@ def answers_over_training(dumps: Sequence[list[dict]], k: int) -> list[tuple[str
 def read_overrides(run_dir: str | Path) -> dict[str, str]:
     """Hydra overrides of a run, key -> value, the last of a key; empty if Hydra left no record.
 
-    The environment of the Ray workers (``ray_kwargs``) is left out: it may hold API keys, and what this returns is shown.
+    The environment of the Ray workers (``ray_kwargs``) is left out: it may hold API keys, and reports are shared.
     """
     overrides = _read_yaml(Path(run_dir) / "hydra/.hydra/overrides.yaml") or []
     pairs = (text.lstrip("+~").partition("=") for text in overrides)

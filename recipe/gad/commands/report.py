@@ -8,12 +8,14 @@ import typer
 
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders or pipeline folders.")],
-    output: Annotated[Path, typer.Option(help="HTML file to write; its pictures go to NAME_png/ beside it.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(help="HTML file; its pictures go to NAME_png/ beside it.")] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Write curves, samples, settings and a health verdict of runs as one self-contained HTML file.
 
-    A RUN_DIR is the --output_dir of a stage. Several are overlaid by their own steps. A pipeline folder (warmup/ and gad/
-    inside) counts as its stages, with the GAD steps counted on from the warmup's last.
+    A RUN_DIR is the --output_dir of a stage. Several are overlaid by their own steps. A pipeline folder, with warmup/
+    and gad/ inside, counts as its stages; GAD's steps are then counted on from the warmup's last.
 
     Example: gad report runs/gad runs/gad-higher-lr --output compare.html
     """
