@@ -278,6 +278,7 @@ def _draw_curves(axis: Any, panel: Panel, runs: Sequence[Run], text_colour: str)
         axis.annotate(" GAD", (handover, 1.01), xycoords=("data", "axes fraction"), fontsize=9)
     handles, labels = axis.get_legend_handles_labels()
     columns = max(1, min(3, LEGEND_WIDTH // max(map(len, labels))))
+    axis.figure.set_figheight(axis.figure.get_figheight() + 0.2 * (len(labels) // columns))
     axis.figure.legend(handles, labels, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center")
 
 

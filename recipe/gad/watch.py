@@ -165,14 +165,9 @@ class RunState:
                 mean = float(np.mean(values[-LAST_STEPS:]))
                 table.add_row(Text(name), sparkline(values), f"{values[-1]:.4g}", f"{mean:.4g}")
         parts += [table, Text()]
-        phases = self.phases()
-        if phases:
-            parts.append(
-                Text(
-                    "step time  "
-                    + "  ".join(f"{phase}\N{NO-BREAK SPACE}{s:.2g}\N{NO-BREAK SPACE}s" for phase, s in phases.items())
-                )
-            )
+        if phases := self.phases():
+            seconds = (f"{phase}\N{NO-BREAK SPACE}{value:.2g}\N{NO-BREAK SPACE}s" for phase, value in phases.items())
+            parts.append(Text("step time  " + "  ".join(seconds)))
         return Group(*parts)
 
 
