@@ -50,9 +50,7 @@ def healthy_metrics(steps=120) -> dict:
 def answers(n=64) -> list[dict]:
     rng = random.Random(2)
     words = ["well", "um", "then", "and", "plus", "right", "see", "a", "b", "c"]
-    return [
-        {key: f"{i} " + " ".join(rng.choices(words, k=10)) for key in ("input", "output", "gts")} for i in range(n)
-    ]
+    return [{key: f"{i} " + " ".join(rng.choices(words, k=10)) for key in ("input", "output", "gts")} for i in range(n)]
 
 
 @pytest.mark.parametrize("steps", range(1, 121, 7))
@@ -64,7 +62,9 @@ def test_a_healthy_run_gives_no_alarm_at_any_time(steps):
 
 
 def test_warmup_may_have_a_certain_discriminator():
-    metrics = {step: {"critic/d_acc": 1.0, "actor/sft_loss": 1.5, "actor/entropy": 2.0 / step} for step in range(1, 101)}
+    metrics = {
+        step: {"critic/d_acc": 1.0, "actor/sft_loss": 1.5, "actor/entropy": 2.0 / step} for step in range(1, 101)
+    }
     verdicts, looked_at = diagnose(metrics)
     assert verdicts == [] and "actor/entropy" not in looked_at  # the rule on entropy is for policy steps
 
