@@ -70,12 +70,13 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     Raises:
         ValueError: a folder holds no run, or a file in it cannot be read as what it should be.
     """
-    found: list[tuple[Path, int]] = []
+    found: list[tuple[Path, int]] = []  # (run folder, last step of the warmup beside it)
     for folder in map(Path, folders):
         if (folder / "metrics.jsonl").is_file():
             found.append((folder, 0))
             continue
-        stages = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+        # the log of a stage that has just started is empty
+        stages = sorted(path.parent for path in folder.glob("*/metrics.jsonl") if path.stat().st_size)
         if not stages:
             raise ValueError(
                 f"{folder} holds no run: expected {folder / 'metrics.jsonl'} or stages like "
@@ -83,20 +84,22 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
             )
         handover = max(load_metrics(folder / "warmup/metrics.jsonl")) if folder / "warmup" in stages else 0
         order = [folder / "seqkd", folder / "warmup"]
-        for stage in sorted(stages, key=lambda path: order.index(path) if path in order else len(order)):
-            found.append((stage, 0 if stage in order else handover))
+        stages.sort(key=lambda path: order.index(path) if path in order else len(order))
+        found += [(stage, handover) for stage in stages]
     paths = [path.resolve() for path, _ in found]
     twice = [path for i, path in enumerate(paths) if path in paths[:i]]
     if twice:
         raise ValueError(f"{twice[0]} is given twice; name every run once")
     parent = os.path.commonpath([path.parent for path in paths])
     return [
-        _read_run(path, str(path.relative_to(parent)), offset) for path, (_, offset) in zip(paths, found, strict=True)
+        _read_run(path, str(path.relative_to(parent)), handover)
+        for path, (_, handover) in zip(paths, found, strict=True)
     ]
 
 
-def _read_run(path: Path, label: str, offset: int) -> Run:
-    run = Run(path, label, load_metrics(path / "metrics.jsonl"), offset, overrides=read_overrides(path))
+def _read_run(path: Path, label: str, handover: int) -> Run:
+    run = Run(path, label, load_metrics(path / "metrics.jsonl"), overrides=read_overrides(path))
+    run.offset = handover if matching_names(run.metrics, "actor/pg_loss") else 0  # only GAD follows a warmup
     run.samples, run.notes = read_samples(path, SAMPLED_STEPS)
     run.verdicts, run.looked_at = diagnose(run.metrics, list(run.samples.values())[-1] if run.samples else ())
     return run
@@ -200,13 +203,15 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("missing", "Missing rollouts", "Samples that were not delivered.", {"": "gad/missing_rollouts"}),
     ),
 }
-STEP_TIME = Panel("step_time", "Step time", "Seconds of a step by phase.", {"": "timing_s/*"}, unit="s")
+STEP_TIME = Panel("step_time", "Step time", "Seconds of a step by phase.", {"": "timing_s/step"}, unit="s")
 
 COLOURS = ("#3b8bd0", "#e07b29", "#2ca27c", "#c768a8", "#b59a10", "#8a7fd6", "#d0524f", "#7a8c99")
 """Of runs, or of the curves of a single one; readable on white and on black."""
 DASHES = ("-", "--", ":", "-.")
 LEGEND_WIDTH = 75
 """Characters of legend text that fit side by side below a picture."""
+LEGEND_ROW = 0.2
+"""Inches that a row of it needs."""
 THEMES = {"light": ("#ffffff", "#24292f", "#c9d1d9"), "dark": ("#15191f", "#d5dbe1", "#3a424c")}
 """Background, text and grid of the pictures."""
 
@@ -257,29 +262,34 @@ def _draw_curves(axis: Any, panel: Panel, runs: Sequence[Run], text_colour: str)
         for label, pattern in panel.curves.items()
         for name in sorted({name for run in runs for name in matching_names(run.metrics, pattern)})
     ]
+    legend: dict[str, Any] = {}
     if panel.band:
-        axis.axhspan(*panel.band, color=COLOURS[2], alpha=0.13, lw=0, label=f"usual: {panel.band[0]}-{panel.band[1]}")
+        usual = axis.axhspan(*panel.band, color=COLOURS[2], alpha=0.13, lw=0)
+        legend[f"usual: {panel.band[0]}-{panel.band[1]}"] = usual
+    several = len(runs) > 1
     for i, run in enumerate(runs):
         for j, (label, name) in enumerate(names):
             points = series(run.metrics, name)
             if not points:
                 continue
-            colour = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)]
-            look = {"color": colour, "ls": DASHES[j % len(DASHES)] if len(runs) > 1 else "-"}
+            # several runs: a colour per run, a dash per metric; one run: a colour per metric
+            colour = COLOURS[(i if several else j) % len(COLOURS)]
+            dash = DASHES[j % len(DASHES)] if several else "-"
+            text = label if not several else f"{run.label} {label}" if len(names) > 1 else run.label
             steps, values = [step + run.offset for step in points], list(points.values())
-            text = " ".join([run.label] * (len(runs) > 1) + [label] * (len(names) > 1)) or label
             smooth = len(values) >= SMOOTHED_FROM
             if smooth:
                 axis.plot(steps, values, color=colour, alpha=0.3, lw=0.8)
                 values = running_mean(values, SMOOTHING)
-            axis.plot(steps, values, lw=1.8, marker="" if smooth else "o", ms=3.5, label=text, **look)
+            (legend[text],) = axis.plot(steps, values, dash, color=colour, lw=1.8, marker="" if smooth else "o", ms=3.5)
     for handover in {run.offset for run in runs if run.offset and _has(run, panel)}:
         axis.axvline(handover, color=text_colour, lw=1, ls="--", alpha=0.6)
         axis.annotate(" GAD", (handover, 1.01), xycoords=("data", "axes fraction"), fontsize=9)
-    handles, labels = axis.get_legend_handles_labels()
-    columns = max(1, min(3, LEGEND_WIDTH // max(map(len, labels))))
-    axis.figure.set_figheight(axis.figure.get_figheight() + 0.2 * (len(labels) // columns))
-    axis.figure.legend(handles, labels, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center")
+    columns = max(1, min(3, LEGEND_WIDTH // max(map(len, legend))))
+    axis.figure.set_figheight(axis.figure.get_figheight() + LEGEND_ROW * (len(legend) // columns))
+    axis.figure.legend(
+        list(legend.values()), list(legend), fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center"
+    )
 
 
 def _short(name: str) -> str:

@@ -178,9 +178,10 @@ def read_overrides(run_dir: str | Path) -> dict[str, str]:
 
 
 def total_training_steps(run_dir: str | Path) -> int | None:
-    """``trainer.total_training_steps`` of a run, None if it is not set or Hydra left no record."""
+    """``trainer.total_training_steps`` of a run, None if it is not set to a number or Hydra left no record."""
     config = _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml") or {}
-    return config.get("trainer", {}).get("total_training_steps")
+    steps = config.get("trainer", {}).get("total_training_steps")
+    return steps if isinstance(steps, int) and steps > 0 else None
 
 
 def _read_yaml(path: Path) -> Any:

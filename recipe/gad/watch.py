@@ -185,6 +185,9 @@ def watch(run_dir: str | Path, once: bool = False, interval: float = 2.0) -> Non
     if not Path(run_dir).is_dir():
         raise ValueError(f"no folder {run_dir}; give the --output_dir of a run")
     state, console = RunState(run_dir), Console()
+    stages = sorted(str(path.parent) for path in Path(run_dir).glob("*/metrics.jsonl"))
+    if stages and not state.log.path.is_file():
+        raise ValueError(f"{run_dir} is a pipeline folder; watch one of its stages: {', '.join(stages)}")
     if once:
         if not state.update():
             raise ValueError(f"{state.log.path} has no complete line: nothing is logged yet")

@@ -1,5 +1,6 @@
 """gad report: one self-contained page from the logs of runs."""
 
+import io
 import json
 import random
 import re
@@ -7,9 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from recipe.gad.cli import main
-from recipe.gad.report import SECTIONS, find_runs, write_report
+from recipe.gad.report import COLOURS, SECTIONS, THEMES, _draw, find_runs, write_report
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=a()> & \"q\" \ud800"
 
@@ -129,19 +131,24 @@ def test_two_runs_are_overlaid(tmp_path):
     assert re.search(r"<tr><td>gad.stage</td>", table)
 
 
-def test_a_second_run_changes_the_picture(tmp_path):
-    runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate("xy")]
-    pictures = []
-    for chosen in (runs[:1], runs):
-        write_report(chosen, tmp_path / "report.html")
-        pictures.append((tmp_path / "report_png/score_gap.png").read_bytes())
-    assert pictures[0] != pictures[1]
+def test_every_run_is_in_the_picture(tmp_path):
+    """Pixels in the colour of the second run are there exactly if it is; odd folder names are only names."""
+    runs = find_runs([write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("_a$b", "_c"))])
+    panel = next(panel for panel in SECTIONS["Discriminator"] if panel.name == "score_gap")
+    second = tuple(int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5))
+    for theme, chosen, expected in (("light", runs[:1], False), ("light", runs, True), ("dark", runs, True)):
+        picture = Image.open(io.BytesIO(_draw(panel, chosen, theme))).convert("RGB")
+        assert (second in {colour for _, colour in picture.getcolors(1 << 24)}) is expected
+        background = tuple(int(THEMES[theme][0][i : i + 2], 16) for i in (1, 3, 5))
+        assert picture.getpixel((0, 0)) == background
 
 
 def test_pipeline_folder_counts_on_from_the_warmup(tmp_path):
     base = tmp_path / "pipeline"
     for stage in ("gad", "warmup", "seqkd"):
         write_run(base / stage, stage, steps=20)
+    (base / "gad-2").mkdir()
+    (base / "gad-2/metrics.jsonl").write_text("")  # has just started
     found = find_runs([base])
     assert [(run.label, run.offset) for run in found] == [("seqkd", 0), ("warmup", 0), ("gad", 20)]
     write_report([base], tmp_path / "report.html")

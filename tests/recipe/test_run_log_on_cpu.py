@@ -105,3 +105,6 @@ def test_settings(tmp_path):
     write(tmp_path / "hydra/.hydra/config.yaml", "trainer:\n  total_training_steps: 110\n")
     assert run_log.read_overrides(tmp_path) == {"a.b": "2", "c": "'x=y'"}
     assert run_log.total_training_steps(tmp_path) == 110
+    for unset in ("null", "-1", "${other}"):
+        write(tmp_path / "hydra/.hydra/config.yaml", f"trainer:\n  total_training_steps: {unset}\n")
+        assert run_log.total_training_steps(tmp_path) is None

@@ -95,8 +95,13 @@ def test_silence(run):
     assert state.headline() == "gad  step 10/10  2 s per step  finished"
 
 
-def test_bad_input_exits_with_2(tmp_path, capsys):
-    for folder, message in ((tmp_path / "none", "no folder"), (tmp_path, "nothing is logged yet")):
+def test_bad_input_exits_with_2(run, capsys):
+    (run / "fresh").mkdir()
+    for folder, message in (
+        (run / "none", "no folder"),
+        (run / "fresh", "nothing is logged yet"),
+        (run.parent, f"watch one of its stages: {run}"),
+    ):
         with pytest.raises(SystemExit) as exit:
             main(["watch", str(folder), "--once"])
         assert exit.value.code == 2
