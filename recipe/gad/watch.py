@@ -166,7 +166,7 @@ class RunState:
                 table.add_row(Text(name), sparkline(values), f"{values[-1]:.4g}", f"{mean:.4g}")
         parts += [table, Text()]
         if phases := self.phases():
-            seconds = (f"{phase}\N{NO-BREAK SPACE}{value:.2g}\N{NO-BREAK SPACE}s" for phase, value in phases.items())
+            seconds = (f"{phase} {value:.2g}s" for phase, value in phases.items())
             parts.append(Text("step time  " + "  ".join(seconds)))
         return Group(*parts)
 

@@ -64,7 +64,7 @@ def test_once_on_a_growing_file(run, capsys):
     text = printed()
     assert "gad  step 3/10  2 s per step  14 s left" in text
     assert re.search(r"critic/d_acc +▁▁▁ +0.75 +0.75", text)
-    assert "gen\xa01.5\xa0s" in text and "other\xa00.5\xa0s" in text
+    assert "gen 1.5s" in text and "other 0.5s" in text
     assert "Nothing wrong was found." in text
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 4, "da')
