@@ -12,6 +12,8 @@ import typer
 from recipe.gad.commands import eval as eval_command
 from recipe.gad.commands.collect import collect
 from recipe.gad.commands.prepare import prepare
+from recipe.gad.commands.report import report
+from recipe.gad.commands.watch import watch
 
 __all__ = ["app", "main"]
 
@@ -33,6 +35,8 @@ def _root() -> None:
 app.command()(prepare)
 app.command()(collect)
 app.add_typer(eval_command.app, name="eval")
+app.command()(report)
+app.command()(watch)
 
 
 def main(argv: list[str] | None = None) -> None:

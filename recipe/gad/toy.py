@@ -23,6 +23,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.run_log import (
+    MetricLog,
+    Metrics,
+    answers_over_training,
+    dump_files,
+    load_metrics,
+    read_dump,
+    running_mean,
+    series,
+)
+
 LETTERS = "abcdefghij"
 # the words of an answer, slot by slot: opener, then for each letter [joiner] [filler] letter, then closer
 SLOTS = {
@@ -277,47 +288,12 @@ def letters_right(prompts: Sequence[str], responses: Sequence[str]) -> float:
 # ----------------------------------------------------------------------------------------------------------- report
 
 
-def _read_jsonl(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    return rows
-
-
-def load_metrics(jsonl_path: str | Path) -> dict[int, dict[str, float]]:
-    """Step -> name -> value from verl's file logger, whose lines are ``{"step": 3, "data": {"critic/d_acc": 0.9}}``."""
-    metrics: dict[int, dict[str, float]] = {}
-    for row in _read_jsonl(Path(jsonl_path)):
-        if not isinstance(row.get("step"), int) or not isinstance(row.get("data"), dict):
-            raise ValueError(f'{jsonl_path}: expected lines {{"step": ..., "data": {{...}}}}, got {str(row)[:80]}')
-        metrics.setdefault(row["step"], {}).update(row["data"])
-    return metrics
-
-
 def _dump_files(folder: Path) -> dict[int, Path]:
-    """Validation dumps of a folder by step, in order."""
-    files = {int(path.stem): path for path in Path(folder).glob("*.jsonl") if path.stem.isdecimal()}
+    """Validation dumps of a folder by step; at least one."""
+    files = dump_files(folder)
     if not files:
         raise ValueError(f"no validation dumps <step>.jsonl in {folder}")
-    return dict(sorted(files.items()))
-
-
-def _read_dump(path: str | Path) -> list[dict]:
-    rows = _read_jsonl(Path(path))
-    for row in rows:
-        if not all(isinstance(row.get(key), str) for key in ("input", "output", "gts")):
-            raise ValueError(f"{path}: every line needs the texts input, output and gts, got {str(row)[:80]}")
-    return rows
+    return files
 
 
 def _column(rows: Sequence[dict], key: str) -> list[str]:
@@ -326,20 +302,18 @@ def _column(rows: Sequence[dict], key: str) -> list[str]:
 
 def closeness_from_dumps(folder: str | Path) -> dict[int, float]:
     """Closeness in [0, 1] of each validation dump ``<step>.jsonl`` of ``folder`` to its teacher texts, by step."""
-    dumps = {step: _read_dump(path) for step, path in _dump_files(Path(folder)).items()}
+    dumps = {step: read_dump(path) for step, path in _dump_files(Path(folder)).items()}
     return {step: closeness(_column(rows, "output"), _column(rows, "gts")) for step, rows in dumps.items()}
 
 
 def sample_triples(before: str | Path, after: str | Path, k: int = 3) -> list[tuple[str, str, str, str]]:
     """First ``k`` prompts that both validation dumps hold, as (prompt, teacher, student before, student after)."""
-    earlier = {(row["input"], row["gts"]): row["output"] for row in _read_dump(before)}
-    rows = sorted(_read_dump(after), key=lambda row: row["input"])
-    shared = {(row["input"], row["gts"]): row["output"] for row in rows if (row["input"], row["gts"]) in earlier}
-    return [(*key, earlier[key], output) for key, output in itertools.islice(shared.items(), k)]
+    rows = answers_over_training([read_dump(before), read_dump(after)], k)
+    return [(prompt, teacher, early["output"], late["output"]) for prompt, teacher, (early, late) in rows]
 
 
-def _series(metrics: dict[int, dict[str, float]], name: str) -> dict[int, float]:
-    found = {step: row[name] for step, row in sorted(metrics.items()) if row.get(name) is not None}
+def _series(metrics: Metrics, name: str) -> dict[int, float]:
+    found = series(metrics, name)
     if not found:
         raise ValueError(f"no step has the metric {name}")
     return found
@@ -352,8 +326,8 @@ def _join(warmup: dict[int, float], gad: dict[int, float]) -> tuple[dict[int, fl
 
 
 def plot_curves(
-    warmup_metrics: dict[int, dict[str, float]],
-    gad_metrics: dict[int, dict[str, float]],
+    warmup_metrics: Metrics,
+    gad_metrics: Metrics,
     closeness_by_step: dict[int, float],
     out_png: str | Path,
     title: str,
@@ -361,7 +335,7 @@ def plot_curves(
     """One picture of both stages: the discriminator's accuracy falls while the answers come closer to the teacher.
 
     Args:
-        warmup_metrics, gad_metrics: from :func:`load_metrics`, each counting its steps from 1.
+        warmup_metrics, gad_metrics: from :func:`recipe.gad.run_log.load_metrics`, each counting its steps from 1.
         closeness_by_step: closeness of the validation answers on the joint axis (GAD's step s at warmup's last + s).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -369,7 +343,7 @@ def plot_curves(
 
     d_acc, handover = _join(_series(warmup_metrics, "critic/d_acc"), _series(gad_metrics, "critic/d_acc"))
     steps, values = list(d_acc), list(d_acc.values())
-    smooth = [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+    smooth = running_mean(values, 5)
 
     figure = Figure(figsize=(9, 4.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -409,11 +383,11 @@ def summary(warmup_dir: str | Path, gad_dir: str | Path) -> str:
     runs = [Path(warmup_dir), Path(gad_dir)]
     metrics = [load_metrics(run / "metrics.jsonl") for run in runs]
     files = [_dump_files(run / "val_samples") for run in runs]
-    dumps = [_read_dump(list(f.values())[-1]) for f in files]
+    dumps = [read_dump(list(f.values())[-1]) for f in files]
     if 0 in files[0] and len(files[0]) > 1:
-        dumps.insert(0, _read_dump(files[0][0]))
+        dumps.insert(0, read_dump(files[0][0]))
 
-    def last_steps(run: dict[int, dict[str, float]], name: str) -> float:
+    def last_steps(run: Metrics, name: str) -> float:
         values = list(_series(run, name).values())[-10:]
         return sum(values) / len(values)
 
@@ -462,16 +436,16 @@ def follow(metrics_path: str | Path, pid: int, steps: int | None = None, interva
     """Progress bar on stderr over the steps that process ``pid`` logs to ``metrics_path``; returns when it ends."""
     from tqdm import tqdm
 
-    path, running = Path(metrics_path), True
+    log, running = MetricLog(metrics_path), True
     with tqdm(total=steps, unit="step") as bar:
         while running:
             running = _is_running(pid)
-            # the last line may be half written
-            lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.is_file() else []
-            rows = [row for row in map(json.loads, lines) if "critic/d_acc" in row["data"]]
-            if rows:
-                bar.set_postfix_str(f"d_acc {rows[-1]['data']['critic/d_acc']:.2f}", refresh=False)
-                bar.update(rows[-1]["step"] - bar.n)
+            log.update()
+            accuracy = series(log.metrics, "critic/d_acc")
+            if accuracy:
+                last = max(accuracy)
+                bar.set_postfix_str(f"d_acc {accuracy[last]:.2f}", refresh=False)
+                bar.update(last - bar.n)
             if running:
                 time.sleep(interval)
 

@@ -217,18 +217,6 @@ def runs(tmp_path):
     return tmp_path / "warmup", tmp_path / "gad"
 
 
-def test_load_metrics(runs, tmp_path):
-    metrics = toy.load_metrics(runs[0] / "metrics.jsonl")
-    assert list(metrics) == list(range(7))
-    assert metrics[6] == {"critic/d_acc": 0.9, "val-aux/toy/rouge_l/mean@1": 0.5}  # two lines of one step
-    for text, message in (("", "is empty"), ('{"step": 1', "line 1"), ("[1]", "JSON object"), ("{}", "expected lines")):
-        (tmp_path / "bad.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            toy.load_metrics(tmp_path / "bad.jsonl")
-    with pytest.raises(ValueError, match="no file"):
-        toy.load_metrics(tmp_path / "none.jsonl")
-
-
 def test_dumps(runs, tmp_path):
     # bigrams of "so a b c bye" against "well a b c right": x x twice of six; "well a b c bye" shares four
     assert toy.closeness_from_dumps(runs[0] / "val_samples") == pytest.approx({0: 1 / 3, 6: 2 / 3})

@@ -1,0 +1,27 @@
+"""``gad report``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders or pipeline folders.")],
+    output: Annotated[Path, typer.Option(help="HTML file; its pictures go to NAME_png/ beside it.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Write curves, samples, settings and a health verdict of runs as one self-contained HTML file.
+
+    A RUN_DIR is the --output_dir of a stage. Several are overlaid by their own steps. A pipeline folder, with warmup/
+    and gad/ inside, counts as its stages; GAD's steps are then counted on from the warmup's last.
+
+    Example: gad report runs/gad runs/gad-higher-lr --output compare.html
+    """
+    from recipe.gad.report import write_report
+
+    for run in write_report(run_dirs, output):
+        findings = "; ".join(f"{verdict.level}: {verdict.title}" for verdict in run.verdicts)
+        typer.echo(f"{run.label}: {run.last_step} steps. {findings or 'Nothing wrong was found.'}")
+    typer.echo(f"report: {output}")

@@ -1,0 +1,190 @@
+"""What a training run leaves in its folder, read back: metrics, validation samples and settings.
+
+    RUN_DIR/metrics.jsonl            verl's file logger: a line {"step": 3, "data": {"critic/d_acc": 0.9, ...}} per step
+    RUN_DIR/val_samples/<step>.jsonl verl's validation dump: input, output, gts (the teacher's answer), score, ...
+    RUN_DIR/hydra/.hydra/*.yaml      the settings, as Hydra records them
+
+All of it may still be written while it is read: a last line without its newline does not count yet.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+Metrics = dict[int, dict[str, float]]
+"""Step -> name -> value; NaN where the logger wrote null, which is how it writes NaN and the infinities."""
+
+ROUGE_L = "val-aux/*/rouge_l/mean@*"
+"""Name pattern of the validation answers' ROUGE-L against the teacher's, one metric per data source."""
+
+
+class MetricLog:
+    """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only what was added."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._restart(None)
+
+    def _restart(self, identity: tuple[int, int] | None) -> None:
+        self.metrics: Metrics = {}
+        self.modified = 0.0  # seconds since the epoch
+        self._identity = identity
+        self._offset = self._lines = 0
+
+    def update(self) -> bool:
+        """Read the lines added since the last call (all of them if a resumed run has replaced the file).
+
+        Returns:
+            whether :attr:`metrics` changed; False while there is no file.
+
+        Raises:
+            ValueError: a complete line is not of the logger's form.
+        """
+        if not self.path.is_file():
+            return False
+        with open(self.path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            restarted = (stat.st_dev, stat.st_ino) != self._identity or stat.st_size < self._offset
+            if restarted:
+                self._restart((stat.st_dev, stat.st_ino))
+            self.modified = stat.st_mtime
+            file.seek(self._offset)
+            added = file.read()
+        added = added[: added.rfind(b"\n") + 1]
+        rows = _parse_lines(added, self.path, self._lines)
+        for row in rows:
+            if not isinstance(row.get("step"), int) or not isinstance(row.get("data"), dict):
+                raise ValueError(f'{self.path}: expected lines {{"step": ..., "data": {{...}}}}, got {str(row)[:80]}')
+            numbers = {name: math.nan if value is None else value for name, value in row["data"].items()}
+            self.metrics.setdefault(row["step"], {}).update(
+                {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+            )
+        self._offset += len(added)
+        self._lines += len(rows)
+        return restarted or bool(rows)
+
+
+def _parse_lines(data: bytes, path: Path, lines_before: int = 0) -> list[dict]:
+    """JSON objects of the complete lines of ``data``."""
+    rows = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=lines_before + 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object")
+        rows.append(row)
+    return rows
+
+
+def load_metrics(jsonl_path: str | Path) -> Metrics:
+    """All metrics of a run. ValueError: no file, no complete line in it, or a line that is not the logger's."""
+    log = MetricLog(jsonl_path)
+    log.update()
+    if not log.metrics:
+        raise ValueError(f"{log.path} has no complete line" if log.path.is_file() else f"no file {log.path}")
+    return log.metrics
+
+
+def matching_names(metrics: Metrics, pattern: str) -> list[str]:
+    """Sorted metric names that match ``pattern`` (shell wildcards) in any step."""
+    return sorted({name for row in metrics.values() for name in row if fnmatchcase(name, pattern)})
+
+
+def series(metrics: Metrics, name: str) -> dict[int, float]:
+    """Step -> value of one metric, in the order of the steps; empty if it was never logged."""
+    return {step: metrics[step][name] for step in sorted(metrics) if name in metrics[step]}
+
+
+def phase_seconds(row: dict[str, float]) -> dict[str, float]:
+    """Seconds of the phases of one step (a row of :data:`Metrics`) in their order; "other" is the rest of the step."""
+    phases = {
+        name.removeprefix("timing_s/"): seconds
+        for name, seconds in row.items()
+        if name.startswith("timing_s/") and name != "timing_s/step" and math.isfinite(seconds)
+    }
+    if "timing_s/step" in row:
+        phases["other"] = max(0.0, row["timing_s/step"] - sum(phases.values()))
+    return phases
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of every value and the up to ``width - 1`` values before it."""
+    windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def dump_files(folder: str | Path) -> dict[int, Path]:
+    """Validation dumps ``<step>.jsonl`` of a folder by step, in order; empty if there are none."""
+    files = {int(path.stem): path for path in Path(folder).glob("*.jsonl") if path.stem.isdecimal()}
+    return dict(sorted(files.items()))
+
+
+def read_dump(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a validation dump. ValueError: no complete row, or a row without the texts input, output and gts."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    rows = _parse_lines(path.read_bytes(), path)
+    if not rows:
+        raise ValueError(f"{path} has no complete line")
+    for row in rows:
+        if not all(isinstance(row.get(key), str) for key in ("input", "output", "gts")):
+            raise ValueError(f"{path}: every line needs the texts input, output and gts, got {str(row)[:80]}")
+    return rows
+
+
+def read_samples(run_dir: str | Path, n: int) -> tuple[dict[int, list[dict]], list[str]]:
+    """Rows of up to ``n`` validation dumps of a run by step: the last, the first, and evenly between them.
+
+    Samples are an extra of a run: a dump that cannot be read is left out.
+
+    Returns:
+        the rows by step, and a line for every dump left out.
+    """
+    files = dump_files(Path(run_dir) / "val_samples")
+    steps = list(files)
+    if len(steps) > n:
+        steps = sorted({steps[-1 - round(i * (len(steps) - 1) / max(1, n - 1))] for i in range(n)})
+    samples, left_out = {}, []
+    for step in steps:
+        try:
+            samples[step] = read_dump(files[step])
+        except ValueError as error:
+            left_out.append(f"samples of step {step} are left out: {error}")
+    return samples, left_out
+
+
+def answers_over_training(dumps: Sequence[list[dict]], k: int) -> list[tuple[str, str, list[dict]]]:
+    """First ``k`` prompts (sorted) that all dumps hold, as (prompt, teacher's answer, its row in every dump)."""
+    by_prompt = [{(row["input"], row["gts"]): row for row in dump} for dump in dumps]
+    shared = sorted(set.intersection(*(set(rows) for rows in by_prompt))) if by_prompt else []
+    return [(*key, [rows[key] for rows in by_prompt]) for key in shared[:k]]
+
+
+def read_overrides(run_dir: str | Path) -> dict[str, str]:
+    """Hydra overrides of a run, key -> value, the last of a key; empty if Hydra left no record.
+
+    The environment of the Ray workers (``ray_kwargs``) is left out: it may hold API keys, and reports are shared.
+    """
+    overrides = _read_yaml(Path(run_dir) / "hydra/.hydra/overrides.yaml") or []
+    pairs = (text.lstrip("+~").partition("=") for text in overrides)
+    return {key: value for key, _, value in pairs if not key.startswith("ray_kwargs")}
+
+
+def total_training_steps(run_dir: str | Path) -> int | None:
+    """``trainer.total_training_steps`` of a run, None if it is not set to a number or Hydra left no record."""
+    config = _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml") or {}
+    steps = config.get("trainer", {}).get("total_training_steps")
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
