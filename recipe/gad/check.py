@@ -3,8 +3,9 @@
     python -m recipe.gad.check [--config-name gad_trainer] [key=value ...]     exit code 2 if anything is wrong
     python -m recipe.gad.check --print-config [key=value ...]
 
-The trainer calls :func:`check_config` too. Every check is a generator of messages, errors as ``str`` and warnings as
-:class:`Warn`; a message names the key, its value, what was expected, and the fix.
+The trainer calls :func:`check_config` too, and ``gad doctor`` adds slower checks (recipe/gad/doctor.py). Every check is a
+generator of messages, errors as ``str``, warnings as :class:`Warn`, and what is worth knowing as :class:`Note`; an error
+or a warning names the key, its value, what was expected, and the fix.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,7 +50,53 @@ class Warn(str):
     """A message that does not stop the run."""
 
 
+class Note(str):
+    """A message about something that is as it should be."""
+
+
 Messages = Iterator[str]
+Check = Callable[[DictConfig], Messages]
+
+
+class Finding(NamedTuple):
+    """One line of a report."""
+
+    level: str
+    """``ok``, ``warning`` or ``error``."""
+
+    check: str
+    """Name of the check, such as ``batches``."""
+
+    message: str
+
+
+def run_checks(config: DictConfig, checks: Iterable[Check]) -> list[Finding]:
+    """Findings of ``checks``, in their order; a check that finds nothing gives one of level ``ok``.
+
+    Args:
+        config: gad_trainer.yaml composed with overrides; left as it is.
+        checks: functions named ``check_...``, whose docstring says in its first line what holds if they find nothing.
+    """
+    try:
+        resolved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        return [Finding("error", "configuration", f"the configuration does not resolve: {_one_line(error)}")]
+    findings: list[Finding] = []
+    for check in checks:
+        messages: list[str] = []
+        try:
+            for message in check(resolved):
+                messages.append(message)
+        except ConfigError as error:
+            messages.extend(error.errors)
+        messages = messages or [Note((check.__doc__ or "").split("\n")[0])]
+        name = check.__name__.removeprefix("check_")
+        findings.extend(Finding(_level(message), name, message) for message in dict.fromkeys(messages))
+    return findings
+
+
+def _level(message: str) -> str:
+    return "warning" if isinstance(message, Warn) else "ok" if isinstance(message, Note) else "error"
 
 
 def check_config(config: DictConfig) -> list[str]:
@@ -63,18 +111,8 @@ def check_config(config: DictConfig) -> list[str]:
     Raises:
         ConfigError: (a ValueError) lists every error found.
     """
-    try:
-        resolved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"the configuration does not resolve: {_one_line(error)}"]) from None
-    errors: list[str] = []
-    warnings: list[str] = []
-    for check in CHECKS:
-        try:
-            for message in check(resolved):
-                (warnings if isinstance(message, Warn) else errors).append(message)
-        except ConfigError as error:
-            errors.extend(error.errors)
+    findings = run_checks(config, CHECKS)
+    errors, warnings = ([f.message for f in findings if f.level == level] for level in ("error", "warning"))
     if errors:
         raise ConfigError(list(dict.fromkeys(errors)), warnings)
     return warnings
@@ -624,7 +662,7 @@ def check_device(config: DictConfig) -> Messages:
         yield f"{key}={slots}: verl places its workers on {gpus} logical GPUs. Fix: ++{key}={gpus} {sets}"
 
 
-CHECKS: tuple[Callable[[DictConfig], Messages], ...] = (
+CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
     check_sampling,
@@ -648,17 +686,31 @@ def _one_line(error: object) -> str:
 
 
 def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfig:
-    """The configuration that ``verl.trainer.main_ppo --config-path pkg://recipe.gad.config`` composes."""
-    from hydra import compose, initialize_config_module
+    """The configuration that ``verl.trainer.main_ppo --config-path pkg://recipe.gad.config`` composes.
 
-    with initialize_config_module("recipe.gad.config", version_base=None):
-        return compose(name, overrides)
+    verl's YAML files are found without importing verl, which takes seconds.
+
+    Raises:
+        ValueError: verl is not installed, or an override does not fit the configuration.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+
+    verl = find_spec("verl")
+    if verl is None or not verl.submodule_search_locations:
+        raise ValueError("the package verl is not installed. Fix: pip install -e .")
+    folders = [Path(folder) / "trainer" / "config" for folder in verl.submodule_search_locations]
+    searchpath = ",".join(f"'file://{folder}'" for folder in folders if folder.is_dir())
+    try:
+        with initialize_config_module("recipe.gad.config", version_base=None):
+            return compose(name, [f"hydra.searchpath=[{searchpath}]", *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
+        raise ValueError(_one_line(error) + cause) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit code is 2 on errors."""
-    from hydra.errors import HydraException
-
     parser = argparse.ArgumentParser(prog="python -m recipe.gad.check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config-name", default="gad_trainer", help="configuration of recipe/gad/config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, check nothing")
@@ -672,9 +724,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors, warnings = [], check_config(config)
     except ConfigError as error:
         errors, warnings = error.errors, error.warnings
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
-        errors, warnings = [_one_line(error) + cause], []
+    except (ValueError, OmegaConfBaseException) as error:
+        errors, warnings = [_one_line(error)], []
     for warning in warnings:
         print(f"warning: {warning}")
     for message in errors:
