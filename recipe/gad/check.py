@@ -444,6 +444,16 @@ def _vocabulary_messages(key: str, actor: Path, critic: Path, trust_remote_code:
 # ---------------------------------------------------------------------- 5. batch arithmetic
 
 
+def _valid_batches(key: str, batch: int, mini: int, ranks: int) -> str:
+    """ "critic.ppo_mini_batch_size=16 or 24 with data.train_batch_size=32 or 48": values that work together."""
+    minis = [int(value) for value in neighbours(mini, ranks).split(" or ")]
+    fix = f"{key}={' or '.join(map(str, minis))}"
+    if all(batch % value == 0 for value in minis):
+        return fix
+    batches = [max(1, round(batch / value)) * value for value in minis]
+    return f"{fix} with data.train_batch_size={' or '.join(map(str, batches))}"
+
+
 def check_batches(config: DictConfig) -> Messages:
     """Batches split evenly into mini-batches, and those over the data-parallel ranks."""
     batch, gpus = integer(config, "data.train_batch_size"), world_size(config)
@@ -467,7 +477,8 @@ def check_batches(config: DictConfig) -> Messages:
         elif mini % (ranks := gpus // copy):
             yield (
                 f"{key}={mini} is not a multiple of the {ranks} data-parallel ranks ({where} = {gpus}, "
-                f"{copy} per rank). Fix: {key}={neighbours(mini, ranks)}"
+                f"{copy} per rank). Fix: {_valid_batches(key, batch, mini, ranks)}, "
+                f"or {copy * max(r for r in range(1, ranks) if mini % r == 0)} GPUs"
             )
     names = ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size")
     engine = 1
