@@ -183,7 +183,7 @@ def parallelism(config: DictConfig, role: str) -> tuple[int, int] | None:
 
 
 def check_plugin(config: DictConfig) -> Messages:
-    """Our changes to verl must be active here and in every process that imports verl."""
+    """Our changes to verl are active here and in every process that imports verl."""
     name = "recipe.gad.plugin"
     before_verl = "verl" not in sys.modules or name in sys.modules
     found = [entry.name for entry in entry_points(group="verl.plugins") if entry.value.partition(":")[0] == name]
@@ -214,7 +214,7 @@ def check_plugin(config: DictConfig) -> Messages:
 
 
 def check_stage(config: DictConfig) -> Messages:
-    """Stage, objective, discriminator and sampling must fit together."""
+    """Stage, objective and discriminator fit together."""
     stage, objective = get(config, "gad.stage"), get(config, "gad.actor_objective")
     critic = bool(get(config, "critic.enable"))
     if stage not in STAGES:
@@ -242,7 +242,7 @@ def check_stage(config: DictConfig) -> Messages:
 
 
 def check_sampling(config: DictConfig) -> Messages:
-    """GRPO compares different samples of one prompt."""
+    """The samples of one prompt differ, and GRPO has at least two to compare."""
     n = integer(config, f"{ROLLOUT}.n")
     temperature = get(config, f"{ROLLOUT}.temperature")
     policy_gradient = get(config, "gad.actor_objective") == "policy_gradient"
@@ -260,7 +260,7 @@ def check_sampling(config: DictConfig) -> Messages:
 
 
 def check_saving(config: DictConfig) -> Messages:
-    """A warmup run that leaves nothing for the GAD stage."""
+    """A warmup run leaves checkpoints for the GAD stage."""
     if get(config, "gad.stage") != "warmup":
         return
     if (save_freq := integer(config, "trainer.save_freq", -1, minimum=-1)) <= 0:
@@ -275,7 +275,8 @@ def check_saving(config: DictConfig) -> Messages:
 # ---------------------------------------------------------------------- 2. data
 
 
-def _files(value: Any) -> list[str]:
+def files_of(value: Any) -> list[str]:
+    """Files of a data key: one path, a list of paths, or none."""
     return [str(value)] if isinstance(value, str | Path) else [str(file) for file in value or []]
 
 
@@ -288,7 +289,7 @@ def check_data(config: DictConfig) -> Messages:
         yield f"data.truncation={truncation}: expected error, left or right. Fix: data.truncation=right"
     checked: dict[str, int | None] = {}
     for key in ("data.train_files", "data.val_files"):
-        files = _files(get(config, key))
+        files = files_of(get(config, key))
         if not files:
             yield f"{key}={get(config, key)}: no file. Fix: {key}=/path/to/file.parquet"
         for file in (file for file in files if file not in checked):
@@ -300,7 +301,7 @@ def check_data(config: DictConfig) -> Messages:
                 yield f"{key}: verl does not expand ~ in {file}. Fix: {Path(file).expanduser()}"
             checked[file], problems = data_file_problems(file, prompt_key, teacher_key)
             yield from (f"{key}: {problem}" for problem in problems)
-    rows = [checked[file] for file in _files(get(config, "data.train_files"))]
+    rows = [checked[file] for file in files_of(get(config, "data.train_files"))]
     if not rows or not all(rows):
         return
     limit = integer(config, "data.train_max_samples", -1, minimum=-1)
@@ -335,7 +336,7 @@ def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[str]]
         return folder, []
     if folder.exists() or path[0] in "/.~" or not HUB_ID.fullmatch(path):
         return None, [_no_folder(key, path)]
-    if (os.environ.get("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on") and not _in_cache(path):
+    if (os.environ.get("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on") and not cached_model(path):
         return None, [Warn(f"{key}={path} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")]
     return None, []
 
@@ -344,10 +345,12 @@ def _no_folder(key: str, path: str) -> str:
     return f"{key}={path}: no such folder. Fix: name an existing folder, or a hub model as organisation/name"
 
 
-def _in_cache(repo: str) -> bool:
+def cached_model(repo: str) -> Path | None:
+    """Folder of a hub model in the Hugging Face cache, None if it was not downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+    file = try_to_load_from_cache(repo, "config.json")
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _broken_weights(folder: Path) -> list[str]:
@@ -377,7 +380,7 @@ def check_models(config: DictConfig) -> Messages:
 
 
 def check_tokenizers(config: DictConfig) -> Messages:
-    """The discriminator reads the student's token ids, so its model must have been trained with the same vocabulary."""
+    """The discriminator, which reads the student's token ids, has the same vocabulary."""
     keys = [f"{ACTOR_MODEL}.tokenizer_path", "critic.model.tokenizer_path", "critic.model.path"]
     keys = keys if has_discriminator(config) else keys[:1]
     for key in keys[:2]:
@@ -544,7 +547,7 @@ def _token_limit(config: DictConfig, key: str, role: str, needed: int, what: str
 
 
 def check_output(config: DictConfig) -> Messages:
-    """The output folder must be new, or hold checkpoints of the same stage from which the run can resume."""
+    """The output folder is new, or holds checkpoints of the same stage from which the run can resume."""
     key, stage, mode = "trainer.default_local_dir", get(config, "gad.stage"), get(config, "trainer.resume_mode")
     folder = get(config, key)
     if not isinstance(folder, str) or not folder or folder.startswith("~"):
@@ -638,7 +641,7 @@ def check_ray(config: DictConfig) -> Messages:
 
 
 def check_device(config: DictConfig) -> Messages:
-    """What a run without a GPU needs, and LoRA with the Hugging Face rollout."""
+    """Device, platform and engines fit together."""
     device, rollout = get(config, "trainer.device"), get(config, f"{ROLLOUT}.name")
     ray = sys.modules.get("ray")
     in_worker = ray is not None and ray.is_initialized()  # Ray may set the variable to "" for workers without a GPU

@@ -75,6 +75,18 @@ def weight_map(path: Path) -> dict[str, str]:
     raise ValueError(f"{path} has neither {single.name} nor {index.name}")
 
 
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape of a Hugging Face folder's safetensors weights; only headers are read.
+
+    Raises:
+        ValueError: no weights, or a file is missing, truncated or no safetensors file.
+    """
+    if problems := weight_problems(path):
+        raise ValueError("; ".join(problems))
+    names = sorted(set(weight_map(path).values()))
+    return {tensor: entry["shape"] for name in names for tensor, entry in safetensors_header(path / name).items()}
+
+
 def weight_problems(path: Path) -> list[str]:
     """Missing or truncated weight files of a Hugging Face folder."""
     try:

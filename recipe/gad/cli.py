@@ -9,6 +9,9 @@ import sys
 
 import typer
 
+from recipe.gad.commands.doctor import EPILOG as DOCTOR_EPILOG
+from recipe.gad.commands.doctor import doctor
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -24,6 +27,9 @@ app = typer.Typer(
 @app.callback()
 def _root() -> None:
     """Keep the name of a subcommand part of the command line, however many there are."""
+
+
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 
 
 def main(argv: list[str] | None = None) -> None:
