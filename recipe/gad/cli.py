@@ -11,6 +11,8 @@ import typer
 
 from recipe.gad.commands.doctor import EPILOG as DOCTOR_EPILOG
 from recipe.gad.commands.doctor import doctor
+from recipe.gad.commands.export import EPILOG as EXPORT_EPILOG
+from recipe.gad.commands.export import export
 
 __all__ = ["app", "main"]
 
@@ -30,6 +32,7 @@ def _root() -> None:
 
 
 app.command(epilog=DOCTOR_EPILOG)(doctor)
+app.command(epilog=EXPORT_EPILOG)(export)
 
 
 def main(argv: list[str] | None = None) -> None:
