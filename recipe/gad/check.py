@@ -3,9 +3,9 @@
     python -m recipe.gad.check [--config-name gad_trainer] [key=value ...]     exit code 2 if anything is wrong
     python -m recipe.gad.check --print-config [key=value ...]
 
-The trainer calls :func:`check_config` too, and ``gad doctor`` adds slower checks (recipe/gad/doctor.py). Every check is a
-generator of messages, errors as ``str``, warnings as :class:`Warn`, and what is worth knowing as :class:`Note`; an error
-or a warning names the key, its value, what was expected, and the fix.
+The trainer calls :func:`check_config` too, and ``gad doctor`` adds slower checks (recipe/gad/doctor.py). Every check is
+a generator of messages, errors as ``str``, warnings as :class:`Warn`, and what is worth knowing as :class:`Note`; an
+error or a warning names the key, its value, what was expected, and the fix.
 """
 
 import argparse

@@ -11,12 +11,43 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from recipe.gad.check import ACTOR, ACTOR_MODEL, CHECKS, HUB_ID, REF, ROLLOUT, Check, Finding, Messages, Note, Warn
-from recipe.gad.check import cached_model, compose_config, files_of, get, has_discriminator, integer, run_checks
-from recipe.gad.memory import GIB, ModelShape, RoleMemory, checkpoint_bytes, checkpoints_on_disk, kv_tokens
-from recipe.gad.memory import model_shape, role_memory, roles, rollout_weight_bytes, trained_roles, training
+from recipe.gad.check import (
+    ACTOR,
+    ACTOR_MODEL,
+    CHECKS,
+    HUB_ID,
+    REF,
+    ROLLOUT,
+    Check,
+    ConfigError,
+    Finding,
+    Messages,
+    Note,
+    Warn,
+    cached_model,
+    compose_config,
+    files_of,
+    get,
+    has_discriminator,
+    integer,
+    run_checks,
+)
+from recipe.gad.memory import (
+    GIB,
+    ModelShape,
+    RoleMemory,
+    checkpoint_bytes,
+    checkpoints_on_disk,
+    kv_tokens,
+    model_shape,
+    role_memory,
+    roles,
+    rollout_weight_bytes,
+    trained_roles,
+    training,
+)
 from recipe.gad.teacher_file import sample_rows
 
 SAMPLE_ROWS = 1000
@@ -101,8 +132,8 @@ def check_versions(config: DictConfig) -> Messages:
             yield f"{name} is not installed, and {ROLLOUT}.name={engine}. {fix}"
             continue
         if not requirement.specifier.contains(found[name], prereleases=True):
-            message = f"{name} {found[name]} is installed, verl {version('verl')} asks for {requirement.specifier}. {fix}"
-            yield message if marker is None else Warn(message)
+            message = f"{name} {found[name]} is installed, verl {version('verl')} asks for {requirement.specifier}"
+            yield f"{message}. {fix}" if marker is None else Warn(f"{message}. {fix}")
     yield Note(f"verl {version('verl')}, " + ", ".join(f"{name} {found[name]}" for name in found))
 
 
@@ -123,7 +154,10 @@ def _local(path: Any) -> Path | None:
 def _tokenizer(folder: Path, trust_remote_code: bool, template: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a broken tokenizer raises
+        raise ConfigError([f"the tokenizer in {folder} cannot be loaded ({error}). Fix: save it again"]) from None
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
@@ -149,31 +183,35 @@ def check_end_token(config: DictConfig) -> Messages:
     if tokenizer is None:
         yield NO_TOKENIZER
         return
+    from jinja2 import TemplateError
+
     from verl.utils.model import get_generation_config
     from verl.workers.rollout.teacher_trajectory import stop_token_ids, turn_suffix_ids
 
     folder = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        yield f"{folder} has no chat template. Fix: save one with the tokenizer, or set {ACTOR_MODEL}.custom_chat_template"
+        key = f"{ACTOR_MODEL}.custom_chat_template"
+        yield f"{folder} has no chat template. Fix: save one with the tokenizer, or set {key}"
         return
     try:
         stops = stop_token_ids(tokenizer)
-    except ValueError as error:
-        yield f"{error}. Fix: set eos_token in {folder}/tokenizer_config.json"
+        suffix = turn_suffix_ids(tokenizer, _template_kwargs(config))
+    except (ValueError, TemplateError) as error:
+        yield f"no end of turn in {folder}: {error}. Fix: eos_token in tokenizer_config.json, or the chat template"
         return
-    suffix = turn_suffix_ids(tokenizer, _template_kwargs(config))
     names = tokenizer.convert_ids_to_tokens
     special = [token for token in suffix if token in tokenizer.added_tokens_decoder]
     wanted = special[0] if special else None
     end = next((token for token in suffix if token in stops), None)
     if end is None or (wanted is not None and end != wanted):
-        turn = f"ends an assistant turn with {names(suffix)}" if suffix else "puts nothing behind an assistant's text"
-        where = "" if end is None else f", so teacher answers would end with {names(suffix[: suffix.index(end) + 1])}"
-        fix = f"eos_token {names(wanted)!r} in {folder}/tokenizer_config.json and eos_token_id {wanted} in its "
+        fix = "a template that ends its turns with a special token" if wanted is None else (
+            f"set eos_token {names(wanted)!r} in {folder}/tokenizer_config.json and eos_token_id {wanted} in its "
+            "generation_config.json"
+        )  # fmt: skip
         yield (
-            f"the chat template of {folder} {turn}, but a rollout stops at {names(sorted(stops))}{where}: teacher and "
-            "student would end differently, which is all that D needs to tell them apart. "
-            + (f"Fix: set {fix}generation_config.json" if wanted is not None else "Fix: a template that ends its turns")
+            f"the chat template of {folder} ends an assistant turn with {names(suffix)}, but a rollout stops at "
+            f"{names(sorted(stops))}: teacher and student would end differently, which is all that D needs to tell "
+            f"them apart. Fix: {fix}"
         )
         return
     generation = get_generation_config(folder)
@@ -220,6 +258,8 @@ def check_lengths(config: DictConfig) -> Messages:
     if tokenizer is None:
         yield NO_TOKENIZER
         return
+    from jinja2 import TemplateError
+
     from verl.workers.rollout.teacher_trajectory import (
         build_prompt_ids,
         end_of_turn_ids,
@@ -235,19 +275,33 @@ def check_lengths(config: DictConfig) -> Messages:
         if not files or files in seen:
             continue
         seen.add(files)
-        prompts, answers, total = [], [], 0
+        prompts: list[int] = []
+        answers: list[int] = []
+        refused: list[str] = []
+        total = 0
+        columns = get(config, "data.prompt_key"), get(config, "data.teacher_key")
         for file in files:
-            size = max(1, SAMPLE_ROWS // len(files))
-            rows, messages, texts = sample_rows(file, get(config, "data.prompt_key"), get(config, "data.teacher_key"), size)
+            rows, messages, texts = sample_rows(file, *columns, max(1, SAMPLE_ROWS // len(files)))
             total += rows
-            prompts += [len(build_prompt_ids(tokenizer, message, kwargs)) for message in messages]
+            for message in messages:
+                try:
+                    prompts.append(len(build_prompt_ids(tokenizer, message, kwargs)))
+                except TemplateError as error:
+                    refused.append(str(error))
             answers += [len(ids) for ids in tokenize_teacher(tokenizer, texts, end_ids)]
-        sample = f"{len(prompts)} of {total} rows" if len(prompts) < total else f"all {total} rows"
-        where = f"{key} ({sample}{', evenly spaced' if len(prompts) < total else ''})"
+        part = f"{len(answers)} of {total} rows, evenly spaced" if len(answers) < total else f"all {total} rows"
+        where = f"{key} ({part})"
+        if refused:
+            message = (
+                f"{where}: the chat template refuses {len(refused)} prompts ({refused[0]}). Fix: repair those rows"
+            )
+            yield Warn(message) if prompts else message
+        if not prompts:
+            continue
         dropped = bool(get(config, "data.filter_overlong_prompts"))
         yield _length_message(
             where, "prompts", prompts, "data.max_prompt_length", integer(config, "data.max_prompt_length"),
-            "their rows are dropped" if dropped else "verl stops there. Also: data.filter_overlong_prompts=True drops them",
+            "their rows are dropped" if dropped else "data.filter_overlong_prompts=True would drop their rows",
             fatal=not dropped,
         )  # fmt: skip
         cut = get(config, "data.truncation")
@@ -259,7 +313,7 @@ def check_lengths(config: DictConfig) -> Messages:
 
 
 def _length_message(where: str, what: str, lengths: list[int], key: str, limit: int, then: str, fatal: bool) -> str:
-    """One line about the lengths of prompts or answers: error if ``fatal`` or all are too long, else warning or note."""
+    """One line about lengths: an error if some are too long and that is ``fatal``, or if all are."""
     over = sum(length > limit for length in lengths) / len(lengths)
     lost = sum(max(0, length - limit) for length in lengths) / sum(lengths)
     covered = sorted(lengths)[int(COVERED_SHARE * (len(lengths) - 1))]

@@ -1,8 +1,8 @@
 """Turns a checkpoint of a run into a Hugging Face folder, and checks it against the checkpoint before it appears.
 
-verl's ``huggingface`` folders are not ready for use: weights in float32 beside a config.json that says bfloat16, a critic
-that calls itself a language model, and with LoRA tensor names that only PEFT reads. Where that folder holds no weights,
-verl's own model merger joins the FSDP shards (in bfloat16).
+verl's ``huggingface`` folders are not ready for use: weights in float32 beside a config.json that says bfloat16, a
+critic that calls itself a language model, and with LoRA tensor names that only PEFT reads. Where that folder holds no
+usable weights, verl's own model merger joins the FSDP shards (in bfloat16).
 """
 
 import os
@@ -81,7 +81,8 @@ def source_problems(folder: Path) -> list[str]:
     found, expected = shard_counts(folder)
     if not problems or found >= expected > 0:
         return []
-    return [*problems, f"{folder} has {found} of {expected} model shards" if expected else f"{folder} has no FSDP shards"]
+    shards = f"{found} of {expected} model shards" if expected else "no FSDP shards"
+    return [*problems, f"{folder} has {shards}"]
 
 
 def _require_whole(folder: Path) -> None:
@@ -156,8 +157,8 @@ def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | Non
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
             raise ValueError(
-                f"the weights of {folder} do not fit {type(model).__name__} ({what}: {some}). Fix: --role, if this is the "
-                "other role's; a checkpoint with save_lora_only=True holds no whole model to merge into"
+                f"the weights of {folder} do not fit {type(model).__name__} ({what}: {some}). Fix: --role, if this is "
+                "the other role's; a checkpoint of save_lora_only=True holds no model, only an adapter"
             )
     return model.eval(), adapter
 
@@ -204,7 +205,7 @@ def export(
         output: folder to make; must not exist, or be empty.
         role: actor, critic or None (what the path says, else actor).
         dtype: bfloat16, float16 or float32.
-        lora: merge the LoRA adapter of a run with LoRA into the weights, or write the adapter alone. Without LoRA: merge.
+        lora: of a run with LoRA, ``merge`` the adapter into the weights, or write the ``adapter`` alone.
 
     Raises:
         ValueError: no complete checkpoint, a bad choice, an output that exists, or outputs that differ.
@@ -222,8 +223,8 @@ def export(
     folder, role = find_source(checkpoint, role)
     if verify_hf_folder(folder / "huggingface") and dtype != MERGER_DTYPE:
         raise ValueError(
-            f"--dtype {dtype}: {folder} has FSDP shards only, which verl's merger gives in {MERGER_DTYPE}. Fix: --dtype "
-            f"{MERGER_DTYPE}, or a run without LoRA and with hf_model in its checkpoint.save_contents"
+            f"--dtype {dtype}: {folder} has FSDP shards only, which verl's merger gives in {MERGER_DTYPE}. "
+            f"Fix: --dtype {MERGER_DTYPE}, or a run without LoRA and with hf_model in its checkpoint.save_contents"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -276,5 +277,5 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     wrong = {name for name in {*stored, *loaded} if name not in stored or name not in loaded}
     wrong |= {name for name in stored if name not in wrong and not loaded[name].equal(stored[name].to(loaded[name]))}
     if wrong:
-        raise ValueError(f"the adapter of this checkpoint does not fit its model ({min(wrong)}). Fix: choose another one")
+        raise ValueError(f"the checkpoint's adapter does not fit its model ({min(wrong)}). Fix: choose another one")
     return joined

@@ -1,4 +1,4 @@
-"""GPU memory and checkpoint sizes of a run, from the configuration and the model's config.json; docs/memory.md explains.
+"""GPU memory and checkpoint sizes of a run, from its configuration and the model's config.json; see docs/memory.md.
 
 Nothing is loaded: parameters are counted in the headers of the safetensors files, or on the meta device. All sizes are
 bytes on one GPU unless a name says otherwise.
@@ -11,8 +11,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recipe.gad.check import ACTOR, ACTOR_MODEL, REF, ROLLOUT, get, has_discriminator, integer, needs_reference
-from recipe.gad.check import parallelism, world_size
+from recipe.gad.check import (
+    ACTOR,
+    ACTOR_MODEL,
+    REF,
+    ROLLOUT,
+    ConfigError,
+    get,
+    has_discriminator,
+    integer,
+    needs_reference,
+    parallelism,
+    world_size,
+)
 from recipe.gad.checkpoint import has_score_head, tensor_shapes
 
 GIB = 1024**3
@@ -20,7 +31,7 @@ DTYPE_BYTES = {"fp32": 4, "float32": 4, "float": 4, "float64": 8, "bf16": 2, "bf
 FLOAT32_BYTES = 4
 ADAM_MOMENTS = 2
 TRAINING_LOGITS = 4
-"""Tensors of tokens x vocabulary that are alive at once: logits, logits / temperature, and what the loss keeps of both."""
+"""Tensors of tokens x vocabulary that are alive at once: logits, logits / temperature, and a gradient of each."""
 FORWARD_LOGITS = 2
 """The same without a backward pass: logits and logits / temperature."""
 
@@ -60,7 +71,7 @@ class ModelShape:
         return rank * self.layers * (attention + 3 * (self.hidden + self.intermediate))
 
     def layer_activation_bytes(self, compute_bytes: int) -> int:
-        """Bytes per token that the backward pass of one layer needs (RMS norms in float32, gated MLP, flash attention)."""
+        """Bytes per token that the backward pass of one layer needs: RMS norms in float32, attention, gated MLP."""
         norms = 2 * self.hidden * (FLOAT32_BYTES + 2 * compute_bytes)
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim
         return norms + compute_bytes * (attention + 4 * self.intermediate)
@@ -86,7 +97,7 @@ def model_shape(folder: Path, value_model: bool, trust_remote_code: bool = False
         parameters=0,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         heads=text.num_attention_heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
@@ -215,6 +226,12 @@ def checkpoints_on_disk(saves: int | None, keep: int | None) -> int | None:
 # ---------------------------------------------------------------------- from a run's configuration
 
 
+def _dtype_bytes(config: DictConfig, key: str, default: str) -> int:
+    if (name := get(config, key, default)) not in DTYPE_BYTES:
+        raise ConfigError([f"{key}={name}: expected one of {', '.join(DTYPE_BYTES)}. Fix: {key}={default}"])
+    return DTYPE_BYTES[name]
+
+
 def training(config: DictConfig, role: str, shape: ModelShape) -> Training | None:
     """How ``role`` (ACTOR, REF or "critic") runs; None for engines other than FSDP, which have no estimate."""
     if get(config, f"{role}.strategy") not in ("fsdp", "fsdp2"):
@@ -235,8 +252,8 @@ def training(config: DictConfig, role: str, shape: ModelShape) -> Training | Non
     return Training(
         shards=min(size, gpus) if size > 0 else gpus,
         tokens=tokens,
-        weight_bytes=DTYPE_BYTES[get(config, f"{engine}.model_dtype", "bf16" if forward_only else "fp32")],
-        compute_bytes=DTYPE_BYTES[get(config, f"{engine}.mixed_precision.param_dtype", "bf16")],
+        weight_bytes=_dtype_bytes(config, f"{engine}.model_dtype", "bf16" if forward_only else "fp32"),
+        compute_bytes=_dtype_bytes(config, f"{engine}.mixed_precision.param_dtype", "bf16"),
         trainable=0 if forward_only else shape.lora_parameters(rank) if rank else None,
         gradient_checkpointing=bool(get(config, f"{model}.enable_gradient_checkpointing")),
         logits=role != "critic" and not get(config, f"{model}.use_fused_kernels"),
@@ -259,12 +276,12 @@ def roles(config: DictConfig) -> list[tuple[str, str]]:
 
 def rollout_weight_bytes(config: DictConfig, shape: ModelShape) -> float:
     """Bytes of the rollout engine's weights on one GPU."""
-    element = DTYPE_BYTES.get(get(config, f"{ROLLOUT}.dtype"), DTYPE_BYTES["bf16"])
+    element = _dtype_bytes(config, f"{ROLLOUT}.dtype", "bfloat16")
     return shape.parameters * element / integer(config, f"{ROLLOUT}.tensor_model_parallel_size", 1)
 
 
 def kv_tokens(config: DictConfig, shape: ModelShape, rollout_bytes: float) -> int:
     """Tokens of KV cache of one rollout engine, if it may use ``rollout_bytes`` of each of its GPUs."""
-    element = DTYPE_BYTES.get(get(config, f"{ROLLOUT}.dtype"), DTYPE_BYTES["bf16"])
+    element = _dtype_bytes(config, f"{ROLLOUT}.dtype", "bfloat16")
     shared = min(integer(config, f"{ROLLOUT}.tensor_model_parallel_size", 1), shape.kv_heads)
     return int((rollout_bytes - rollout_weight_bytes(config, shape)) // (shape.kv_bytes(element) / shared))

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples/gad"
 LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_pipeline.sh"]
 STAGES = ["seqkd", "warmup", "gad"]
-FLAGS = "--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device --dry-run --skip-doctor".split()
+FLAGS = """--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device
+    --dry-run --skip-doctor""".split()
 
 
 def sh(script, *arguments, cwd=ROOT, **environment):

@@ -17,10 +17,27 @@ from omegaconf import OmegaConf
 from recipe.gad import doctor
 from recipe.gad.check import run_checks
 from recipe.gad.cli import main as cli
-from recipe.gad.doctor import check_chat_ids, check_disk, check_end_token, check_lengths, check_rollout_heads
-from recipe.gad.doctor import check_versions, diagnose, memory_messages
-from recipe.gad.memory import GIB, ModelShape, Training, checkpoints_on_disk, kv_tokens, model_shape, role_memory
-from recipe.gad.memory import roles, training
+from recipe.gad.doctor import (
+    check_chat_ids,
+    check_disk,
+    check_end_token,
+    check_lengths,
+    check_rollout_heads,
+    check_versions,
+    diagnose,
+    memory_messages,
+)
+from recipe.gad.memory import (
+    GIB,
+    ModelShape,
+    Training,
+    checkpoints_on_disk,
+    kv_tokens,
+    model_shape,
+    role_memory,
+    roles,
+    training,
+)
 from recipe.gad.teacher_file import sample_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +147,7 @@ def test_an_end_token_that_ends_no_turn(compose_config, model):
 @pytest.mark.parametrize(
     ("files", "part"),
     [
-        ({"tokenizer_config": {"eos_token": "<user>"}}, "tokenizer.eos_token is '<user>', but a turn ends with '<end>'"),
+        ({"tokenizer_config": {"eos_token": "<user>"}}, "tokenizer.eos_token is '<user>', but a turn ends"),
         ({"generation_config": {"eos_token_id": [4]}}, "generation_config.eos_token_id is [4] (['<user>'])"),
     ],
 )
@@ -156,6 +173,31 @@ def test_turns_without_an_end(compose_config, model):
     config = compose_config(*WARMUP, f"{MODEL}.path={none}")
     OmegaConf.update(config, f"{MODEL}.custom_chat_template", custom.partition("=")[2].strip("'"))
     assert messages(check_end_token, config, "error") == []
+
+
+def test_a_broken_tokenizer(compose_config, model):
+    folder = model("broken")
+    (folder / "tokenizer.json").write_text("{")
+    for check in (check_end_token, check_lengths):
+        (error,) = messages(check, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "error")
+        assert f"the tokenizer in {folder} cannot be loaded" in error and "Fix: " in error
+
+
+def test_prompts_that_the_template_refuses(compose_config, model, tmp_path):
+    folder = model("strict")
+    file = folder / "chat_template.jinja"
+    file.write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + file.read_text()
+    )
+    user = {"role": "user", "content": "a"}
+    rows = [
+        {"content": [{"role": "system", "content": "b"}, user] if i < 2 else [user], "teacher_response": "a"}
+        for i in range(8)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}", f"data.train_files={tmp_path}/rows.parquet")
+    (warning,) = messages(check_lengths, config, "warning")
+    assert "refuses 2 prompts (no system turn)" in warning and "all 8 rows" in warning
 
 
 def test_a_critic_with_another_template(compose_config, model):
@@ -189,7 +231,8 @@ def test_answers_over_the_limit(data):
     config = data([5] * 9 + [19], "data.max_response_length=12")  # 9 x 6 + 20 tokens; 8 of 74 behind the limit
     (warning,) = messages(check_lengths, config, "warning")
     for part in ("data.train_files (all 10 rows)", "7 tokens on average, longest 20", "10.0% longer than",
-                 "data.max_response_length=12", "cut by data.truncation=right; 10.8%", "Fix: data.max_response_length=20"):  # fmt: skip
+                 "data.max_response_length=12", "cut by data.truncation=right; 10.8%",
+                 "Fix: data.max_response_length=20"):  # fmt: skip
         assert part in warning
     assert messages(check_lengths, data([5] * 24 + [19], "data.max_response_length=12"), "warning") == []  # 4 %
     (error,) = messages(check_lengths, data([5] * 24 + [19], "data.truncation=error"), "error")
@@ -322,7 +365,7 @@ def test_the_activations_that_autograd_keeps():
 
     measured = (saved(3) - saved(1)) / 2 / tokens
     shape = ModelShape(0, 1, 64, 160, 4, 2, 16, 8, True)
-    assert measured == pytest.approx(shape.layer_activation_bytes(4), rel=0.25)
+    assert measured == pytest.approx(shape.layer_activation_bytes(4), rel=0.02)
 
 
 def test_settings_come_from_the_configuration(compose_config):

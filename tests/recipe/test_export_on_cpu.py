@@ -144,7 +144,8 @@ def test_a_critic_gives_its_score_at_the_last_token(runs, run, dtype, tmp_path):
 
 def by_hand(runs) -> dict[str, torch.Tensor]:
     """W + alpha / r B A of the LoRA run, float64, by the names of a plain model; all from bfloat16, as the merger."""
-    stored = {name.removeprefix("base_model.model."): t.bfloat16().double() for name, t in weights(runs, "lora-actor").items()}
+    trained = weights(runs, "lora-actor").items()
+    stored = {name.removeprefix("base_model.model."): tensor.bfloat16().double() for name, tensor in trained}
     plain = {name.replace(".base_layer", ""): t for name, t in stored.items() if "lora_" not in name}
     for name, value in stored.items():
         if "lora_B" in name:
@@ -185,7 +186,8 @@ def test_a_folder_of_lora_names_is_no_start_for_the_next_stage(runs):
     folder = runs / "lora" / "global_step_2" / "actor" / "huggingface"
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert "model.layers.0.self_attn.q_proj.weight" in info["missing_keys"], "stock would draw these weights"
-    assert any("LoRA weights under PEFT's names" in problem for problem in handover_problems(runs / "lora/global_step_2"))
+    problems = handover_problems(runs / "lora" / "global_step_2")
+    assert any("LoRA weights under PEFT's names" in problem for problem in problems)
     assert handover_problems(runs / "whole" / "global_step_2") == []
 
 

@@ -15,7 +15,9 @@ def doctor(
         Optional[list[str]],  # noqa: UP045 (typer evaluates it on Python 3.10)
         typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides, as the launch scripts pass them."),
     ] = None,
-    config_name: Annotated[str, typer.Option("--config-name", help="Configuration of recipe/gad/config.")] = "gad_trainer",
+    config_name: Annotated[
+        str, typer.Option("--config-name", help="Configuration of recipe/gad/config.")
+    ] = "gad_trainer",
     gpu_memory_gb: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option("--gpu_memory_gb", min=0.001, help="GiB of one GPU of the run (default: this machine's first)."),

@@ -9,7 +9,10 @@ EPILOG = "Example: gad export runs/gad --output my-model, then: vllm serve ./my-
 
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="Output folder of a run (newest complete checkpoint), global_step_N, or its role folder.")
+        str,
+        typer.Argument(
+            help="A run's folder (its newest complete checkpoint counts), global_step_N, or its role folder."
+        ),
     ],
     output: Annotated[str, typer.Option("--output", help="Folder to make.")],
     role: Annotated[
