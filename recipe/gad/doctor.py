@@ -479,8 +479,9 @@ def _saves(config: DictConfig, every: int) -> int | None:
 
 
 def report(findings: list[Finding], show: Callable[[str], None]) -> None:
-    """The findings as lines, worst last, and a line with their numbers."""
+    """Show the findings line by line, worst last, and then their numbers."""
     for finding in sorted(findings, key=lambda finding: ("ok", "warning", "error").index(finding.level)):
         show(f"{finding.level:8}{finding.check}: {' '.join(finding.message.split())}")
     errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
-    show(f"{errors} errors, {warnings} warnings" + (": this run cannot start" if errors else ""))
+    counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    show(counts + (": this run cannot start" if errors else ""))

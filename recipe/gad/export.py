@@ -70,7 +70,7 @@ def find_source(checkpoint: str | Path, role: str | None) -> tuple[Path, str]:
         print(f"skipped {steps[number].name}: {'; '.join(problems)}", file=sys.stderr)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{path} holds no complete checkpoint of a {role} (found: {found}). Fix: pass a run's output folder, a "
+        f"{path} holds no complete checkpoint of the {role} (found: {found}). Fix: pass a run's output folder, a "
         f"global_step_N folder, or its {role} folder"
     )
 

@@ -217,8 +217,8 @@ def test_mistakes(runs, tmp_path):
     whole, out = runs / "whole", tmp_path / "out"
     for path, options, message in [
         (tmp_path / "none", {}, "no such folder"),
-        (tmp_path, {}, "no complete checkpoint of a actor"),
-        (runs / "lora", {"role": "critic"}, "no complete checkpoint of a critic"),
+        (tmp_path, {}, "no complete checkpoint of the actor"),
+        (runs / "lora", {"role": "critic"}, "no complete checkpoint of the critic"),
         (whole, {"role": "ref"}, "--role ref: expected actor or critic"),
         (whole, {"dtype": "int8"}, "--dtype int8: expected bfloat16, float16, float32"),
         (whole, {"lora": "drop"}, "--lora drop: expected merge or adapter"),

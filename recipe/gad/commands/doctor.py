@@ -13,7 +13,7 @@ EPILOG = (
 def doctor(
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer evaluates it on Python 3.10)
-        typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides, as the launch scripts pass them."),
+        typer.Argument(metavar="KEY=VALUE", help="Hydra overrides, as the launch scripts pass them."),
     ] = None,
     config_name: Annotated[
         str, typer.Option("--config-name", help="Configuration of recipe/gad/config.")

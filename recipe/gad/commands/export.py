@@ -26,8 +26,9 @@ def export(
 ) -> None:
     """Write the actor (or critic) of a checkpoint as a folder that transformers loads, and vLLM in the actor's case.
 
-    The folder is loaded again and compared with the checkpoint before it gets its name. The critic is a
-    token-classification model with one label; D's score of an answer is its value at the last token.
+    The folder is loaded again and compared with the checkpoint before it gets its name.
+
+    The critic is a token-classification model with one label; D's score is its value at the last token.
     """
     import sys
     from contextlib import redirect_stdout
