@@ -235,9 +235,9 @@ PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content
 
 def check_chat_ids(config: DictConfig) -> Messages:
     """The chat templates of actor and critic give the same token ids."""
-    keys = (f"{ACTOR_MODEL}.tokenizer_path", "critic.model.tokenizer_path", "critic.model.path")
     student = _student_tokenizer(config)
-    critic = _local(get(config, keys[1]) or get(config, keys[2])) if has_discriminator(config) else None
+    path = get(config, "critic.model.tokenizer_path") or get(config, "critic.model.path")
+    critic = _local(path) if has_discriminator(config) else None
     if student is None or critic is None or str(critic) == student.name_or_path:
         return
     other = _tokenizer(critic, bool(get(config, "critic.model.trust_remote_code")), None)
@@ -268,7 +268,11 @@ def check_lengths(config: DictConfig) -> Messages:
     )
 
     kwargs = _template_kwargs(config)
-    end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer), kwargs)
+    try:
+        end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer), kwargs)
+    except (ValueError, TemplateError) as error:
+        yield Warn(f"not checked, since answers have no end ({error}). Fix: see end_token")
+        return
     seen: set[tuple[str, ...]] = set()
     for key in ("data.train_files", "data.val_files"):
         files = tuple(file for file in files_of(get(config, key)) if not file.startswith("hdfs://"))
@@ -366,6 +370,7 @@ def memory_messages(config: DictConfig, gpu_memory: float | None) -> Messages:
         yield Note("no GPU: trainer.device=cpu")
         return
     parts: dict[str, RoleMemory] = {}
+    shapes: dict[str, ModelShape] = {}
     for role, key in roles(config):
         shape = _role_shape(config, role, key)
         if shape is None:
@@ -375,7 +380,7 @@ def memory_messages(config: DictConfig, gpu_memory: float | None) -> Messages:
         if run is None:
             yield Warn(f"{role}.strategy={get(config, f'{role}.strategy')}: the estimate knows fsdp and fsdp2 only")
             return
-        parts[role] = memory = role_memory(shape, run)
+        shapes[role], parts[role] = shape, (memory := role_memory(shape, run))
         yield Note(
             f"{role}: {shape.parameters:,} parameters over {run.shards} GPUs; GiB per GPU: "
             f"weights {memory.weights / GIB:.2f}, gradients {memory.gradients / GIB:.2f}, Adam "
@@ -387,12 +392,12 @@ def memory_messages(config: DictConfig, gpu_memory: float | None) -> Messages:
     if gpu_memory is None:
         yield Warn("not compared with a GPU: there is none here. Fix: --gpu_memory_gb N (GiB of one GPU of the run)")
         return
-    yield from _phase_messages(config, parts, gpu_memory)
+    yield from _phase_messages(config, shapes[ACTOR], parts, gpu_memory)
 
 
-def _phase_messages(config: DictConfig, parts: dict[str, RoleMemory], gpu_memory: float) -> Messages:
-    key, actor = f"{ROLLOUT}.gpu_memory_utilization", _role_shape(config, ACTOR, f"{ACTOR_MODEL}.path")
-    assert actor is not None  # memory_messages has returned otherwise
+def _phase_messages(config: DictConfig, actor: ModelShape, parts: dict[str, RoleMemory], gpu_memory: float) -> Messages:
+    """What is on a GPU at once: the rollout, and every role at work."""
+    key = f"{ROLLOUT}.gpu_memory_utilization"
     rollout = float(get(config, key, 0.5)) * gpu_memory
     resident = {role: memory.resident for role, memory in parts.items()}
     needed = sum(resident.values()) + rollout

@@ -164,7 +164,12 @@ def test_turns_without_an_end(compose_config, model):
     (folder / "chat_template.jinja").write_text(template)
     (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "error")
     assert "ends an assistant turn with ['um']" in error and "a template that ends its turns" in error
-    (folder / "chat_template.jinja").unlink()
+    refusing = model("refusing")
+    (refusing / "chat_template.jinja").write_text("{{ raise_exception('no turns here') }}")
+    (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={refusing}"), "error")
+    assert "no turns here" in error and "Fix: " in error
+    (warning,) = messages(check_lengths, compose_config(*WARMUP, f"{MODEL}.path={refusing}"), "warning")
+    assert "no turns here" in warning
     none = model("none")
     (none / "chat_template.jinja").unlink()
     (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={none}"), "error")
