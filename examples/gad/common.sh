@@ -1,7 +1,7 @@
 # Shared by the launch scripts of this folder: flags, defaults, and the one place that starts verl. Sourced, not run.
 
 MODEL="" REWARD_MODEL="" EXP_NAME="" NNODES=1 RESUME_STEP="" TRAIN_FILES="" VAL_FILES="" WARMUP_DIR="" OUTPUT_DIR=""
-DEVICE=gpu DRY_RUN=0
+DEVICE=gpu DRY_RUN=0 DOCTOR=1
 HYDRA_OVERRIDES=()
 PYTHON=${PYTHON:-python3}
 
@@ -19,6 +19,7 @@ Flags (before any Hydra override):
   --nnodes N           nodes of the Ray cluster (default 1)
   --device gpu|cpu     cpu: small models, Hugging Face rollout, settings of recipe/gad/config/device/cpu.yaml
   --dry-run            print the composed command and stop
+  --skip-doctor        start without `gad doctor`; the trainer still checks configuration, data and folders
   --help               this text
 Everything after the flags goes to Hydra and wins: any key of recipe/gad/config/gad_trainer.yaml or of verl.
 HELP
@@ -29,6 +30,7 @@ parse_flags() {
     case "$1" in
       --help|-h) usage; exit 0 ;;
       --dry-run) DRY_RUN=1; shift; continue ;;
+      --skip-doctor) DOCTOR=0; shift; continue ;;
       --) shift; break ;;
       --model|--reward_model|--exp_name|--nnodes|--resume_step|--train_files|--val_files|--warmup_dir|--output_dir|--device)
         [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
@@ -98,6 +100,6 @@ launch() {
   fi
   "$PYTHON" -c 'import recipe.gad.plugin' 2>/dev/null || fail "verl-gad is not installed for $PYTHON; run: pip install -e $(dirname "${BASH_SOURCE[0]}")/../.."
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ -z "$CUDA_VISIBLE_DEVICES" ]; then unset CUDA_VISIBLE_DEVICES; fi # empty kills Ray
-  env "${environment[@]}" "$PYTHON" -m recipe.gad.check --config-name gad_trainer "${overrides[@]}"
+  if [ "$DOCTOR" = 1 ]; then env "${environment[@]}" "$PYTHON" -m recipe.gad.cli doctor --config-name gad_trainer "${overrides[@]}"; fi
   exec env "${environment[@]}" "${command[@]}" # a signal to this script reaches the trainer
 }

@@ -15,6 +15,7 @@ parse_flags "$@"
 base=${OUTPUT_DIR:-checkpoints/gad/${EXP_NAME:-pipeline}}
 flags=(--train_files "$TRAIN_FILES" ${VAL_FILES:+--val_files "$VAL_FILES"} --nnodes "$NNODES" --device "$DEVICE")
 [ "$DRY_RUN" = 0 ] || flags+=(--dry-run)
+[ "$DOCTOR" = 1 ] || flags+=(--skip-doctor)
 start=(--model "$MODEL" --reward_model "${REWARD_MODEL:-$MODEL}")
 run() { # run STAGE [flags ...]
   local stage=$1; shift

@@ -3,8 +3,9 @@
     python -m recipe.gad.check [--config-name gad_trainer] [key=value ...]     exit code 2 if anything is wrong
     python -m recipe.gad.check --print-config [key=value ...]
 
-The trainer calls :func:`check_config` too. Every check is a generator of messages, errors as ``str`` and warnings as
-:class:`Warn`; a message names the key, its value, what was expected, and the fix.
+The trainer calls :func:`check_config` too, and ``gad doctor`` adds slower checks (recipe/gad/doctor.py). Every check is
+a generator of messages, errors as ``str``, warnings as :class:`Warn`, and what is worth knowing as :class:`Note`; an
+error or a warning names the key, its value, what was expected, and the fix.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,7 +50,53 @@ class Warn(str):
     """A message that does not stop the run."""
 
 
+class Note(str):
+    """A message about something that is as it should be."""
+
+
 Messages = Iterator[str]
+Check = Callable[[DictConfig], Messages]
+
+
+class Finding(NamedTuple):
+    """One line of a report."""
+
+    level: str
+    """``ok``, ``warning`` or ``error``."""
+
+    check: str
+    """Name of the check, such as ``batches``."""
+
+    message: str
+
+
+def run_checks(config: DictConfig, checks: Iterable[Check]) -> list[Finding]:
+    """Findings of ``checks``, in their order; a check that finds nothing gives one of level ``ok``.
+
+    Args:
+        config: gad_trainer.yaml composed with overrides; left as it is.
+        checks: functions named ``check_...``, whose docstring says in its first line what holds if they find nothing.
+    """
+    try:
+        resolved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        return [Finding("error", "configuration", f"the configuration does not resolve: {_one_line(error)}")]
+    findings: list[Finding] = []
+    for check in checks:
+        messages: list[str] = []
+        try:
+            for message in check(resolved):
+                messages.append(message)
+        except ConfigError as error:
+            messages.extend(error.errors)
+        messages = messages or [Note((check.__doc__ or "").split("\n")[0])]
+        name = check.__name__.removeprefix("check_")
+        findings.extend(Finding(_level(message), name, message) for message in dict.fromkeys(messages))
+    return findings
+
+
+def _level(message: str) -> str:
+    return "warning" if isinstance(message, Warn) else "ok" if isinstance(message, Note) else "error"
 
 
 def check_config(config: DictConfig) -> list[str]:
@@ -63,18 +111,8 @@ def check_config(config: DictConfig) -> list[str]:
     Raises:
         ConfigError: (a ValueError) lists every error found.
     """
-    try:
-        resolved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"the configuration does not resolve: {_one_line(error)}"]) from None
-    errors: list[str] = []
-    warnings: list[str] = []
-    for check in CHECKS:
-        try:
-            for message in check(resolved):
-                (warnings if isinstance(message, Warn) else errors).append(message)
-        except ConfigError as error:
-            errors.extend(error.errors)
+    findings = run_checks(config, CHECKS)
+    errors, warnings = ([f.message for f in findings if f.level == level] for level in ("error", "warning"))
     if errors:
         raise ConfigError(list(dict.fromkeys(errors)), warnings)
     return warnings
@@ -145,7 +183,7 @@ def parallelism(config: DictConfig, role: str) -> tuple[int, int] | None:
 
 
 def check_plugin(config: DictConfig) -> Messages:
-    """Our changes to verl must be active here and in every process that imports verl."""
+    """Our changes to verl are active here and in every process that imports verl."""
     name = "recipe.gad.plugin"
     before_verl = "verl" not in sys.modules or name in sys.modules
     found = [entry.name for entry in entry_points(group="verl.plugins") if entry.value.partition(":")[0] == name]
@@ -176,7 +214,7 @@ def check_plugin(config: DictConfig) -> Messages:
 
 
 def check_stage(config: DictConfig) -> Messages:
-    """Stage, objective, discriminator and sampling must fit together."""
+    """Stage, objective and discriminator fit together."""
     stage, objective = get(config, "gad.stage"), get(config, "gad.actor_objective")
     critic = bool(get(config, "critic.enable"))
     if stage not in STAGES:
@@ -204,7 +242,7 @@ def check_stage(config: DictConfig) -> Messages:
 
 
 def check_sampling(config: DictConfig) -> Messages:
-    """GRPO compares different samples of one prompt."""
+    """The samples of one prompt differ, and GRPO has at least two to compare."""
     n = integer(config, f"{ROLLOUT}.n")
     temperature = get(config, f"{ROLLOUT}.temperature")
     policy_gradient = get(config, "gad.actor_objective") == "policy_gradient"
@@ -222,7 +260,7 @@ def check_sampling(config: DictConfig) -> Messages:
 
 
 def check_saving(config: DictConfig) -> Messages:
-    """A warmup run that leaves nothing for the GAD stage."""
+    """A warmup run leaves checkpoints for the GAD stage."""
     if get(config, "gad.stage") != "warmup":
         return
     if (save_freq := integer(config, "trainer.save_freq", -1, minimum=-1)) <= 0:
@@ -237,7 +275,8 @@ def check_saving(config: DictConfig) -> Messages:
 # ---------------------------------------------------------------------- 2. data
 
 
-def _files(value: Any) -> list[str]:
+def files_of(value: Any) -> list[str]:
+    """Files of a data key: one path, a list of paths, or none."""
     return [str(value)] if isinstance(value, str | Path) else [str(file) for file in value or []]
 
 
@@ -250,7 +289,7 @@ def check_data(config: DictConfig) -> Messages:
         yield f"data.truncation={truncation}: expected error, left or right. Fix: data.truncation=right"
     checked: dict[str, int | None] = {}
     for key in ("data.train_files", "data.val_files"):
-        files = _files(get(config, key))
+        files = files_of(get(config, key))
         if not files:
             yield f"{key}={get(config, key)}: no file. Fix: {key}=/path/to/file.parquet"
         for file in (file for file in files if file not in checked):
@@ -262,7 +301,7 @@ def check_data(config: DictConfig) -> Messages:
                 yield f"{key}: verl does not expand ~ in {file}. Fix: {Path(file).expanduser()}"
             checked[file], problems = data_file_problems(file, prompt_key, teacher_key)
             yield from (f"{key}: {problem}" for problem in problems)
-    rows = [checked[file] for file in _files(get(config, "data.train_files"))]
+    rows = [checked[file] for file in files_of(get(config, "data.train_files"))]
     if not rows or not all(rows):
         return
     limit = integer(config, "data.train_max_samples", -1, minimum=-1)
@@ -297,7 +336,7 @@ def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[str]]
         return folder, []
     if folder.exists() or path[0] in "/.~" or not HUB_ID.fullmatch(path):
         return None, [_no_folder(key, path)]
-    if (os.environ.get("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on") and not _in_cache(path):
+    if (os.environ.get("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on") and not cached_model(path):
         return None, [Warn(f"{key}={path} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")]
     return None, []
 
@@ -306,10 +345,12 @@ def _no_folder(key: str, path: str) -> str:
     return f"{key}={path}: no such folder. Fix: name an existing folder, or a hub model as organisation/name"
 
 
-def _in_cache(repo: str) -> bool:
+def cached_model(repo: str) -> Path | None:
+    """Folder of a hub model in the Hugging Face cache, None if it was not downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+    file = try_to_load_from_cache(repo, "config.json")
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _broken_weights(folder: Path) -> list[str]:
@@ -339,7 +380,7 @@ def check_models(config: DictConfig) -> Messages:
 
 
 def check_tokenizers(config: DictConfig) -> Messages:
-    """The discriminator reads the student's token ids, so its model must have been trained with the same vocabulary."""
+    """The discriminator, which reads the student's token ids, has the same vocabulary."""
     keys = [f"{ACTOR_MODEL}.tokenizer_path", "critic.model.tokenizer_path", "critic.model.path"]
     keys = keys if has_discriminator(config) else keys[:1]
     for key in keys[:2]:
@@ -406,6 +447,16 @@ def _vocabulary_messages(key: str, actor: Path, critic: Path, trust_remote_code:
 # ---------------------------------------------------------------------- 5. batch arithmetic
 
 
+def _valid_batches(key: str, batch: int, mini: int, ranks: int) -> str:
+    """ "critic.ppo_mini_batch_size=16 or 24 with data.train_batch_size=32 or 48": values that work together."""
+    minis = [int(value) for value in neighbours(mini, ranks).split(" or ")]
+    fix = f"{key}={' or '.join(map(str, minis))}"
+    if all(batch % value == 0 for value in minis):
+        return fix
+    batches = [max(1, round(batch / value)) * value for value in minis]
+    return f"{fix} with data.train_batch_size={' or '.join(map(str, batches))}"
+
+
 def check_batches(config: DictConfig) -> Messages:
     """Batches split evenly into mini-batches, and those over the data-parallel ranks."""
     batch, gpus = integer(config, "data.train_batch_size"), world_size(config)
@@ -429,7 +480,8 @@ def check_batches(config: DictConfig) -> Messages:
         elif mini % (ranks := gpus // copy):
             yield (
                 f"{key}={mini} is not a multiple of the {ranks} data-parallel ranks ({where} = {gpus}, "
-                f"{copy} per rank). Fix: {key}={neighbours(mini, ranks)}"
+                f"{copy} per rank). Fix: {_valid_batches(key, batch, mini, ranks)}, "
+                f"or {copy * max(r for r in range(1, ranks) if mini % r == 0)} GPUs"
             )
     names = ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size")
     engine = 1
@@ -495,7 +547,7 @@ def _token_limit(config: DictConfig, key: str, role: str, needed: int, what: str
 
 
 def check_output(config: DictConfig) -> Messages:
-    """The output folder must be new, or hold checkpoints of the same stage from which the run can resume."""
+    """The output folder is new, or holds checkpoints of the same stage from which the run can resume."""
     key, stage, mode = "trainer.default_local_dir", get(config, "gad.stage"), get(config, "trainer.resume_mode")
     folder = get(config, key)
     if not isinstance(folder, str) or not folder or folder.startswith("~"):
@@ -589,7 +641,7 @@ def check_ray(config: DictConfig) -> Messages:
 
 
 def check_device(config: DictConfig) -> Messages:
-    """What a run without a GPU needs, and LoRA with the Hugging Face rollout."""
+    """Device, platform and engines fit together."""
     device, rollout = get(config, "trainer.device"), get(config, f"{ROLLOUT}.name")
     ray = sys.modules.get("ray")
     in_worker = ray is not None and ray.is_initialized()  # Ray may set the variable to "" for workers without a GPU
@@ -624,7 +676,7 @@ def check_device(config: DictConfig) -> Messages:
         yield f"{key}={slots}: verl places its workers on {gpus} logical GPUs. Fix: ++{key}={gpus} {sets}"
 
 
-CHECKS: tuple[Callable[[DictConfig], Messages], ...] = (
+CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
     check_sampling,
@@ -648,17 +700,31 @@ def _one_line(error: object) -> str:
 
 
 def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfig:
-    """The configuration that ``verl.trainer.main_ppo --config-path pkg://recipe.gad.config`` composes."""
-    from hydra import compose, initialize_config_module
+    """The configuration that ``verl.trainer.main_ppo --config-path pkg://recipe.gad.config`` composes.
 
-    with initialize_config_module("recipe.gad.config", version_base=None):
-        return compose(name, overrides)
+    verl's YAML files are found without importing verl, which takes seconds.
+
+    Raises:
+        ValueError: verl is not installed, or an override does not fit the configuration.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+
+    verl = find_spec("verl")
+    if verl is None or not verl.submodule_search_locations:
+        raise ValueError("the package verl is not installed. Fix: pip install -e .")
+    folders = [Path(folder) / "trainer" / "config" for folder in verl.submodule_search_locations]
+    searchpath = ",".join(f"'file://{folder}'" for folder in folders if folder.is_dir())
+    try:
+        with initialize_config_module("recipe.gad.config", version_base=None):
+            return compose(name, [f"hydra.searchpath=[{searchpath}]", *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
+        raise ValueError(_one_line(error) + cause) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit code is 2 on errors."""
-    from hydra.errors import HydraException
-
     parser = argparse.ArgumentParser(prog="python -m recipe.gad.check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config-name", default="gad_trainer", help="configuration of recipe/gad/config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, check nothing")
@@ -672,9 +738,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors, warnings = [], check_config(config)
     except ConfigError as error:
         errors, warnings = error.errors, error.warnings
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
-        errors, warnings = [_one_line(error) + cause], []
+    except (ValueError, OmegaConfBaseException) as error:
+        errors, warnings = [_one_line(error)], []
     for warning in warnings:
         print(f"warning: {warning}")
     for message in errors:

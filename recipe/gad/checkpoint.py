@@ -22,6 +22,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HEAD_NAMES = re.compile(r"(^|\.)(score|classifier)\.weight$|(^|\.)v_head\.")
+PEFT_PREFIX = "base_model."  # what verl saves of a model with LoRA
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 # ---------------------------------------------------------------------- one Hugging Face folder
@@ -76,8 +77,20 @@ def weight_map(path: Path) -> dict[str, str]:
     raise ValueError(f"{path} has neither {single.name} nor {index.name}")
 
 
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape of a Hugging Face folder's safetensors weights; only headers are read.
+
+    Raises:
+        ValueError: no weights, or a file is missing, truncated or no safetensors file.
+    """
+    if problems := weight_problems(path):
+        raise ValueError("; ".join(problems))
+    names = sorted(set(weight_map(path).values()))
+    return {tensor: entry["shape"] for name in names for tensor, entry in safetensors_header(path / name).items()}
+
+
 def weight_problems(path: Path) -> list[str]:
-    """Missing or truncated weight files of a Hugging Face folder."""
+    """Missing or truncated weight files of a Hugging Face folder, and names that from_pretrained does not know."""
     try:
         files = weight_map(path)
     except ValueError as error:
@@ -94,6 +107,8 @@ def weight_problems(path: Path) -> list[str]:
             continue
         if absent:
             problems.append(f"{path / name} lacks {min(absent)} (named by model.safetensors.index.json)")
+    if any(name.startswith(PEFT_PREFIX) for name in files):
+        problems.append(f"{path} holds LoRA weights under PEFT's names, which from_pretrained ignores (gad export)")
     return problems
 
 
@@ -153,7 +168,7 @@ def handover_problems(step_folder: Path) -> list[str]:
     return problems
 
 
-def _shards(role_folder: Path) -> tuple[int, int]:
+def shard_counts(role_folder: Path) -> tuple[int, int]:
     """(FSDP model shards found, workers that saved them); (0, 0) for other formats."""
     names = [path.name for path in role_folder.glob("model_world_size_*_rank_*.pt")]
     return len(names), max((int(name.split("_")[3]) for name in names), default=0)
@@ -163,7 +178,7 @@ def resume_problems(step_folder: Path, has_critic: bool) -> list[str]:
     """Why verl cannot resume from a ``global_step_N`` folder; empty: it can."""
     problems = []
     for role in ("actor", "critic") if has_critic else ("actor",):
-        found, expected = _shards(step_folder / role)
+        found, expected = shard_counts(step_folder / role)
         if not (step_folder / role).is_dir():
             problems.append(f"{step_folder / role} is missing")
         elif found < expected:
@@ -339,7 +354,7 @@ def _check_tracker(folder: Path, steps: dict[int, Path], has_critic: bool, world
         raise ValueError(f"{tracker} names step {step}, but {folder / f'global_step_{step}'} is missing. {fix}")
     if problems := resume_problems(steps[step], has_critic):
         raise ValueError(f"{tracker} names step {step}, which is not complete: {'; '.join(problems)}. {fix}")
-    saved_by = _shards(steps[step] / "actor")[1]
+    saved_by = shard_counts(steps[step] / "actor")[1]
     if world_size and saved_by and saved_by != world_size:
         raise ValueError(
             f"{steps[step]} was saved by {saved_by} workers and only as many can resume it; this run has {world_size} "

@@ -11,6 +11,10 @@ import typer
 
 from recipe.gad.commands import eval as eval_command
 from recipe.gad.commands.collect import collect
+from recipe.gad.commands.doctor import EPILOG as DOCTOR_EPILOG
+from recipe.gad.commands.doctor import doctor
+from recipe.gad.commands.export import EPILOG as EXPORT_EPILOG
+from recipe.gad.commands.export import export
 from recipe.gad.commands.prepare import prepare
 from recipe.gad.commands.report import report
 from recipe.gad.commands.watch import watch
@@ -32,11 +36,14 @@ def _root() -> None:
     """Keep the name of a subcommand part of the command line, however many there are."""
 
 
-app.command()(prepare)
+# in the order of their use
 app.command()(collect)
-app.add_typer(eval_command.app, name="eval")
-app.command()(report)
+app.command()(prepare)
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command()(watch)
+app.command()(report)
+app.add_typer(eval_command.app, name="eval")
+app.command(epilog=EXPORT_EPILOG)(export)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -133,6 +133,38 @@ def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, li
     return rows, [f"{file}, {line}; expected {forms[key]}. Fix: repair or drop the row" for key, line in found.lines()]
 
 
+def sample_rows(path: str | Path, prompt_key: str, teacher_key: str, size: int) -> tuple[int, list, list]:
+    """Evenly spaced rows of a data file whose rows are all usable (:func:`check_data_file`).
+
+    Args:
+        path: .parquet, .json or .jsonl.
+        prompt_key: column with the prompt's messages.
+        teacher_key: column with the teacher's answer.
+        size: rows to take; a smaller file is taken whole.
+
+    Returns:
+        Rows of the file; prompts; teacher answers as text.
+    """
+    file, keys = Path(path).expanduser(), [prompt_key, teacher_key]
+    if file.suffix == ".parquet":
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            total, start = parquet.metadata.num_rows, 0
+            wanted = _evenly_spaced(total, size)
+            table: list[dict] = []
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
+                inside = [row - start for row in wanted if start <= row < start + len(batch)]
+                table += batch.take(pa.array(inside, pa.int64())).to_pylist()
+                start += len(batch)
+    else:
+        rows = list(_json_rows(file))
+        total, table = len(rows), [rows[row] for row in _evenly_spaced(len(rows), size)]
+    return total, [row[prompt_key] for row in table], [teacher_text(row[teacher_key]) for row in table]
+
+
+def _evenly_spaced(total: int, size: int) -> list[int]:
+    return [row * total // min(size, total) for row in range(min(size, total))]
+
+
 class _Findings:
     """First row and number of rows of every kind of problem."""
 

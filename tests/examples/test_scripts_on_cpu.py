@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples/gad"
 LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_pipeline.sh"]
 STAGES = ["seqkd", "warmup", "gad"]
-FLAGS = "--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device --dry-run".split()
+FLAGS = """--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device
+    --dry-run --skip-doctor""".split()
 
 
 def sh(script, *arguments, cwd=ROOT, **environment):
@@ -235,7 +236,7 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$FAKE_LOG"
 case "$*" in
   *recipe.gad.checkpoint*) echo "$FAKE_CHECKPOINT" ;;
-  *recipe.gad.check*) exit "${FAKE_CHECK:-0}" ;;
+  *"recipe.gad.cli doctor"*) exit "${FAKE_CHECK:-0}" ;;
   *main_ppo*) echo "platform ${VERL_PLATFORM:-unset}, devices ${CUDA_VISIBLE_DEVICES-unset}" ;;
 esac
 """
@@ -262,12 +263,18 @@ def test_the_run_is_checked_and_then_started_with_the_same_overrides(fake):
     assert done.stdout == "platform cpu, devices unset\n", "Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES"
     _, check, train = calls
     prefix = "-m verl.trainer.main_ppo --config-path pkg://recipe.gad.config"
-    assert train == check.replace("-m recipe.gad.check", prefix)
+    assert train == check.replace("-m recipe.gad.cli doctor", prefix)
 
 
 def test_a_failed_check_stops_the_run(fake):
-    done, calls = fake("run_warmup.sh", *GOOD, FAKE_CHECK="2")
-    assert done.returncode == 2 and not any("main_ppo" in call for call in calls)
+    done, calls = fake("run_warmup.sh", *GOOD, FAKE_CHECK="1")
+    assert done.returncode == 1 and not any("main_ppo" in call for call in calls)
+
+
+@pytest.mark.parametrize("script", ["run_warmup.sh", "run_pipeline.sh"])
+def test_the_doctor_can_be_skipped(fake, script):
+    done, calls = fake(script, *GOOD, "--skip-doctor", FAKE_CHECK="1")
+    assert done.returncode == 0 and not any("cli doctor" in call for call in calls) and "main_ppo" in calls[-1]
 
 
 @pytest.mark.parametrize("step", [None, 7])
@@ -286,8 +293,8 @@ def test_the_pipeline_runs_its_stages_in_order_and_stops_at_the_first_failure(fa
     trained = [re.search(r"gad\.stage=(\w+)", call)[1] for call in calls if "main_ppo" in call]
     assert trained == STAGES
     assert any(re.search(r"recipe\.gad\.checkpoint resolve \S*out/warmup", call) for call in calls)
-    done, calls = fake("run_pipeline.sh", *GOOD, FAKE_CHECK="2")
-    assert done.returncode == 2
+    done, calls = fake("run_pipeline.sh", *GOOD, FAKE_CHECK="1")
+    assert done.returncode == 1
     assert not any("gad.stage=warmup" in call for call in calls)
 
 

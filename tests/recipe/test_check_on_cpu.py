@@ -482,7 +482,7 @@ def test_warnings(config):
         ),
         (
             {f"{ACTOR}.ppo_mini_batch_size": 20, "data.train_batch_size": 40},
-            [f"{ACTOR}.ppo_mini_batch_size=20", "8 data-parallel ranks", "16 or 24"],
+            [f"{ACTOR}.ppo_mini_batch_size=20", "8 data-parallel ranks", "16 or 24", "=32 or 48, or 5 GPUs"],
         ),
         ({f"{ROLLOUT}.tensor_model_parallel_size": 3}, [f"{ROLLOUT}.tensor_model_parallel_size=3", "1 or 2 or 4 or 8"]),
         (

@@ -32,6 +32,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids
 
 
+def turn_suffix_ids(tokenizer: PreTrainedTokenizerBase, apply_chat_template_kwargs: dict | None = None) -> list[int]:
+    """Tokens that the chat template puts behind the text of an assistant turn, such as "<|im_end|>" and a newline."""
+    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": False}
+    text = tokenizer.apply_chat_template(messages, **kwargs)
+    return tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False)["input_ids"]
+
+
 def end_of_turn_ids(
     tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], apply_chat_template_kwargs: dict | None = None
 ) -> list[int]:
@@ -49,10 +57,7 @@ def end_of_turn_ids(
     fallback = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stop_ids)]
     if not tokenizer.chat_template:
         return fallback
-    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-    kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": False}
-    text = tokenizer.apply_chat_template(messages, **kwargs)
-    suffix = tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False)["input_ids"]
+    suffix = turn_suffix_ids(tokenizer, apply_chat_template_kwargs)
     for position, token in enumerate(suffix):
         if token in stop_ids:
             return suffix[: position + 1]

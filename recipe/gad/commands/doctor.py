@@ -1,0 +1,45 @@
+"""``gad doctor``: everything about a run that can be checked before GPUs are spent."""
+
+from typing import Annotated, Optional
+
+import typer
+
+EPILOG = (
+    "Example: gad doctor --gpu_memory_gb 80 gad.stage=warmup trainer.n_gpus_per_node=8 "
+    "actor_rollout_ref.model.path=MODEL data.train_files=train.parquet data.val_files=val.parquet"
+)
+
+
+def doctor(
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer evaluates it on Python 3.10)
+        typer.Argument(metavar="KEY=VALUE", help="Hydra overrides, as the launch scripts pass them."),
+    ] = None,
+    config_name: Annotated[
+        str, typer.Option("--config-name", help="Configuration of recipe/gad/config.")
+    ] = "gad_trainer",
+    gpu_memory_gb: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--gpu_memory_gb", min=0.001, help="GiB of one GPU of the run (default: this machine's first)."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check configuration, models, tokenizers, data, GPU memory and disk of a run, in seconds and without a GPU.
+
+    Exit code 0: the run can start (there may be warnings); 1: it cannot, every error says what to do; 2: bad usage.
+    """
+    import json
+    import sys
+    from contextlib import redirect_stdout
+
+    from recipe.gad.doctor import diagnose, report
+    from recipe.gad.memory import GIB
+
+    with redirect_stdout(sys.stderr):  # what imported libraries print is no part of the report
+        findings = diagnose(overrides or [], config_name, None if gpu_memory_gb is None else gpu_memory_gb * GIB)
+    if as_json:
+        typer.echo(json.dumps({"findings": [finding._asdict() for finding in findings]}, indent=1))
+    else:
+        report(findings, typer.echo)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,41 @@
+"""``gad export``: a checkpoint as a Hugging Face folder."""
+
+from typing import Annotated, Optional
+
+import typer
+
+EPILOG = "Example: gad export runs/gad --output my-model, then: vllm serve ./my-model"
+
+
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A run's folder (its newest complete checkpoint counts), global_step_N, or its role folder."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", help="Folder to make.")],
+    role: Annotated[
+        Optional[str],  # noqa: UP045 (typer evaluates it on Python 3.10)
+        typer.Option("--role", help="actor, or critic (the discriminator). Default: what the path says, else actor."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
+    lora: Annotated[
+        str, typer.Option("--lora", help="Of a run with LoRA: merge it into the weights, or write the adapter alone.")
+    ] = "merge",
+) -> None:
+    """Write the actor (or critic) of a checkpoint as a folder that transformers loads, and vLLM in the actor's case.
+
+    The folder is loaded again and compared with the checkpoint before it gets its name.
+
+    The critic is a token-classification model with one label; D's score is its value at the last token.
+    """
+    import sys
+    from contextlib import redirect_stdout
+
+    from recipe.gad.export import export as write
+
+    with redirect_stdout(sys.stderr):  # verl's merger prints its progress
+        done = write(checkpoint, output, role, dtype, lora)
+    note = f"; rounding to {dtype} moves outputs by up to {done.rounding:.2g}" if done.rounding else ""
+    typer.echo(f"{output}: {done.architecture} from {done.source}, loaded again and compared{note}")
