@@ -156,7 +156,7 @@ def sample_rows(path: str | Path, prompt_key: str, teacher_key: str, size: int) 
                 table += batch.take(pa.array(inside, pa.int64())).to_pylist()
                 start += len(batch)
     else:
-        rows = list(json_rows(file))
+        rows = [row for row, _ in json_rows(file)]
         total, table = len(rows), [rows[row] for row in _evenly_spaced(len(rows), size)]
     return total, [row[prompt_key] for row in table], [teacher_text(row[teacher_key]) for row in table]
 
