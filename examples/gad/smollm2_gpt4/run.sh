@@ -85,7 +85,7 @@ for stage in $stages; do
       done
       "$PYTHON" -m recipe.gad.cli eval compare "$out"/eval/* --output "$out/eval/compare.json" ;;
     report)
-      "$PYTHON" -m recipe.gad.cli report "$out/warmup" "$out/gad" --output "$out/report.html" ;;
+      "$PYTHON" -m recipe.gad.cli report "$out" --output "$out/report.html" ;;
     *) fail "unknown stage $stage; see --help" ;;
   esac
 done
