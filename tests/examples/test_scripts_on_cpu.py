@@ -128,7 +128,9 @@ def test_flags_that_do_not_go_together(script, arguments, message):
 
 
 def test_no_secrets_or_foreign_paths_in_what_we_ship():
-    shipped = [*SCRIPTS.iterdir(), *(ROOT / "recipe/gad/config").rglob("*.yaml")]
+    examples = [file for file in SCRIPTS.rglob("*") if file.suffix in (".sh", ".py", ".md")]
+    assert SCRIPTS / "smollm2_gpt4/run.sh" in examples
+    shipped = [*examples, *(ROOT / "recipe/gad/config").rglob("*.yaml")]
     pattern = re.compile(r"(?i)(api[_-]?key|secret|password|passwd|bearer |hf_[a-z0-9]{20}|wandb_|/home/\w|/mnt/|AKIA)")
     assert [(file.name, hit[0]) for file in shipped for hit in pattern.finditer(file.read_text())] == []
 
@@ -285,6 +287,51 @@ def test_gad_starts_from_the_checkpoint_of_the_warmup(fake, step):
     assert calls[0] == "-m recipe.gad.checkpoint resolve w" + ("" if step is None else " --step 7")
     assert " actor_rollout_ref.model.path=/w/global_step_7/actor/huggingface " in calls[-1]
     assert " critic.model.path=/w/global_step_7/critic/huggingface " in calls[-1]
+
+
+def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake, tmp_path):
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    for name in ("student", "warmup"):
+        (out / name).mkdir()
+    (out / "data/train.parquet").touch()
+    done, calls = fake("smollm2_gpt4/run.sh", "--out", out, "--skip-doctor", "trainer.seed_of_mine=1")
+    assert done.returncode == 0, done.stderr
+    assert not any("cli doctor" in call for call in calls)
+    trained = [call.split() for call in calls if "main_ppo" in call]
+    configs = []
+    for words in trained:
+        assert words[-1] == "trainer.seed_of_mine=1"
+        with initialize_config_module(config_module="recipe.gad.config", version_base=None):
+            configs.append(compose("gad_trainer", overrides=words[words.index("gad_trainer") + 1 : -1]))
+    assert [config.gad.stage for config in configs] == STAGES
+    assert [config.trainer.total_training_steps for config in configs] == [130, 30, 100]
+    for config in configs:
+        rollout, data = config.actor_rollout_ref.rollout, config.data
+        assert (rollout.name, rollout.n, rollout.temperature, rollout.max_model_len) == ("vllm", 8, 0.8, 768)
+        assert (data.max_prompt_length, data.max_response_length) == (512, 256)
+        assert config.trainer.n_gpus_per_node == 1
+        assert config.trainer.default_local_dir == f"{out}/{config.gad.stage}"
+    assert configs[2].critic.model.path == "/w/global_step_7/critic/huggingface"
+    evaluations = [call for call in calls if "recipe.gad.cli eval --model" in call]
+    assert [re.search(r"--model (\S+)", call)[1] for call in evaluations] == [f"{out}/student", f"{out}/warmup"]
+    assert all(f"--two_sample_model {out}/student" in call for call in evaluations), "one base for all models"
+    assert calls[-1] == f"-m recipe.gad.cli report {out} --output {out}/report.html"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("smollm2_gpt4/run.sh", ["--out", "nothing"], "run prepare.sh --out nothing"),
+        ("smollm2_gpt4/run.sh", ["--model", "x"], "unknown flag --model"),
+        ("smollm2_gpt4/prepare.sh", [], "--train and --val are missing"),
+        ("smollm2_gpt4/prepare.sh", ["--train"], "--train needs a value"),
+        ("smollm2_gpt4/prepare.sh", ["--model", "x"], "unknown argument --model"),
+    ],
+)
+def test_mistakes_with_the_smollm2_example(fake, script, arguments, message):
+    done, calls = fake(script, *arguments)
+    assert done.returncode == 2 and message in done.stderr and calls == []
 
 
 def test_the_pipeline_runs_its_stages_in_order_and_stops_at_the_first_failure(fake):

@@ -7,9 +7,10 @@ export PYTHON=${PYTHON:-python3}
 
 usage() {
   cat <<'HELP'
-usage: run.sh [--out DIR] [--stages "seqkd warmup gad eval report"] [hydra.key=value ...]
+usage: run.sh [--out DIR] [--stages "seqkd warmup gad eval report"] [--skip-doctor] [hydra.key=value ...]
   --out DIR      folder of prepare.sh; gets one folder a stage (default: outputs/smollm2_gpt4)
   --stages LIST  what to run, in this order (default: all of it); a stage that stopped goes on where it was
+  --skip-doctor  start without the checks of `gad doctor`
 Hydra overrides go to every training stage. Without flash-attn:
   +actor_rollout_ref.model.override_config.attn_implementation=sdpa
 HELP
@@ -17,10 +18,11 @@ HELP
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-out="$PWD/outputs/smollm2_gpt4" stages="seqkd warmup gad eval report"
+out="$PWD/outputs/smollm2_gpt4" stages="seqkd warmup gad eval report" flags=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --help|-h) usage; exit 0 ;;
+    --skip-doctor) flags=(--skip-doctor); shift; continue ;;
     --out|--stages) [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
     --*) fail "unknown flag $1; see --help" ;;
     *) break ;;
@@ -36,7 +38,7 @@ done
 # SeqKD sees as many batches of teacher answers as warmup and GAD together
 warmup_steps=30 gad_steps=100
 seqkd_steps=$((warmup_steps + gad_steps))
-data=(--train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
+flags+=(--train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
 sizes=(
   data.train_batch_size=32
   data.max_prompt_length=512
@@ -54,10 +56,10 @@ sizes=(
 )
 imitation_lr=2e-5 discriminator_lr=1e-5 policy_lr=5e-6
 
-train() { # train STAGE STEPS ...
-  local stage=$1 steps=$2; shift 2
-  bash "$here/../run_$stage.sh" "${data[@]}" --output_dir "$out/$stage" "$@" trainer.total_training_steps="$steps" \
-    trainer.save_freq="$steps"
+train() { # train STAGE STEPS START_FLAG START_FOLDER [hydra.key=value ...]
+  local stage=$1 steps=$2 start=("$3" "$4"); shift 4
+  bash "$here/../run_$stage.sh" "${flags[@]}" --output_dir "$out/$stage" "${start[@]}" "${sizes[@]}" \
+    trainer.total_training_steps="$steps" trainer.save_freq="$steps" "$@"
 }
 
 evaluate() { # evaluate NAME MODEL: the two-sample test's discriminators start from the untrained student for all models
@@ -70,13 +72,13 @@ for stage in $stages; do
   echo "== $stage"
   case "$stage" in
     seqkd)
-      train seqkd "$seqkd_steps" --model "$out/student" "${sizes[@]}" \
+      train seqkd "$seqkd_steps" --model "$out/student" \
         actor_rollout_ref.actor.optim.lr="$imitation_lr" "$@" ;;
     warmup)
-      train warmup "$warmup_steps" --model "$out/student" "${sizes[@]}" \
+      train warmup "$warmup_steps" --model "$out/student" \
         actor_rollout_ref.actor.optim.lr="$imitation_lr" critic.optim.lr="$discriminator_lr" "$@" ;;
     gad)
-      train gad "$gad_steps" --warmup_dir "$out/warmup" "${sizes[@]}" \
+      train gad "$gad_steps" --warmup_dir "$out/warmup" \
         actor_rollout_ref.actor.optim.lr="$policy_lr" critic.optim.lr="$discriminator_lr" "$@" ;;
     eval)
       evaluate base "$out/student"
