@@ -30,8 +30,9 @@ GIB = 1024**3
 DTYPE_BYTES = {"fp32": 4, "float32": 4, "float": 4, "float64": 8, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 FLOAT32_BYTES = 4
 ADAM_MOMENTS = 2
-TRAINING_LOGITS = 4
-"""Tensors of tokens x vocabulary that are alive at once: logits, logits / temperature, and a gradient of each."""
+TRAINING_LOGITS = 2
+"""Tensors of tokens x vocabulary that are alive at once: logits and logits / temperature, whose gradients flash-attn's
+loss kernel writes in their place (measured: docs/memory.md)."""
 FORWARD_LOGITS = 2
 """The same without a backward pass: logits and logits / temperature."""
 

@@ -322,7 +322,7 @@ def test_the_formulas_by_hand():
     # per token and layer: two norms 2 x 8 x (4 + 2 x 2), attention 2 x (2 x (4 + 2) x 2), MLP 2 x 4 x 16
     layer = 128 + 48 + 128
     assert memory.activations == 10 * (2 * 8 * 2 + layer)
-    assert memory.logits == 4 * 10 * 20 * 2
+    assert memory.logits == 2 * 10 * 20 * 2
     root, one = 2 * 20 * 8, (1000 - 320) // 2
     assert memory.gathered == 2 * (root + 2 * one) + 2 * root + (2 + 4) * one
     assert memory.peak == 4000 + memory.gathered + memory.activations + memory.logits
