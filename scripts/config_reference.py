@@ -3,8 +3,8 @@
     python scripts/config_reference.py             write the page
     python scripts/config_reference.py --check     exit 1 if the page is not what would be written
 
-A comment is the lines right above a key; lines of it that are indented become a list (``name  text``). A key without a comment takes
-that of the block it stands in.
+A comment is the lines right above a key; its indented lines, ``name  text``, become a list. A key without a comment
+takes that of the block it stands in.
 """
 
 import argparse
