@@ -165,7 +165,7 @@ def test_every_page_of_docs_is_linked_from_the_readme():
 
 
 def parse_gad(words: list[str]) -> None:
-    """Let typer parse a ``gad`` command line without running it; a mistake raises. A subcommand's name alone is fine."""
+    """Let typer parse a ``gad`` command line without running it; a mistake raises. A subcommand alone is fine."""
     command = get_command(app)
     words = [word for word in words if word != "--help"]
     while hasattr(command, "commands") and words[1:] and not words[1].startswith("-"):
