@@ -276,9 +276,10 @@ def test_keys_in_backticks_exist(doc):
 
 def migration_rows() -> list[tuple[str, str]]:
     """(our key, our value) of the rows of keys."""
-    rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \| `(.*)` \|$", read(ROOT / "docs/lmops.md").prose, re.MULTILINE)
-    keys = [theirs if ours.startswith("same") else ours for theirs, _, ours, _ in rows]
-    return [(key.strip("`"), value) for key, (*_, value) in zip(keys, rows, strict=True)]
+    prose = read(ROOT / "docs/lmops.md").prose
+    rows = re.findall(r"^\| (.*)\|.*\| `(.+)` \| (.*) \|$", prose, re.MULTILINE)
+    keys = [theirs if ours.startswith("same") else ours for theirs, _, ours in rows]
+    return [(key.strip("` "), value) for key, (_, value, _) in zip(keys, rows, strict=True)]
 
 
 @pytest.mark.parametrize(("key", "value"), migration_rows())
