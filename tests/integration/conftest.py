@@ -117,11 +117,13 @@ def ray_cluster():
 def live(ray_cluster, compose_config, tmp_path_factory):
     """A GAD-stage trainer at world size 1: actor, critic, reference, rollouts."""
     folder = tmp_path_factory.mktemp("live")
+    (folder / "reward.py").write_text("def compute_score(**_):\n    raise AssertionError('D scores these rows')\n")
     config = compose_config(
         f"trainer.default_local_dir={folder}/out",
         "trainer.total_training_steps=100",
         "gad.stage=warmup",
         "trainer.resume_mode=disable",
+        f"reward.custom_reward_function.path={folder}/reward.py",
         "gad.score_in_update=False",  # every pass on its own: tests look at them one by one
         "gad.skip_old_log_prob=False",
     )

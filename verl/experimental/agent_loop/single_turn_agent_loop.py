@@ -1,9 +1,12 @@
 """Extends stock ``verl.experimental.agent_loop.single_turn_agent_loop``: a seed per sample for the Hugging Face
-rollout.
+rollout, and no reward function for answers that D scores.
 
-The replica batches requests as they arrive, so a shared random stream would give every run other samples. With a seed
-that depends on the step, the prompt and the sample's number only, a run repeats itself, and a resumed run continues
-the interrupted one. Other rollout engines are not touched.
+The Hugging Face replica batches requests as they arrive, so a shared random stream would give every run other samples.
+With a seed that depends on the step, the prompt and the sample's number only, a run repeats itself, and a resumed run
+continues the interrupted one.
+
+Stock verl sends every answer to a reward process. For training rows of GAD its result, 0, is replaced by D's score, so
+the loop gives 0 itself and spares the round trip.
 """
 
 import zlib
@@ -15,7 +18,8 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 @register("single_turn_agent")
 class SingleTurnAgentLoop(_StockSingleTurnAgentLoop):
-    """Stock single-turn loop; ``sampling_params["seed"]`` is set when ``rollout.name`` is hf."""
+    """Stock single-turn loop; ``sampling_params["seed"]`` is set when ``rollout.name`` is hf, and the reward of rows
+    marked ``scored_by_discriminator`` (see recipe/gad/reward.py)."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
         if self.rollout_config.name == "hf":
@@ -26,4 +30,7 @@ class SingleTurnAgentLoop(_StockSingleTurnAgentLoop):
                 int(kwargs["session_id"]),
             )
             sampling_params = {**sampling_params, "seed": zlib.crc32(repr(identity).encode())}
-        return await super().run(sampling_params, **kwargs)
+        output = await super().run(sampling_params, **kwargs)
+        if (kwargs.get("extra_info") or {}).get("scored_by_discriminator", False):
+            output.reward_score = 0.0
+        return output
