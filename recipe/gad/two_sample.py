@@ -3,7 +3,7 @@
 The discriminator of training is no neutral judge, the student was optimised against it. Here a new one starts from a
 base model with a random score head, learns on half of the prompts by the Bradley-Terry loss of training
 
-    L_D = -E[ log sigmoid( D(x, y_teacher) - D(x, y_student) ) ]          (arXiv 2511.10643, eq. 2)
+    L_D = -E[ log sigmoid( D(x, y_teacher) - D(x, y_student) ) ]          (arXiv 2511.10643)
 
 and is measured on the pairs of the other half: held-out accuracy 0.5 means that it cannot tell them apart, 1.0 that it
 always can. Then the halves swap, so that every pair is held out once. The halves follow the seed.

@@ -59,7 +59,7 @@ def compute_discriminator_loss(
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """Bradley-Terry loss of the discriminator, one teacher response per student response.
 
-    L_D = -E[ log sigmoid( D(x, y_teacher) - D(x, y_student) ) ]          (arXiv 2511.10643, eq. 2)
+    L_D = -E[ log sigmoid( D(x, y_teacher) - D(x, y_student) ) ]          (arXiv 2511.10643)
 
     The score of a response is the masked sum of its token values; with a sequence-level reward only the last response
     token carries a value. Computed in float32; stable for any finite score.
