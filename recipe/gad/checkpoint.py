@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipe.gad.files import write_atomically
+from recipe.gad.files import read_object, write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
@@ -53,13 +53,6 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file} is not valid JSON (cut off?)") from None
-
-
 def weight_map(path: Path) -> dict[str, str]:
     """Tensor name -> file name of a Hugging Face folder's safetensors weights.
 
@@ -70,10 +63,10 @@ def weight_map(path: Path) -> dict[str, str]:
     if single.exists():
         return dict.fromkeys(safetensors_header(single), single.name)
     if index.exists():
-        listed = _read_json(index)
-        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+        listed = read_object(index).get("weight_map")
+        if not isinstance(listed, dict):
             raise ValueError(f"{index} has no weight_map")
-        return listed["weight_map"]
+        return listed
     raise ValueError(f"{path} has neither {single.name} nor {index.name}")
 
 
@@ -120,7 +113,7 @@ def verify_hf_folder(path: str | Path) -> list[str]:
     problems = []
     for file in [path / "config.json", *sorted(path.glob("tokenizer*.json"))]:
         try:
-            _read_json(file)
+            read_object(file)
         except FileNotFoundError:
             problems.append(f"{file} is missing")
         except ValueError as error:
@@ -278,8 +271,8 @@ def stage_of(folder: str | Path) -> str | None:
     if not file.exists():
         return None
     try:
-        return str(_read_json(file)["stage"])
-    except (ValueError, TypeError, KeyError):
+        return str(read_object(file)["stage"])
+    except (ValueError, KeyError):
         raise ValueError(f'{file} cannot be read. Fix: write {{"stage": "warmup"}} (or seqkd, gad) into it') from None
 
 

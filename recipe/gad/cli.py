@@ -3,6 +3,9 @@
 Every subcommand lives in a module of its own under recipe/gad/commands/ and imports heavy libraries (torch, datasets,
 transformers) only when it runs, so that ``gad --help`` stays fast. Bad input is a ValueError (or an OSError): it is
 printed as ``error: ...`` and ends the command with exit code 2.
+
+Options are spelled in snake_case, as those of the launch scripts: what names a file to write is ``--output``, a folder
+``--output_dir``. (``--config-name`` of ``gad doctor`` is Hydra's own.)
 """
 
 import sys

@@ -219,7 +219,7 @@ def export(
         raise ValueError(f"--lora {lora}: expected {' or '.join(LORA_CHOICES)}. Fix: --lora merge")
     target = Path(os.path.abspath(Path(output).expanduser()))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists. Fix: --output with a new name, or remove it")
+        raise ValueError(f"{target} exists. Fix: --output_dir with a new name, or remove it")
     folder, role = find_source(checkpoint, role)
     if verify_hf_folder(folder / "huggingface") and dtype != MERGER_DTYPE:
         raise ValueError(

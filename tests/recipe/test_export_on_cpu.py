@@ -228,7 +228,7 @@ def test_mistakes(runs, tmp_path):
             export(path, out, **options)
     out.mkdir()
     (out / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="exists. Fix: --output"):
+    with pytest.raises(ValueError, match="exists. Fix: --output_dir"):
         export(whole, out)
 
 
@@ -248,13 +248,13 @@ def test_weights_of_the_wrong_role(runs, tmp_path):
 
 def test_command_line(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli(["export", str(runs / "whole"), "--output", str(tmp_path / "out"), "--dtype", "float16"])
+        cli(["export", str(runs / "whole"), "--output_dir", str(tmp_path / "out"), "--dtype", "float16"])
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{tmp_path}/out: LlamaForCausalLM from {runs}/whole/global_step_2/actor, loaded again")
     assert load(tmp_path / "out").dtype == torch.float16
     with pytest.raises(SystemExit) as exit:
-        cli(["export", str(runs / "whole"), "--output", str(tmp_path / "out")])
+        cli(["export", str(runs / "whole"), "--output_dir", str(tmp_path / "out")])
     assert exit.value.code == 2 and f"\nerror: {tmp_path}/out exists. Fix: " in capsys.readouterr().err
 
 

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from recipe.gad.commands.options import json_object
 
 DEFAULT_JUDGE_EXTRA = '{"temperature": 0}'
 DEFAULT_JUDGE_CONCURRENCY = 16
@@ -128,7 +130,7 @@ def evaluate(
         n=n,
         prompt_key=prompt_key,
         teacher_key=teacher_key,
-        chat_template_kwargs=_json_object("--chat_template_kwargs", chat_template_kwargs),
+        chat_template_kwargs=json_object("--chat_template_kwargs", chat_template_kwargs),
     )
     test = None
     if two_sample_model is not None:
@@ -137,7 +139,7 @@ def evaluate(
         )
     client = None
     if judge_model is not None:
-        judge_settings = JudgeSettings(judge_model, judge_mode, _json_object("--judge_extra", judge_extra))
+        judge_settings = JudgeSettings(judge_model, judge_mode, json_object("--judge_extra", judge_extra))
         client = ChatClient(judge_base_url)
     answers = make_answers(settings, output_dir, overwrite, gpu_memory_utilization, enforce_eager)
     scores = update_scores(output_dir, text=text_section(answers, seed))
@@ -171,21 +173,11 @@ def compare(
 
     comparison = compare_folders(folders)
     if judge_model is not None:
-        judge_settings = JudgeSettings(judge_model, "pairwise", _json_object("--judge_extra", judge_extra))
+        judge_settings = JudgeSettings(judge_model, "pairwise", json_object("--judge_extra", judge_extra))
         judge_against_first(comparison, judge_settings, judge_base_url, judge_concurrency, seed)
     if output is not None:
         write_atomically(output, json.dumps(comparison, indent=2) + "\n")
     print(comparison_table(comparison))
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{option} {text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'")
-    return value
 
 
 def _seeds(text: str) -> tuple[int, ...]:
