@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,30 @@ def step_folders(folder: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def role_folders(folder: Path, role: str) -> list[Path]:
+    """Folders of actor or critic that a path names: of a run the steps' ones, newest first, of a ``global_step_N``
+    folder its one, and a role folder itself."""
+    if folder.name == role and (folder / "huggingface").is_dir():
+        return [folder]
+    steps = [folder] if (folder / role).is_dir() else reversed(step_folders(folder).values())
+    return [step / role for step in steps if (step / role).is_dir()]
+
+
+def first_usable(folders: Iterable[Path], problems_of: Callable[[Path], list[str]]) -> tuple[Path | None, list[str]]:
+    """The first folder without problems, or None, and the problems of the folders before it, a line for each.
+
+    They are printed to stderr if there is a usable folder; else they are the caller's error.
+    """
+    skipped: list[str] = []
+    for folder in folders:
+        if not (problems := problems_of(folder)):
+            for line in skipped:
+                print(f"skipped {line}", file=sys.stderr)
+            return folder, skipped
+        skipped.append("; ".join(problems))
+    return None, skipped
+
+
 def _names(steps: dict[int, Path]) -> str:
     names = [path.name for path in steps.values()]
     return ", ".join(names[:2] + ["..."] * (len(names) > 3) + names[2:][-1:])
@@ -203,16 +228,11 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
     if step is not None and step not in steps:
         found = _names(steps) if steps else "no global_step_* folder"
         raise ValueError(f"{folder} has no global_step_{step}; found {found}. Fix: choose one of the steps found")
-    skipped = []
-    for number in sorted(steps, reverse=True) if step is None else [step]:
-        problems = handover_problems(steps[number])
-        if not problems:
-            return steps[number]
-        skipped.append(f"{steps[number].name}: {'; '.join(problems)}")
-        if step is None:
-            print(f"skipped {skipped[-1]}", file=sys.stderr)
+    usable, skipped = first_usable(reversed(steps.values()) if step is None else [steps[step]], handover_problems)
+    if usable is not None:
+        return usable
     if step is not None:
-        raise ValueError(f"{folder}, {skipped[0]}. Fix: choose another step, or none for the newest complete one")
+        raise ValueError(f"step {step}: {skipped[0]}. Fix: choose another step, or none for the newest complete one")
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     found = "; ".join(skipped) if skipped else f"no global_step_* folder (found: {contents})"
     hint = " (this folder is of a seqkd run, which has no discriminator)" if _stage_or_none(folder) == "seqkd" else ""
@@ -242,18 +262,11 @@ def actor_folder(model: str) -> str:
         if problems:
             raise ValueError(f"{model} cannot be loaded: {'; '.join(problems)}. Fix: copy or save it again")
         return str(folder)
-    found = list(reversed(step_folders(folder).values()))
-    candidates = [step / "actor" for step in found] or [folder / "actor" if (folder / "actor").is_dir() else folder]
-    skipped: list[str] = []
-    for actor in candidates:
-        problems = verify_hf_folder(actor / "huggingface")
-        if not problems:
-            for problem in skipped:
-                print(f"skipped {problem}", file=sys.stderr)
-            return str(actor / "huggingface")
-        skipped.append("; ".join(problems))
+    usable, skipped = first_usable(role_folders(folder, "actor"), lambda actor: verify_hf_folder(actor / "huggingface"))
+    if usable is not None:
+        return str(usable / "huggingface")
     raise ValueError(
-        f"{model} holds no model: no config.json, and no complete actor: {'; '.join(skipped)}. "
+        f"{model} holds no model: no config.json, and no complete actor ({'; '.join(skipped) or 'none at all'}). "
         "Fix: pass a Hugging Face folder or id, or a run's output folder"
     )
 

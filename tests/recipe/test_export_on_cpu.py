@@ -204,7 +204,7 @@ def test_a_run_gives_its_newest_complete_checkpoint(runs, tmp_path, capsys):
     (broken / "model_world_size_2_rank_1.pt").unlink()
     assert shard_counts(broken) == (1, 2)
     assert find_source(run, None) == (run / "global_step_4" / "actor", "actor")
-    assert "skipped global_step_10" in capsys.readouterr().err
+    assert f"skipped {broken}" in capsys.readouterr().err
     assert find_source(run, "critic") == (run / "global_step_10" / "critic", "critic")
     assert find_source(run / "global_step_2", "critic") == (run / "global_step_2" / "critic", "critic")
     with pytest.raises(ValueError, match="1 of 2 model shards.*Fix: choose another checkpoint"):
@@ -217,8 +217,8 @@ def test_mistakes(runs, tmp_path):
     whole, out = runs / "whole", tmp_path / "out"
     for path, options, message in [
         (tmp_path / "none", {}, "no such folder"),
-        (tmp_path, {}, "no complete checkpoint of the actor"),
-        (runs / "lora", {"role": "critic"}, "no complete checkpoint of the critic"),
+        (tmp_path, {}, "holds no checkpoint of the actor"),
+        (runs / "lora", {"role": "critic"}, "holds no checkpoint of the critic"),
         (whole, {"role": "ref"}, "--role ref: expected actor or critic"),
         (whole, {"dtype": "int8"}, "--dtype int8: expected bfloat16, float16, float32"),
         (whole, {"lora": "drop"}, "--lora drop: expected merge or adapter"),
