@@ -19,7 +19,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.gad import cli, teacher_file
-from recipe.gad.prepare import prompt_hash, token_counter
+from recipe.gad.prepare import prompt_hash, student_token_counter
 from recipe.gad.teacher_file import check_data_file, json_rows
 
 ROOT = Path(__file__).parents[2]
@@ -504,9 +504,9 @@ def test_a_tokenizer_without_template(tmp_path, tiny_problem):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="has no chat template"):
-        token_counter(str(tmp_path / "plain"))
-    with pytest.raises(ValueError, match="no tokenizer at /nowhere/model"):
-        token_counter("/nowhere/model")
+        student_token_counter(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match="the tokenizer in /nowhere/model cannot be loaded"):
+        student_token_counter("/nowhere/model")
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer

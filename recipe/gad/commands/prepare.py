@@ -89,7 +89,7 @@ def prepare(
         keep_answers=keep_answers,
         strict=strict,
         overwrite=overwrite,
-        count_tokens=work.token_counter(tokenizer) if tokenizer else None,
+        count_tokens=work.student_token_counter(tokenizer) if tokenizer else None,
     )
     limits = max_prompt_length or default_prompt, max_response_length or default_response
     typer.echo(work.summary(result, output_dir, *limits))
