@@ -300,7 +300,7 @@ def _sample_hf(settings: Settings, prompts: list[list[int]], stop_ids: list[int]
     torch.manual_seed(settings.seed)
     step = max(HF_BATCH_ANSWERS // settings.n, 1)
     sampled = []
-    for start in tqdm(range(0, len(prompts), step), desc="answers", unit="batch"):
+    for start in tqdm(range(0, len(prompts), step), desc="answers", unit=" batches", disable=None):
         batch = prompts[start : start + step]
         width = max(map(len, batch))
         input_ids = torch.tensor([[stop_ids[0]] * (width - len(ids)) + ids for ids in batch])

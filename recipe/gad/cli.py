@@ -9,14 +9,13 @@ Options are spelled in snake_case, as those of the launch scripts: what names a 
 """
 
 import sys
+from typing import NoReturn
 
 import typer
 
 from recipe.gad.commands import eval as eval_command
 from recipe.gad.commands.collect import collect
-from recipe.gad.commands.doctor import EPILOG as DOCTOR_EPILOG
 from recipe.gad.commands.doctor import doctor
-from recipe.gad.commands.export import EPILOG as EXPORT_EPILOG
 from recipe.gad.commands.export import export
 from recipe.gad.commands.prepare import prepare
 from recipe.gad.commands.report import report
@@ -30,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -42,20 +42,26 @@ def _root() -> None:
 # in the order of their use
 app.command()(collect)
 app.command()(prepare)
-app.command(epilog=DOCTOR_EPILOG)(doctor)
+app.command()(doctor)
 app.command()(watch)
 app.command()(report)
 app.add_typer(eval_command.app, name="eval")
-app.command(epilog=EXPORT_EPILOG)(export)
+app.command()(export)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``gad``; ``argv`` defaults to the process's arguments. Always leaves through SystemExit."""
     try:
         app(args=argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -128,12 +128,20 @@ async def collect(
         for record in itertools.chain(*(file.records(*COUNTED) for file in (failed, answers))):
             done.add(record["id"])
             result.add(record)
-        _check_settings(out.with_suffix(".settings.json"), asdict(settings), empty=not done)
+        if done:
+            _check_settings(out.with_suffix(".settings.json"), asdict(settings))
         if retry_failed:
             done.difference_update(result.reasons)
         with open_rejects(out.with_suffix(".rejects.jsonl")) as rejects:
             to_do = sum(1 for _ in _requests(inputs, samples, prompt_key, settings, set(done), rejects))
         result.rejected = rejects.count
+        if not done:
+            if not to_do:
+                raise ValueError(
+                    f"no prompt in {', '.join(inputs)} ({rejects.count} rows rejected). Fix: see the reasons above, or "
+                    "name the prompt's column with --prompt_key"
+                )
+            write_atomically(out.with_suffix(".settings.json"), json.dumps(asdict(settings), indent=2) + "\n")
 
         async def ask(request: Request) -> None:
             record = await _ask(client, settings, request)
@@ -235,11 +243,8 @@ def _problem(completion: Completion) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def _check_settings(path: Path, settings: dict[str, Any], empty: bool) -> None:
-    """Write the settings of a new output; compare with those of an old one."""
-    if empty:
-        write_atomically(path, json.dumps(settings, indent=2) + "\n")
-        return
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to answers of other settings."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, so that nobody knows how these answers were made. Fix: another --output")
     before = read_object(path, ". Fix: another --output")

@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, and reading back what this package wrote."""
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,8 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     Text becomes UTF-8; half a surrogate pair, which is no UTF-8, becomes an escape.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -46,7 +49,7 @@ def read_object(path: Path, fix: str = "") -> dict[str, Any]:
 class JsonLog:
     """JSON lines to which one process at a time appends, each written through at once: a crash loses no finished line.
 
-    A context manager; the file is made, with its folder, if missing.
+    A context manager; the file is made, with its folder, if missing, and goes if it stays empty.
 
     Args:
         path: file.
@@ -70,6 +73,8 @@ class JsonLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if os.fstat(self._file.fileno()).st_size == 0:
+            Path(self._file.name).unlink(missing_ok=True)
         self._file.close()
 
     def records(self, *keys: str) -> Iterator[dict[str, Any]]:

@@ -345,18 +345,19 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         the runs with their verdicts.
 
     Raises:
-        ValueError: a folder holds no run.
+        ValueError: a folder holds no run, or ``output`` is a folder; nothing is written.
     """
     import jinja2
-    from rich.console import Console
-    from rich.progress import track
+    from tqdm import tqdm
 
     runs, output = find_runs(folders), Path(output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder. Fix: --output with the name of a file")
     drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
     png_folder = output.with_name(f"{output.stem}_png")
     panels = [(section, panel) for section, panels in SECTIONS.items() for panel in panels] + [("Step time", STEP_TIME)]
-    for section, panel in track(panels, "drawing", console=Console(stderr=True), transient=True):
+    for section, panel in tqdm(panels, "drawing", leave=False, unit=" pictures", disable=None):
         png_path = png_folder / f"{panel.name}.png"
         if not any(_has(run, panel) for run in runs):
             left_out.append(panel)

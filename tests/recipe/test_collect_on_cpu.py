@@ -220,6 +220,15 @@ def test_half_a_surrogate_pair_in_an_answer(chat_server, prompts, tmp_path):
     assert [row["teacher_response"] for row in lines(tmp_path / "out.jsonl")] == ["\ud83d"] * 3
 
 
+@pytest.mark.parametrize("text", ["", '{"text": "x"}'])
+def test_without_a_prompt_no_answers_appear(chat_server, tmp_path, capsys, text):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(text, encoding="utf-8")
+    assert run(*arguments(chat_server, prompts, tmp_path / "out" / "out.jsonl")) == 2
+    assert f"error: no prompt in {prompts} ({bool(text):d} rows rejected)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.rejects.jsonl"] * bool(text)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

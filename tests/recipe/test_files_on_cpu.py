@@ -15,7 +15,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     write_atomically(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff" and os.listdir(path.parent) == ["a.txt"]
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError, match="is a folder, expected a file: '.*/folder'"):
         write_atomically(tmp_path / "folder", "text")
     assert sorted(os.listdir(tmp_path)) == ["folder", "new"], "no temporary file is left"
 
@@ -39,6 +39,10 @@ def test_objects_of_json_files(tmp_path):
 def records(path, *keys):
     with JsonLog(path, "gad test") as log:
         return list(log.records(*keys))
+
+
+def test_a_log_that_stays_empty_leaves_no_file(tmp_path):
+    assert records(tmp_path / "log.jsonl") == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_log_keeps_whole_lines(tmp_path):

@@ -24,16 +24,10 @@ JudgeExtra = Annotated[
 ]
 JudgeConcurrency = Annotated[int, typer.Option("--judge_concurrency", min=1, help="Requests to the judge at a time.")]
 
-app = typer.Typer(
-    help="Sample answers of a model to validation prompts and measure how close they are to the teacher's.",
-    invoke_without_command=True,
-)
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 
 
-@app.callback(
-    epilog="Example: gad eval --model runs/gad --val_files val.parquet --output_dir eval/gad "
-    "--two_sample_model HuggingFaceTB/SmolLM2-135M-Instruct"
-)
+@app.callback()
 def evaluate(
     context: typer.Context,
     model: Annotated[
@@ -106,6 +100,9 @@ def evaluate(
     confidence intervals over prompts. With --two_sample_model also the two-sample test: the held-out accuracy of a
     fresh discriminator in telling the model's answers from the teacher's (0.5 = cannot be told apart). Answers made
     with the same settings are reused.
+
+    Example: gad eval --model runs/gad --val_files val.parquet --output_dir eval/gad
+    --two_sample_model HuggingFaceTB/SmolLM2-135M-Instruct
     """
     if context.invoked_subcommand is not None:
         return
@@ -152,7 +149,7 @@ def evaluate(
     print(scores_table(scores))
 
 
-@app.command(epilog="Example: gad eval compare eval/seqkd eval/gad --output compare.json")
+@app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Output folders of gad eval.")],
     output: Annotated[Path | None, typer.Option(help="Write the comparison as JSON.")] = None,
@@ -165,6 +162,8 @@ def compare(
     """One table of several evaluated models: same validation data, same settings.
 
     With --judge_model the answers of every model are judged against those of the first one, pair by pair.
+
+    Example: gad eval compare eval/seqkd eval/gad --output compare.json
     """
     from recipe.gad.evaluate import compare as compare_folders
     from recipe.gad.evaluate import comparison_table, judge_against_first

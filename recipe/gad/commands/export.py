@@ -4,8 +4,6 @@ from typing import Annotated, Optional
 
 import typer
 
-EPILOG = "Example: gad export runs/gad --output_dir my-model, then: vllm serve ./my-model"
-
 
 def export(
     checkpoint: Annotated[
@@ -29,6 +27,8 @@ def export(
     The folder is loaded again and compared with the checkpoint before it gets its name.
 
     The critic is a token-classification model with one label; D's score is its value at the last token.
+
+    Example: gad export runs/gad --output_dir my-model, then: vllm serve ./my-model
     """
     import sys
     from contextlib import redirect_stdout

@@ -15,5 +15,5 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{option} {text!r}: expected a JSON object, such as '{{\"top_p\": 0.9}}'")
+        raise ValueError(f"{option} {text!r}: expected a JSON object, such as '{{\"name\": 0.9}}'")
     return value
