@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.gad.checkpoint import TOKENIZER_FILES, actor_folder
-from recipe.gad.files import write_atomically
+from recipe.gad.files import read_object, write_atomically
+from recipe.gad.teacher_file import json_rows
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
@@ -112,12 +113,9 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         ValueError: it is missing or not JSON.
     """
     path = Path(folder) / SETTINGS
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no evaluation folder: it has no {SETTINGS}. Fix: run gad eval first") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Fix: run gad eval --overwrite") from None
+    if not path.is_file():
+        raise ValueError(f"{folder} is no evaluation folder: it has no {SETTINGS}. Fix: run gad eval first")
+    return read_object(path, ". Fix: run gad eval --overwrite")
 
 
 def read_answers(folder: str | Path) -> list[dict[str, Any]]:
@@ -129,11 +127,11 @@ def read_answers(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / ANSWERS
     if not path.is_file():
         raise ValueError(f"{folder} has no {ANSWERS}. Fix: run gad eval first")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # texts may hold other line separators
-    try:
-        answers = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Fix: run gad eval --overwrite") from None
+    answers = []
+    for row, problem in json_rows(path):
+        if problem is not None:
+            raise ValueError(f"{path} {problem}. Fix: run gad eval --overwrite")
+        answers.append(row)
     if not answers:
         raise ValueError(f"{path} is empty. Fix: run gad eval --overwrite")
     return answers
@@ -302,7 +300,7 @@ def _sample_hf(settings: Settings, prompts: list[list[int]], stop_ids: list[int]
     torch.manual_seed(settings.seed)
     step = max(HF_BATCH_ANSWERS // settings.n, 1)
     sampled = []
-    for start in tqdm(range(0, len(prompts), step), desc="answers", unit="batch"):
+    for start in tqdm(range(0, len(prompts), step), desc="answers", unit=" batches", disable=None):
         batch = prompts[start : start + step]
         width = max(map(len, batch))
         input_ids = torch.tensor([[stop_ids[0]] * (width - len(ids)) + ids for ids in batch])

@@ -26,11 +26,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.gad.checkpoint import check_folder, has_score_head, resume_problems, stage_of, weight_problems
 from recipe.gad.teacher_file import data_file_problems
+from recipe.gad.tokens import load_tokenizer
 
 STAGES = ("seqkd", "warmup", "gad")
 OBJECTIVES = ("policy_gradient", "imitation")
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 ACTOR_MODEL = "actor_rollout_ref.model"
+RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
+"""Made by `ray start` on this machine: ray.init() without an address joins that cluster."""
+LORA_KEYS = ("lora_rank", "lora.rank")
+VLLM_SERVER = "ray::vLLMHttpServer"
+"""Start of the title of the process of a rollout engine."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -151,6 +157,11 @@ def has_discriminator(config: DictConfig) -> bool:
 
 def needs_reference(config: DictConfig) -> bool:
     return bool(get(config, f"{ACTOR}.use_kl_loss")) or bool(get(config, "algorithm.use_kl_in_reward"))
+
+
+def lora_rank(config: DictConfig, model: str) -> int:
+    """Rank of LoRA on a model (ACTOR_MODEL or "critic.model"), 0 without; verl reads two keys."""
+    return max(integer(config, f"{model}.{name}", 0, minimum=0) for name in LORA_KEYS)
 
 
 def world_size(config: DictConfig) -> int:
@@ -379,6 +390,16 @@ def check_models(config: DictConfig) -> Messages:
             )
 
 
+def check_critic_lora(config: DictConfig) -> Messages:
+    """The discriminator is trained whole: verl cannot train a LoRA adapter on it."""
+    if has_discriminator(config) and (rank := lora_rank(config, "critic.model")):
+        fix = " ".join(f"critic.model.{name}=0" for name in LORA_KEYS)
+        yield (
+            f"critic.model: the LoRA rank is {rank}, but verl gives every adapter the task of a language model, which "
+            f"PEFT refuses for a discriminator (AttributeError). Fix: {fix}"
+        )
+
+
 def check_tokenizers(config: DictConfig) -> Messages:
     """The discriminator, which reads the student's token ids, has the same vocabulary."""
     keys = [f"{ACTOR_MODEL}.tokenizer_path", "critic.model.tokenizer_path", "critic.model.path"]
@@ -422,17 +443,11 @@ def _same_tokenizer_files(first: Path, second: Path) -> bool:
 
 
 def _vocabulary_messages(key: str, actor: Path, critic: Path, trust_remote_code: bool) -> Messages:
-    from transformers import AutoTokenizer
-
-    vocabularies = []
-    for folder in (actor, critic):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # whatever a broken tokenizer raises
-            yield f"the tokenizer in {folder} cannot be loaded ({_one_line(error)}). Fix: copy or save it again"
-            return
-        vocabularies.append(tokenizer.get_vocab())
-    ours, theirs = vocabularies
+    try:
+        ours, theirs = (load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (actor, critic))
+    except ValueError as error:
+        yield str(error)
+        return
     if ours == theirs:
         return
     differing = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))[:3]
@@ -609,17 +624,22 @@ def required_ray_cpus(config: DictConfig) -> int:
     return cpus + 1
 
 
+def _starts_ray(config: DictConfig) -> bool:
+    """Does the run start a Ray cluster of its own, and not join one?"""
+    if os.environ.get("RAY_ADDRESS") or get(config, "ray_kwargs.ray_init.address", "local") != "local":
+        return False
+    return not RAY_STARTED.exists()
+
+
 def _ray_cpus(config: DictConfig) -> tuple[int, str] | None:
     """(logical CPUs of Ray, where the number comes from); None if another cluster decides."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster"
-    if os.environ.get("RAY_ADDRESS") or get(config, "ray_kwargs.ray_init.address", "local") != "local":
+    if not _starts_ray(config):
         return None
     if get(config, "ray_kwargs.ray_init.num_cpus") is not None:
         return integer(config, "ray_kwargs.ray_init.num_cpus"), "ray_kwargs.ray_init.num_cpus"
-    if Path("/tmp/ray/ray_current_cluster").exists():  # `ray start` on this machine: ray.init() joins it
-        return None
     return os.cpu_count() or 1, "ray_kwargs.ray_init.num_cpus=null, this machine's cores"
 
 
@@ -637,6 +657,35 @@ def check_ray(config: DictConfig) -> Messages:
     )
 
 
+def vllm_servers() -> list[int]:
+    """Process ids of the vLLM servers of verl runs on this machine that are not of this process's Ray cluster."""
+    import psutil
+
+    # a server's parent is its raylet, this process's if the cluster is this one; without it (1) a server is ending
+    ignored = (1, os.getppid())
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if " ".join(process.info["cmdline"] or ()).startswith(VLLM_SERVER) and process.info["ppid"] not in ignored
+    ]
+
+
+def check_other_runs(config: DictConfig) -> Messages:
+    """No other verl run on this machine reads weights from the same sockets.
+
+    verl sends weights to vLLM over /tmp/rl-colocate-zmq-JOB-replica-..., where JOB is the id of the Ray job, and the
+    first job of every Ray cluster is 01000000.
+    """
+    if get(config, f"{ROLLOUT}.name") != "vllm" or get(config, "trainer.device") == "cpu" or not _starts_ray(config):
+        return
+    if servers := vllm_servers():
+        yield (
+            f"another verl run with vLLM is on this machine (process {servers[0]}), under a Ray cluster of its own: "
+            "both would send their weights over the same sockets in /tmp, read each other's, and hang. Fix: wait for "
+            "it to end, or `ray start --head` once and start both runs with RAY_ADDRESS=auto"
+        )
+
+
 # ---------------------------------------------------------------------- 9. runs without a GPU
 
 
@@ -647,7 +696,7 @@ def check_device(config: DictConfig) -> Messages:
     in_worker = ray is not None and ray.is_initialized()  # Ray may set the variable to "" for workers without a GPU
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" and not in_worker:
         yield "CUDA_VISIBLE_DEVICES is the empty string, which ends Ray's node process. Fix: unset CUDA_VISIBLE_DEVICES"
-    lora = max(integer(config, f"{ACTOR_MODEL}.{name}", 0, minimum=0) for name in ("lora_rank", "lora.rank"))
+    lora = lora_rank(config, ACTOR_MODEL)
     if rollout == "hf" and lora > 0 and not get(config, f"{ACTOR_MODEL}.lora.merge"):
         yield (
             f"{ACTOR_MODEL}.lora.merge=False: the hf rollout takes whole weights, and the LoRA rank is {lora}. "
@@ -685,8 +734,10 @@ CHECKS: tuple[Check, ...] = (
     check_batches,
     check_tokens,
     check_ray,
+    check_other_runs,
     check_output,
     check_models,
+    check_critic_lora,
     check_tokenizers,
     check_data,
 )

@@ -13,10 +13,11 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from recipe.gad.files import write_atomically
+from recipe.gad.files import read_object, write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
@@ -53,13 +54,6 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file} is not valid JSON (cut off?)") from None
-
-
 def weight_map(path: Path) -> dict[str, str]:
     """Tensor name -> file name of a Hugging Face folder's safetensors weights.
 
@@ -70,10 +64,10 @@ def weight_map(path: Path) -> dict[str, str]:
     if single.exists():
         return dict.fromkeys(safetensors_header(single), single.name)
     if index.exists():
-        listed = _read_json(index)
-        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+        listed = read_object(index).get("weight_map")
+        if not isinstance(listed, dict):
             raise ValueError(f"{index} has no weight_map")
-        return listed["weight_map"]
+        return listed
     raise ValueError(f"{path} has neither {single.name} nor {index.name}")
 
 
@@ -120,7 +114,7 @@ def verify_hf_folder(path: str | Path) -> list[str]:
     problems = []
     for file in [path / "config.json", *sorted(path.glob("tokenizer*.json"))]:
         try:
-            _read_json(file)
+            read_object(file)
         except FileNotFoundError:
             problems.append(f"{file} is missing")
         except ValueError as error:
@@ -150,6 +144,30 @@ def step_folders(folder: str | Path) -> dict[int, Path]:
         if number.isascii() and number.isdigit() and path.is_dir():
             found[int(number)] = path
     return dict(sorted(found.items()))
+
+
+def role_folders(folder: Path, role: str) -> list[Path]:
+    """Folders of actor or critic that a path names: of a run the steps' ones, newest first, of a ``global_step_N``
+    folder its one, and a role folder itself."""
+    if folder.name == role and (folder / "huggingface").is_dir():
+        return [folder]
+    steps = [folder] if (folder / role).is_dir() else reversed(step_folders(folder).values())
+    return [step / role for step in steps if (step / role).is_dir()]
+
+
+def first_usable(folders: Iterable[Path], problems_of: Callable[[Path], list[str]]) -> tuple[Path | None, list[str]]:
+    """The first folder without problems, or None, and the problems of the folders before it, a line for each.
+
+    They are printed to stderr if there is a usable folder; else they are the caller's error.
+    """
+    skipped: list[str] = []
+    for folder in folders:
+        if not (problems := problems_of(folder)):
+            for line in skipped:
+                print(f"skipped {line}", file=sys.stderr)
+            return folder, skipped
+        skipped.append("; ".join(problems))
+    return None, skipped
 
 
 def _names(steps: dict[int, Path]) -> str:
@@ -210,16 +228,11 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
     if step is not None and step not in steps:
         found = _names(steps) if steps else "no global_step_* folder"
         raise ValueError(f"{folder} has no global_step_{step}; found {found}. Fix: choose one of the steps found")
-    skipped = []
-    for number in sorted(steps, reverse=True) if step is None else [step]:
-        problems = handover_problems(steps[number])
-        if not problems:
-            return steps[number]
-        skipped.append(f"{steps[number].name}: {'; '.join(problems)}")
-        if step is None:
-            print(f"skipped {skipped[-1]}", file=sys.stderr)
+    usable, skipped = first_usable(reversed(steps.values()) if step is None else [steps[step]], handover_problems)
+    if usable is not None:
+        return usable
     if step is not None:
-        raise ValueError(f"{folder}, {skipped[0]}. Fix: choose another step, or none for the newest complete one")
+        raise ValueError(f"step {step}: {skipped[0]}. Fix: choose another step, or none for the newest complete one")
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     found = "; ".join(skipped) if skipped else f"no global_step_* folder (found: {contents})"
     hint = " (this folder is of a seqkd run, which has no discriminator)" if _stage_or_none(folder) == "seqkd" else ""
@@ -249,18 +262,11 @@ def actor_folder(model: str) -> str:
         if problems:
             raise ValueError(f"{model} cannot be loaded: {'; '.join(problems)}. Fix: copy or save it again")
         return str(folder)
-    found = list(reversed(step_folders(folder).values()))
-    candidates = [step / "actor" for step in found] or [folder / "actor" if (folder / "actor").is_dir() else folder]
-    skipped: list[str] = []
-    for actor in candidates:
-        problems = verify_hf_folder(actor / "huggingface")
-        if not problems:
-            for problem in skipped:
-                print(f"skipped {problem}", file=sys.stderr)
-            return str(actor / "huggingface")
-        skipped.append("; ".join(problems))
+    usable, skipped = first_usable(role_folders(folder, "actor"), lambda actor: verify_hf_folder(actor / "huggingface"))
+    if usable is not None:
+        return str(usable / "huggingface")
     raise ValueError(
-        f"{model} holds no model: no config.json, and no complete actor: {'; '.join(skipped)}. "
+        f"{model} holds no model: no config.json, and no complete actor ({'; '.join(skipped) or 'none at all'}). "
         "Fix: pass a Hugging Face folder or id, or a run's output folder"
     )
 
@@ -278,8 +284,8 @@ def stage_of(folder: str | Path) -> str | None:
     if not file.exists():
         return None
     try:
-        return str(_read_json(file)["stage"])
-    except (ValueError, TypeError, KeyError):
+        return str(read_object(file)["stage"])
+    except (ValueError, KeyError):
         raise ValueError(f'{file} cannot be read. Fix: write {{"stage": "warmup"}} (or seqkd, gad) into it') from None
 
 

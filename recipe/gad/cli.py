@@ -3,17 +3,19 @@
 Every subcommand lives in a module of its own under recipe/gad/commands/ and imports heavy libraries (torch, datasets,
 transformers) only when it runs, so that ``gad --help`` stays fast. Bad input is a ValueError (or an OSError): it is
 printed as ``error: ...`` and ends the command with exit code 2.
+
+Options are spelled in snake_case, as those of the launch scripts: what names a file to write is ``--output``, a folder
+``--output_dir``. (``--config-name`` of ``gad doctor`` is Hydra's own.)
 """
 
 import sys
+from typing import NoReturn
 
 import typer
 
 from recipe.gad.commands import eval as eval_command
 from recipe.gad.commands.collect import collect
-from recipe.gad.commands.doctor import EPILOG as DOCTOR_EPILOG
 from recipe.gad.commands.doctor import doctor
-from recipe.gad.commands.export import EPILOG as EXPORT_EPILOG
 from recipe.gad.commands.export import export
 from recipe.gad.commands.prepare import prepare
 from recipe.gad.commands.report import report
@@ -27,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -39,20 +42,26 @@ def _root() -> None:
 # in the order of their use
 app.command()(collect)
 app.command()(prepare)
-app.command(epilog=DOCTOR_EPILOG)(doctor)
+app.command()(doctor)
 app.command()(watch)
 app.command()(report)
 app.add_typer(eval_command.app, name="eval")
-app.command(epilog=EXPORT_EPILOG)(export)
+app.command()(export)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``gad``; ``argv`` defaults to the process's arguments. Always leaves through SystemExit."""
     try:
         app(args=argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,25 +11,27 @@ nothing else; the same command again goes on behind them. Beside the answers (``
 A request is known by a hash of its messages, its sample number and the settings.
 """
 
-import fcntl
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from recipe.gad.files import JsonLog, read_object, write_atomically
 from recipe.gad.openai_client import ChatClient, Completion, RequestFailed, for_each
 from recipe.gad.rows import Message, Rejects, data_source_of, open_rejects, read_prompt, read_rows
 
 ID_BYTES = 12
 """Of a request's hash; no two of a billion requests share one (chance 6e-12)."""
 TOKENS_PER_PRICE = 1_000_000
+WRITER = "gad collect"
+COUNTED = ("id", "prompt_tokens", "completion_tokens")
+"""What is read of the lines of earlier runs, beside the reason of a failed one."""
 
 
 @dataclass(frozen=True)
@@ -120,26 +122,30 @@ async def collect(
             raise ValueError(f"{name}={value}: expected 1 or more")
     if out.suffix != ".jsonl":
         raise ValueError(f"{out}: expected a name that ends with .jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
     result = Collected()
-    with _open_locked(out) as answers, _open_locked(out.with_suffix(".failed.jsonl")) as failed:
+    with JsonLog(out, WRITER) as answers, JsonLog(out.with_suffix(".failed.jsonl"), WRITER) as failed:
         done: set[str] = set()
-        for record in itertools.chain(_finished(failed), _finished(answers)):
+        for record in itertools.chain(*(file.records(*COUNTED) for file in (failed, answers))):
             done.add(record["id"])
             result.add(record)
-        _check_settings(out.with_suffix(".settings.json"), asdict(settings), empty=not done)
+        if done:
+            _check_settings(out.with_suffix(".settings.json"), asdict(settings))
         if retry_failed:
             done.difference_update(result.reasons)
         with open_rejects(out.with_suffix(".rejects.jsonl")) as rejects:
             to_do = sum(1 for _ in _requests(inputs, samples, prompt_key, settings, set(done), rejects))
         result.rejected = rejects.count
+        if not done:
+            if not to_do:
+                raise ValueError(
+                    f"no prompt in {', '.join(inputs)} ({rejects.count} rows rejected). Fix: see the reasons above, or "
+                    "name the prompt's column with --prompt_key"
+                )
+            write_atomically(out.with_suffix(".settings.json"), json.dumps(asdict(settings), indent=2) + "\n")
 
         async def ask(request: Request) -> None:
             record = await _ask(client, settings, request)
-            file = failed if "reason" in record else answers
-            # half a surrogate pair is no UTF-8: it stays an escape
-            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            file.flush()
+            (failed if "reason" in record else answers).append(record)
             result.add(record)
             result.new += 1
             cost = f", cost {result.cost(*prices):.2f}" if any(prices) else ""
@@ -237,49 +243,16 @@ def _problem(completion: Completion) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def _check_settings(path: Path, settings: dict[str, Any], empty: bool) -> None:
-    """Write the settings of a new output; compare with those of an old one."""
-    if empty:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to answers of other settings."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing, so that nobody knows how these answers were made. Fix: another --out")
-    before = json.loads(path.read_text(encoding="utf-8"))
+        raise ValueError(f"{path} is missing, so that nobody knows how these answers were made. Fix: another --output")
+    before = read_object(path, ". Fix: another --output")
     changed = [
         f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
     ]
     if changed:
         raise ValueError(
             f"{path}: the answers there have other settings ({'; '.join(changed)}). "
-            "Fix: the same settings again, or another --out"
+            "Fix: the same settings again, or another --output"
         )
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    """File to read and append to, ours alone until it is closed."""
-    file = path.open("a+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another gad collect writes to {path}. Fix: wait for it, or another --out") from None
-    return file
-
-
-def _finished(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """Records of earlier runs. A last line without its end was torn by a crash and is cut off: nobody finished it."""
-    file.seek(0)
-    end = 0
-    for number, line in enumerate(file):
-        if not line.endswith(b"\n"):
-            file.truncate(end)
-            return
-        end += len(line)
-        try:
-            record = json.loads(line)
-            counted = {key: record[key] for key in ("id", "prompt_tokens", "completion_tokens")}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file.name}, row {number}: not written by gad collect. Fix: another --out") from None
-        yield counted | ({"reason": record["reason"]} if "reason" in record else {})

@@ -8,6 +8,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ from recipe.gad.memory import (
     training,
 )
 from recipe.gad.teacher_file import sample_rows
+from recipe.gad.tokens import load_tokenizer, token_counter
 
 SAMPLE_ROWS = 1000
 """Rows per data key whose lengths are counted: a second of work, and a share that is known to about 3 points."""
@@ -129,7 +131,11 @@ def check_versions(config: DictConfig) -> Messages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            yield f"{name} is not installed, and {ROLLOUT}.name={engine}. {fix}"
+            if find_spec(name) is None:
+                yield f"{name} is not installed, and {ROLLOUT}.name={engine}. {fix}"
+            else:
+                wanted = f"verl {version('verl')} asks for {requirement.specifier}"
+                yield Warn(f"{name} can be imported, but has no metadata that names its version; {wanted}. {fix}")
             continue
         if not requirement.specifier.contains(found[name], prereleases=True):
             message = f"{name} {found[name]} is installed, verl {version('verl')} asks for {requirement.specifier}"
@@ -152,12 +158,10 @@ def _local(path: Any) -> Path | None:
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(folder: Path, trust_remote_code: bool, template: str | None) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a broken tokenizer raises
-        raise ConfigError([f"the tokenizer in {folder} cannot be loaded ({error}). Fix: save it again"]) from None
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
@@ -186,7 +190,7 @@ def check_end_token(config: DictConfig) -> Messages:
     from jinja2 import TemplateError
 
     from verl.utils.model import get_generation_config
-    from verl.workers.rollout.teacher_trajectory import stop_token_ids, turn_suffix_ids
+    from verl.workers.rollout.teacher_trajectory import end_of_turn_ids, stop_token_ids, turn_suffix_ids
 
     folder = tokenizer.name_or_path
     if not tokenizer.chat_template:
@@ -204,15 +208,23 @@ def check_end_token(config: DictConfig) -> Messages:
     wanted = special[0] if special else None
     end = next((token for token in suffix if token in stops), None)
     if end is None or (wanted is not None and end != wanted):
+        ends = end_of_turn_ids(tokenizer, stops, _template_kwargs(config))
+        turns = tokenizer.apply_chat_template([*PROBE], tokenize=True, return_dict=False, **_template_kwargs(config))
         fix = "a template that ends its turns with a special token" if wanted is None else (
             f"set eos_token {names(wanted)!r} in {folder}/tokenizer_config.json and eos_token_id {wanted} in its "
             "generation_config.json"
         )  # fmt: skip
-        yield (
+        message = (
             f"the chat template of {folder} ends an assistant turn with {names(suffix)}, but a rollout stops at "
-            f"{names(sorted(stops))}: teacher and student would end differently, which is all that D needs to tell "
-            f"them apart. Fix: {fix}"
+            f"{names(sorted(stops))}, and teacher answers are given the end {names(ends)}"
         )
+        if end is None and ends[-1] in turns:
+            yield f"{message}, which the template writes elsewhere: it ends no turn. Fix: {fix}"
+        else:
+            yield Warn(
+                f"{message}. The student learns that end (as of a base model); one that already ends its turns as the "
+                f"template does goes on behind it, and D tells it apart by that alone. Fix: {fix}"
+            )
         return
     generation = get_generation_config(folder)
     listed = generation.eos_token_id if generation is not None else None
@@ -258,19 +270,9 @@ def check_lengths(config: DictConfig) -> Messages:
     if tokenizer is None:
         yield NO_TOKENIZER
         return
-    from jinja2 import TemplateError
-
-    from verl.workers.rollout.teacher_trajectory import (
-        build_prompt_ids,
-        end_of_turn_ids,
-        stop_token_ids,
-        tokenize_teacher,
-    )
-
-    kwargs = _template_kwargs(config)
     try:
-        end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer), kwargs)
-    except (ValueError, TemplateError) as error:
+        count = token_counter(tokenizer, _template_kwargs(config))
+    except ValueError as error:
         yield Warn(f"not checked, since answers have no end ({error}). Fix: see end_token")
         return
     seen: set[tuple[str, ...]] = set()
@@ -279,29 +281,27 @@ def check_lengths(config: DictConfig) -> Messages:
         if not files or files in seen:
             continue
         seen.add(files)
-        prompts: list[int] = []
-        answers: list[int] = []
+        lengths: list[tuple[int, int]] = []
         refused: list[str] = []
         total = 0
         columns = get(config, "data.prompt_key"), get(config, "data.teacher_key")
         for file in files:
             rows, messages, texts = sample_rows(file, *columns, max(1, SAMPLE_ROWS // len(files)))
             total += rows
-            for message in messages:
+            for row in zip(messages, texts, strict=True):
                 try:
-                    prompts.append(len(build_prompt_ids(tokenizer, message, kwargs)))
-                except TemplateError as error:
+                    lengths.append(count(*row))
+                except ValueError as error:
                     refused.append(str(error))
-            answers += [len(ids) for ids in tokenize_teacher(tokenizer, texts, end_ids)]
-        part = f"{len(answers)} of {total} rows, evenly spaced" if len(answers) < total else f"all {total} rows"
+        read = len(lengths) + len(refused)
+        part = f"{read} of {total} rows, evenly spaced" if read < total else f"all {total} rows"
         where = f"{key} ({part})"
         if refused:
-            message = (
-                f"{where}: the chat template refuses {len(refused)} prompts ({refused[0]}). Fix: repair those rows"
-            )
-            yield Warn(message) if prompts else message
-        if not prompts:
+            message = f"{where}: {len(refused)} rows cannot be used ({refused[0]}). Fix: repair those rows"
+            yield Warn(message) if lengths else message
+        if not lengths:
             continue
+        prompts, answers = map(list, zip(*lengths, strict=True))
         dropped = bool(get(config, "data.filter_overlong_prompts"))
         yield _length_message(
             where, "prompts", prompts, "data.max_prompt_length", integer(config, "data.max_prompt_length"),

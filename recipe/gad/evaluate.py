@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.gad.answers import ANSWERS, IDENTITY, differences, read_answers, read_settings
-from recipe.gad.files import write_atomically
+from recipe.gad.files import read_object, write_atomically
 from recipe.gad.judge import RESULTS, JudgeSettings, against, judge, left_out
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.text_metrics import text_metrics
@@ -33,10 +33,7 @@ def read_scores(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SCORES
     if not path.is_file():
         return {}
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Fix: delete it and run gad eval again") from None
+    scores = read_object(path, ". Fix: delete it and run gad eval again")
     return scores if scores.get("answers_sha256") == _answers_hash(folder) else {}
 
 

@@ -7,12 +7,11 @@ usable weights, verl's own model merger joins the FSDP shards (in bfloat16).
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.gad.checkpoint import shard_counts, step_folders, verify_hf_folder
+from recipe.gad.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
 
 ROLES = ("actor", "critic")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -54,23 +53,18 @@ def find_source(checkpoint: str | Path, role: str | None) -> tuple[Path, str]:
         raise ValueError(f"--role {role}: expected {' or '.join(ROLES)}. Fix: --role actor")
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder. Fix: pass a run's output folder or a global_step_N folder")
-    if path.name in ROLES and (path / "huggingface").is_dir():
-        if role not in (None, path.name):
-            raise ValueError(f"{path} is the {path.name}'s, and --role is {role}. Fix: pass {path.parent}")
-        _require_whole(path)
-        return path, path.name
-    role = role or "actor"
-    if (path / role).is_dir():
-        _require_whole(path / role)
-        return path / role, role
-    steps = {number: folder for number, folder in step_folders(path).items() if (folder / role).is_dir()}
-    for number in sorted(steps, reverse=True):
-        if not (problems := source_problems(steps[number] / role)):
-            return steps[number] / role, role
-        print(f"skipped {steps[number].name}: {'; '.join(problems)}", file=sys.stderr)
+    of_role = path.name in ROLES and (path / "huggingface").is_dir()
+    if of_role and role not in (None, path.name):
+        raise ValueError(f"{path} is the {path.name}'s, and --role is {role}. Fix: pass {path.parent}")
+    role = role or (path.name if of_role else "actor")
+    usable, skipped = first_usable(role_folders(path, role), source_problems)
+    if usable is not None:
+        return usable, role
+    if skipped:
+        raise ValueError(f"{path} cannot be exported: {'; '.join(skipped)}. Fix: choose another checkpoint")
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{path} holds no complete checkpoint of the {role} (found: {found}). Fix: pass a run's output folder, a "
+        f"{path} holds no checkpoint of the {role} (found: {found}). Fix: pass a run's output folder, a "
         f"global_step_N folder, or its {role} folder"
     )
 
@@ -83,11 +77,6 @@ def source_problems(folder: Path) -> list[str]:
         return []
     shards = f"{found} of {expected} model shards" if expected else "no FSDP shards"
     return [*problems, f"{folder} has {shards}"]
-
-
-def _require_whole(folder: Path) -> None:
-    if problems := source_problems(folder):
-        raise ValueError(f"{folder} cannot be exported: {'; '.join(problems)}. Fix: choose another checkpoint")
 
 
 # ---------------------------------------------------------------------- reading
@@ -219,7 +208,7 @@ def export(
         raise ValueError(f"--lora {lora}: expected {' or '.join(LORA_CHOICES)}. Fix: --lora merge")
     target = Path(os.path.abspath(Path(output).expanduser()))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists. Fix: --output with a new name, or remove it")
+        raise ValueError(f"{target} exists. Fix: --output_dir with a new name, or remove it")
     folder, role = find_source(checkpoint, role)
     if verify_hf_folder(folder / "huggingface") and dtype != MERGER_DTYPE:
         raise ValueError(

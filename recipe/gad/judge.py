@@ -11,16 +11,15 @@ the judge model, the version of the prompts, and the extra fields of the request
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from recipe.gad.files import JsonLog
 from recipe.gad.openai_client import ChatClient, RequestFailed, for_each
 from recipe.gad.text_metrics import prompt_means
 
@@ -297,10 +296,10 @@ async def _ask(
 
     keys = {question: _key(question, settings) for question in questions}
     failures = 0
-    with _open_locked(path) as file:
-        known = _read_replies(file)
+    with JsonLog(path, "gad eval") as file:
+        known = {record["key"]: record["reply"] for record in file.records("key", "reply")}
         replies: dict[str, str | None] = {question: known[key] for question, key in keys.items() if key in known}
-        with tqdm(total=len(questions), initial=len(replies), desc="judge", unit="question") as bar:
+        with tqdm(total=len(questions), initial=len(replies), desc="judge", unit=" questions", disable=None) as bar:
 
             async def ask(question: str) -> None:
                 nonlocal failures
@@ -317,9 +316,7 @@ async def _ask(
                         bar.write(f"judge: {error}")
                     replies[question] = None
                     return
-                line = json.dumps({"key": keys[question], "reply": completion.text}) + "\n"
-                file.write(line.encode())
-                file.flush()
+                file.append({"key": keys[question], "reply": completion.text})
                 replies[question] = completion.text
 
             async with client:
@@ -330,28 +327,3 @@ async def _ask(
 def _key(question: str, settings: JudgeSettings) -> str:
     identity = [question, settings.model, PROMPT_VERSION, settings.extra]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _open_locked(path: Path) -> Iterator[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another judging run writes to {path}. Fix: wait for it") from None
-        yield file
-
-
-def _read_replies(file: BinaryIO) -> dict[str, str]:
-    """Key -> reply. A last line without its end was torn by a crash and is cut off."""
-    file.seek(0)
-    lines = file.read().split(b"\n")
-    torn = lines.pop()
-    if torn:
-        file.truncate(file.tell() - len(torn))
-    try:
-        records = [json.loads(line) for line in lines]
-        return {record["key"]: record["reply"] for record in records}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file.name} was not written by gad eval. Fix: delete it") from None

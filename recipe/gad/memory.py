@@ -20,6 +20,7 @@ from recipe.gad.check import (
     get,
     has_discriminator,
     integer,
+    lora_rank,
     needs_reference,
     parallelism,
     world_size,
@@ -248,7 +249,7 @@ def training(config: DictConfig, role: str, shape: ModelShape) -> Training | Non
     else:
         row = integer(config, "data.max_prompt_length") + integer(config, "data.max_response_length")
         tokens = -(-integer(config, f"{prefix}_micro_batch_size_per_gpu") * row // sharing)
-    rank = max(integer(config, f"{model}.{key}", 0, minimum=0) for key in ("lora_rank", "lora.rank"))
+    rank = lora_rank(config, model)
     forward_only = role == REF
     return Training(
         shards=min(size, gpus) if size > 0 else gpus,

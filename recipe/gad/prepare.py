@@ -11,7 +11,7 @@ import os
 import tempfile
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from recipe.gad.rows import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
 from recipe.gad.teacher_file import BATCH_ROWS
+from recipe.gad.tokens import TokenCounter, load_tokenizer, token_counter
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
 BATCH_CHARS = 1 << 22
@@ -49,9 +50,6 @@ class Preset(NamedTuple):
 
 PRESETS = {"lmsys-gpt5": Preset("ytz20/LMSYS-Chat-GPT-5-Chat-Response", "train", "test")}
 """``lmsys-gpt5``: the paper's data, 200K LMSYS-Chat prompts answered by GPT-5-Chat (arXiv 2511.10643, section 4)."""
-
-TokenCounter = Callable[[Example], tuple[int, int]]
-"""Tokens of (prompt with generation prompt, answer with its end of turn) as the student reads them."""
 
 
 @dataclass
@@ -134,7 +132,7 @@ def prepare(
                 result.rows += 1
                 try:
                     example = read_example(row, prompt_key, teacher_key)
-                    lengths = count_tokens(example) if count_tokens else None
+                    lengths = count_tokens(example.prompt, example.teacher) if count_tokens else None
                 except ValueError as error:
                     rejects.add(row, str(error))
                     continue
@@ -231,39 +229,16 @@ class _RowWriter:
 # ---------------------------------------------------------------------------------------------------------- lengths
 
 
-def token_counter(tokenizer_path: str) -> TokenCounter:
-    """Counts tokens as the trainer does: chat template and generation prompt on one side, end of turn on the other.
+def student_token_counter(path: str) -> TokenCounter:
+    """Counter of the tokenizer of a model folder or hub id.
 
     Raises:
-        ValueError: there is no tokenizer, or no chat template. The counter: the template refuses the prompt.
+        ValueError: there is no tokenizer, or no chat template.
     """
-    from jinja2 import TemplateError
-    from transformers import AutoTokenizer
-
-    from verl.workers.rollout.teacher_trajectory import (
-        build_prompt_ids,
-        end_of_turn_ids,
-        stop_token_ids,
-        tokenize_teacher,
-    )
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no tokenizer at {tokenizer_path} ({reason}). Fix: the student's folder or hub id") from None
+    tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {tokenizer_path} has no chat template. Fix: name the student's own folder")
-    end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))
-
-    def count(example: Example) -> tuple[int, int]:
-        try:
-            prompt_ids = build_prompt_ids(tokenizer, list(example.prompt))
-        except TemplateError as error:
-            raise ValueError(f"the student's chat template refuses the prompt: {error}") from None
-        return len(prompt_ids), len(tokenize_teacher(tokenizer, [example.teacher], end_ids)[0])
-
-    return count
+        raise ValueError(f"the tokenizer of {path} has no chat template. Fix: name the student's own folder")
+    return token_counter(tokenizer)
 
 
 def default_lengths() -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.gad.files import write_atomically
 from recipe.gad.health import Verdict, diagnose
 from recipe.gad.run_log import (
     ROUGE_L,
@@ -344,26 +345,26 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         the runs with their verdicts.
 
     Raises:
-        ValueError: a folder holds no run.
+        ValueError: a folder holds no run, or ``output`` is a folder; nothing is written.
     """
     import jinja2
-    from rich.console import Console
-    from rich.progress import track
+    from tqdm import tqdm
 
     runs, output = find_runs(folders), Path(output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder. Fix: --output with the name of a file")
     drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
     png_folder = output.with_name(f"{output.stem}_png")
-    png_folder.mkdir(parents=True, exist_ok=True)
     panels = [(section, panel) for section, panels in SECTIONS.items() for panel in panels] + [("Step time", STEP_TIME)]
-    for section, panel in track(panels, "drawing", console=Console(stderr=True), transient=True):
+    for section, panel in tqdm(panels, "drawing", leave=False, unit=" pictures", disable=None):
         png_path = png_folder / f"{panel.name}.png"
         if not any(_has(run, panel) for run in runs):
             left_out.append(panel)
             png_path.unlink(missing_ok=True)  # of an earlier report
             continue
         pictures = {theme: _draw(panel, runs, theme) for theme in THEMES}
-        _write_whole(png_path, pictures["light"])
+        write_atomically(png_path, pictures["light"])
         drawn[section].append((panel, {theme: base64.b64encode(png).decode() for theme, png in pictures.items()}))
 
     environment = jinja2.Environment(
@@ -378,17 +379,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         samples={run.label: rows for run in runs if (rows := _samples(run))},
         settings=_settings(runs),
     )
-    _write_whole(output, page.encode("utf-8", "backslashreplace"))  # a sample may hold half a surrogate pair
+    write_atomically(output, page)
     return runs
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -97,7 +97,7 @@ def read_rows(source: str) -> Iterator[Row]:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in FILE_ENDINGS:
-            raise ValueError(f"{path}: unknown ending {path.suffix!r}. Fix: convert it to one of {FILE_ENDINGS}")
+            raise ValueError(f"{path}: unknown ending {path.suffix!r}. Fix: convert it to {', '.join(FILE_ENDINGS)}")
         rows = _FILE_READERS.get(path.suffix, json_rows)(path)
         try:
             for number, (value, problem) in enumerate(rows):

@@ -172,19 +172,28 @@ def read_overrides(run_dir: str | Path) -> dict[str, str]:
 
     The environment of the Ray workers (``ray_kwargs``) is left out: it may hold API keys, and reports are shared.
     """
-    overrides = _read_yaml(Path(run_dir) / "hydra/.hydra/overrides.yaml") or []
+    overrides = _read_yaml(Path(run_dir) / "hydra/.hydra/overrides.yaml", list)
     pairs = (text.lstrip("+~").partition("=") for text in overrides)
     return {key: value for key, _, value in pairs if not key.startswith("ray_kwargs")}
 
 
 def total_training_steps(run_dir: str | Path) -> int | None:
     """``trainer.total_training_steps`` of a run, None if it is not set to a number or Hydra left no record."""
-    config = _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml") or {}
+    config = _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml", dict)
     steps = config.get("trainer", {}).get("total_training_steps")
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path, kind: type) -> Any:
+    """Value of a YAML file, an empty ``kind`` if there is none or it is empty. ValueError: it holds something else."""
     import yaml
 
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from None
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__} as Hydra writes it")
+    return value

@@ -99,7 +99,7 @@ def run_two_sample_test(
         raise ValueError("the two-sample test needs at least two different prompts: one to learn from, one to hold out")
     base = load_base(settings.model)
     correct, by_seed = [0.0] * len(pairs), []
-    for seed in tqdm(settings.seeds, desc="two-sample test", unit="seed"):
+    for seed in tqdm(settings.seeds, desc="two-sample test", unit=" seeds", disable=None):
         values, auc = _held_out(base, pairs, settings, seed)
         by_seed.append({"seed": seed, "accuracy": statistics.fmean(values), "auc": auc})
         correct = [total + value / len(settings.seeds) for total, value in zip(correct, values, strict=True)]

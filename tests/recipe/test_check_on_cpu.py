@@ -407,6 +407,12 @@ def test_tokenizer_paths(config, tmp_path):
     )
 
 
+@pytest.mark.parametrize("key", ["lora_rank", "lora.rank"])
+def test_lora_on_the_discriminator(config, key):
+    expect(config({f"critic.model.{key}": 8}), "the LoRA rank is 8", f"critic.model.{key}=0")
+    assert errors_of(config({f"critic.model.{key}": 8, "gad.stage": "seqkd", "critic.enable": False})) == []
+
+
 # ---------------------------------------------------------------------- 4. and 10. stage and sampling
 
 
@@ -649,10 +655,42 @@ def test_too_few_ray_cpus(config, monkeypatch):
     expect(few, "12 logical CPUs", "needs 13", "ray_kwargs.ray_init.num_cpus=13", "num_data_storage_units (now 8)")
     assert errors_of(config({**units, "ray_kwargs.ray_init.num_cpus": 13})) == []
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    if not Path("/tmp/ray/ray_current_cluster").exists():
-        expect(config({"ray_kwargs.ray_init.num_cpus": None}), "4 logical CPUs", "this machine's cores", "needs 6")
+    monkeypatch.setattr(check, "RAY_STARTED", Path("/nowhere"))
+    expect(config({"ray_kwargs.ray_init.num_cpus": None}), "4 logical CPUs", "this machine's cores", "needs 6")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert errors_of(few) == []
+
+
+@pytest.fixture
+def vllm_server():
+    """A process with the title of a rollout engine of another run."""
+    command = ["bash", "-c", "exec -a 'ray::vLLMHttpServer.generate' sleep 60"]
+    with subprocess.Popen(command) as process:
+        title = Path(f"/proc/{process.pid}/cmdline")
+        while not title.read_bytes().startswith(b"ray::"):
+            time.sleep(0.01)
+        yield process
+        process.kill()
+
+
+def test_another_run_with_vllm(gpu, vllm_server, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "RAY_STARTED", tmp_path / "ray_current_cluster")
+    run = gpu({f"{ROLLOUT}.name": "vllm"})
+    expect(run, f"process {vllm_server.pid}", "read each other's", "RAY_ADDRESS=auto")
+    assert errors_of(gpu({f"{ROLLOUT}.name": "hf"})) == []
+    assert errors_of(gpu({f"{ROLLOUT}.name": "vllm", "ray_kwargs.ray_init.address": "auto"})) == []
+    (tmp_path / "ray_current_cluster").touch()
+    assert errors_of(run) == [], "the run joins a cluster"
+    (tmp_path / "ray_current_cluster").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid", os.getpid)
+        assert errors_of(run) == [], "the server has this process's raylet"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert errors_of(run) == []
+    monkeypatch.delenv("RAY_ADDRESS")
+    vllm_server.kill()
+    vllm_server.wait()
+    assert errors_of(run) == []
 
 
 # ---------------------------------------------------------------------- 9. devices

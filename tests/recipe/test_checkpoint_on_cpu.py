@@ -122,7 +122,7 @@ def test_the_newest_complete_checkpoint_is_chosen(warmup, capsys):
     truncate(warmup / "global_step_10" / "critic" / "huggingface" / "model.safetensors")
     assert latest_complete_checkpoint(warmup) == warmup / "global_step_5"
     skipped = capsys.readouterr().err
-    assert "skipped global_step_10" in skipped and "model.safetensors is truncated" in skipped
+    assert f"skipped {warmup}/global_step_10" in skipped and "model.safetensors is truncated" in skipped
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):

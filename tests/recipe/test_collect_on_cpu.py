@@ -33,7 +33,7 @@ def prompts(tmp_path):
 
 
 def arguments(server, prompts, out, *more):
-    return ["collect", str(prompts), "--out", str(out), "--model", "teacher", "--base_url", server.url, *more]
+    return ["collect", str(prompts), "--output", str(out), "--model", "teacher", "--base_url", server.url, *more]
 
 
 def run(*args):
@@ -65,7 +65,7 @@ def test_answers_are_collected_and_prepared(chat_server, prompts, tmp_path, caps
     assert "cost          42.0000" in printed  # 6 x (3 x 1 + 2 x 2)
 
     data = tmp_path / "data"
-    assert run("prepare", out, "--out", data, "--val_fraction", "0") == 0
+    assert run("prepare", out, "--output_dir", data, "--val_fraction", "0") == 0
     table = pq.read_table(data / "train.parquet").to_pylist()
     assert sorted(row["teacher_response"] for row in table) == ["answer to one", "answer to three", "answer to two"]
 
@@ -160,7 +160,7 @@ def test_changed_settings_are_refused(chat_server, prompts, tmp_path, capsys, ch
     before = (tmp_path / "out.jsonl").read_bytes()
     assert run(*call, *changed) == 2
     error = capsys.readouterr().err
-    assert message in error and "another --out" in error
+    assert message in error and "another --output" in error
     assert len(chat_server.bodies) == 3 and (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -220,15 +220,24 @@ def test_half_a_surrogate_pair_in_an_answer(chat_server, prompts, tmp_path):
     assert [row["teacher_response"] for row in lines(tmp_path / "out.jsonl")] == ["\ud83d"] * 3
 
 
+@pytest.mark.parametrize("text", ["", '{"text": "x"}'])
+def test_without_a_prompt_no_answers_appear(chat_server, tmp_path, capsys, text):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(text, encoding="utf-8")
+    assert run(*arguments(chat_server, prompts, tmp_path / "out" / "out.jsonl")) == 2
+    assert f"error: no prompt in {prompts} ({bool(text):d} rows rejected)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.rejects.jsonl"] * bool(text)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (("--samples", "0"), "samples=0"),
         (("--concurrency", "0"), "concurrency=0"),
-        (("--extra", "top_p=1"), "not JSON"),
+        (("--extra", "top_p=1"), "expected a JSON object"),
         (("--extra", "[1]"), "expected a JSON object"),
         (("--api_key_env", "NO_SUCH_KEY"), "NO_SUCH_KEY is not set"),
-        (("--out", "answers.csv"), "ends with .jsonl"),
+        (("--output", "answers.csv"), "ends with .jsonl"),
     ],
 )
 def test_wrong_arguments(chat_server, prompts, tmp_path, capsys, wrong, message):

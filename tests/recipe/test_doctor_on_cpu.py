@@ -140,8 +140,20 @@ def test_an_end_token_that_ends_no_turn(compose_config, model):
     folder = model("both", tokenizer_config={"eos_token": "<user>"}, generation_config={"eos_token_id": opens})
     (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "error")
     for part in (str(folder), "ends an assistant turn with ['<end>']", "a rollout stops at ['<user>']",
-                 "Fix: set eos_token '<end>'", "eos_token_id 2"):  # fmt: skip
+                 "ends no turn", "Fix: set eos_token '<end>'", "eos_token_id 2"):  # fmt: skip
         assert part in error
+
+
+def test_the_end_token_of_a_base_model(compose_config, model):
+    """As <|endoftext|> beside ChatML's <|im_end|>: the trainer ends teacher answers where rollouts stop."""
+    pad = 0
+    folder = model("base", tokenizer_config={"eos_token": "<pad>"}, generation_config={"eos_token_id": pad})
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}")
+    assert messages(check_end_token, config, "error") == []
+    (warning,) = messages(check_end_token, config, "warning")
+    for part in ("ends an assistant turn with ['<end>']", "given the end ['<pad>']", "Fix: set eos_token '<end>'",
+                 "tokenizer_config.json", "eos_token_id 2", "generation_config.json"):  # fmt: skip
+        assert part in warning
 
 
 @pytest.mark.parametrize(
@@ -162,8 +174,8 @@ def test_turns_without_an_end(compose_config, model):
     folder = model("plain")
     template = "{% for m in messages %}{{ m.role }} {{ m.content }} um {% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
-    (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "error")
-    assert "ends an assistant turn with ['um']" in error and "a template that ends its turns" in error
+    (warning,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "warning")
+    assert "ends an assistant turn with ['um']" in warning and "a template that ends its turns" in warning
     refusing = model("refusing")
     (refusing / "chat_template.jinja").write_text("{{ raise_exception('no turns here') }}")
     (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={refusing}"), "error")
@@ -202,7 +214,11 @@ def test_prompts_that_the_template_refuses(compose_config, model, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     config = compose_config(*WARMUP, f"{MODEL}.path={folder}", f"data.train_files={tmp_path}/rows.parquet")
     (warning,) = messages(check_lengths, config, "warning")
-    assert "refuses 2 prompts (no system turn)" in warning and "all 8 rows" in warning
+    assert (
+        "2 rows cannot be used" in warning
+        and "refuses the prompt: no system turn" in warning
+        and "all 8 rows" in warning
+    )
 
 
 def test_a_critic_with_another_template(compose_config, model):
@@ -492,6 +508,17 @@ def test_versions(compose_config, installed):
     missing, too_new = sorted(messages(check_versions, engine, "error"), reverse=True)
     assert "vllm is not installed" in missing and "transformers 5.11.0" in too_new
     assert messages(check_versions, compose_config(), "warning") == [], "the hf rollout pins nothing"
+
+
+def test_a_package_without_metadata(compose_config, installed, tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(vllm=None, torch="2.11.0", transformers="5.9.0")
+    engine = compose_config(f"{ROLLOUT}.name=vllm")
+    assert messages(check_versions, engine, "error") == []
+    (warning,) = messages(check_versions, engine, "warning")
+    assert "vllm can be imported" in warning and "asks for ==" in warning
 
 
 def test_what_the_doctor_needs_are_checks(overrides):

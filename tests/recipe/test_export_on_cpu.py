@@ -204,7 +204,7 @@ def test_a_run_gives_its_newest_complete_checkpoint(runs, tmp_path, capsys):
     (broken / "model_world_size_2_rank_1.pt").unlink()
     assert shard_counts(broken) == (1, 2)
     assert find_source(run, None) == (run / "global_step_4" / "actor", "actor")
-    assert "skipped global_step_10" in capsys.readouterr().err
+    assert f"skipped {broken}" in capsys.readouterr().err
     assert find_source(run, "critic") == (run / "global_step_10" / "critic", "critic")
     assert find_source(run / "global_step_2", "critic") == (run / "global_step_2" / "critic", "critic")
     with pytest.raises(ValueError, match="1 of 2 model shards.*Fix: choose another checkpoint"):
@@ -217,8 +217,8 @@ def test_mistakes(runs, tmp_path):
     whole, out = runs / "whole", tmp_path / "out"
     for path, options, message in [
         (tmp_path / "none", {}, "no such folder"),
-        (tmp_path, {}, "no complete checkpoint of the actor"),
-        (runs / "lora", {"role": "critic"}, "no complete checkpoint of the critic"),
+        (tmp_path, {}, "holds no checkpoint of the actor"),
+        (runs / "lora", {"role": "critic"}, "holds no checkpoint of the critic"),
         (whole, {"role": "ref"}, "--role ref: expected actor or critic"),
         (whole, {"dtype": "int8"}, "--dtype int8: expected bfloat16, float16, float32"),
         (whole, {"lora": "drop"}, "--lora drop: expected merge or adapter"),
@@ -228,7 +228,7 @@ def test_mistakes(runs, tmp_path):
             export(path, out, **options)
     out.mkdir()
     (out / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="exists. Fix: --output"):
+    with pytest.raises(ValueError, match="exists. Fix: --output_dir"):
         export(whole, out)
 
 
@@ -248,13 +248,13 @@ def test_weights_of_the_wrong_role(runs, tmp_path):
 
 def test_command_line(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli(["export", str(runs / "whole"), "--output", str(tmp_path / "out"), "--dtype", "float16"])
+        cli(["export", str(runs / "whole"), "--output_dir", str(tmp_path / "out"), "--dtype", "float16"])
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{tmp_path}/out: LlamaForCausalLM from {runs}/whole/global_step_2/actor, loaded again")
     assert load(tmp_path / "out").dtype == torch.float16
     with pytest.raises(SystemExit) as exit:
-        cli(["export", str(runs / "whole"), "--output", str(tmp_path / "out")])
+        cli(["export", str(runs / "whole"), "--output_dir", str(tmp_path / "out")])
     assert exit.value.code == 2 and f"\nerror: {tmp_path}/out exists. Fix: " in capsys.readouterr().err
 
 

@@ -19,7 +19,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.gad import cli, teacher_file
-from recipe.gad.prepare import prompt_hash, token_counter
+from recipe.gad.prepare import prompt_hash, student_token_counter
 from recipe.gad.teacher_file import check_data_file, json_rows
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def rejects(folder):
 def one(write, tmp_path, row, *args):
     """(content, teacher_response) of a row, or the reason why it was rejected."""
     good = {"prompt": "another", "response": "row"}
-    code = run(write([row, good]), "--out", tmp_path / "out", "--val_fraction", 0, "--overwrite", *args)
+    code = run(write([row, good]), "--output_dir", tmp_path / "out", "--val_fraction", 0, "--overwrite", *args)
     assert code == 0
     rows = table(tmp_path / "out")
     if len(rows) == 1:
@@ -150,7 +150,7 @@ def test_columns_by_name(write, tmp_path):
     row = {"prompt": "no", "response": "no", "frage": "q", "antwort": "a"}
     keys = ("--prompt_key", "frage", "--teacher_key", "antwort")
     write([row])
-    assert run(tmp_path / "data.jsonl", "--out", tmp_path / "out", "--val_fraction", 0, *keys) == 0
+    assert run(tmp_path / "data.jsonl", "--output_dir", tmp_path / "out", "--val_fraction", 0, *keys) == 0
     assert [(r["content"], r["teacher_response"]) for r in table(tmp_path / "out")] == [([user("q")], "a")]
 
 
@@ -192,7 +192,7 @@ BAD = {
 def test_bad_rows_are_rejected_with_the_reason(write, tmp_path, kind):
     row, reason = BAD[kind]
     path = write([{"prompt": "good", "response": "row"}, row])
-    assert run(path, "--out", tmp_path / "out", "--val_fraction", 0) == 0
+    assert run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
     (found,) = rejects(tmp_path / "out")
     assert (found["file"], found["row"], found["record"]) == (str(path), 1, row)
     assert re.search(reason, found["reason"])
@@ -203,7 +203,7 @@ def test_bad_rows_are_counted_shown_and_all_written(write, tmp_path, capsys):
     lines = [json.dumps({"prompt": f"p{i}", "response": "a"}) for i in range(10)]
     for i in range(1, 8):
         lines[i] = '{"prompt": "cut off'
-    assert run(write("\n".join(lines) + "\n"), "--out", tmp_path / "out", "--val_fraction", 0) == 0
+    assert run(write("\n".join(lines) + "\n"), "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
     printed = capsys.readouterr()
     assert printed.err.count("rejected: ") == 5
     assert f"{tmp_path}/data.jsonl, row 1: is not valid JSON" in printed.err
@@ -214,13 +214,13 @@ def test_bad_rows_are_counted_shown_and_all_written(write, tmp_path, capsys):
 def test_strict_stops_and_writes_nothing(write, tmp_path, capsys):
     rows = [{"prompt": f"p{i}", "response": "a"} for i in range(5)]
     rows[3]["response"] = ""
-    assert run(write(rows), "--out", tmp_path / "out", "--strict") == 2
+    assert run(write(rows), "--output_dir", tmp_path / "out", "--strict") == 2
     assert "data.jsonl, row 3: column 'response' is empty" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_only_bad_rows(write, tmp_path, capsys):
-    assert run(write([{"text": "q"}] * 3), "--out", tmp_path / "out") == 2
+    assert run(write([{"text": "q"}] * 3), "--output_dir", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "no training row is left of 3 rows (3 rejected" in error and "--prompt_key" in error
     assert list((tmp_path / "out").iterdir()) == []
@@ -261,7 +261,7 @@ def test_every_kind_of_source_gives_the_same_rows(write, tmp_path, kind):
         write(lines, "d/train.jsonl")
     else:
         datasets.Dataset.from_list(rows).save_to_disk(source := tmp_path / "d")
-    assert run(source, "--out", tmp_path / "out", "--val_fraction", 0) == 0
+    assert run(source, "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
     found = table(tmp_path / "out")
     assert [(row["content"], row["teacher_response"]) for row in found] == [([user(q)], a) for q, a in PAIRS]
     assert [row["extra_info"] for row in found] == [{"index": i} for i in range(3)]
@@ -270,13 +270,13 @@ def test_every_kind_of_source_gives_the_same_rows(write, tmp_path, kind):
 
 def test_messages_in_a_csv_file(write, tmp_path):
     messages = json.dumps([user("q"), assistant("a")]).replace('"', '""')
-    assert run(write(f'messages\n"{messages}"\n', "d.csv"), "--out", tmp_path / "out", "--val_fraction", 0) == 0
+    assert run(write(f'messages\n"{messages}"\n', "d.csv"), "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
     assert [(r["content"], r["teacher_response"]) for r in table(tmp_path / "out")] == [([user("q")], "a")]
 
 
 def test_a_csv_row_with_too_many_cells(write, tmp_path):
     path = write("prompt,response\nq,a\nq2,a,b\n", "d.csv")
-    assert run(path, "--out", tmp_path / "out", "--val_fraction", 0) == 0
+    assert run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
     assert [(r["row"], r["reason"]) for r in rejects(tmp_path / "out")] == [
         (1, "has 1 cells more than the header has names")
     ]
@@ -294,7 +294,7 @@ def test_a_csv_row_with_too_many_cells(write, tmp_path):
     ],
 )
 def test_unreadable_files(write, tmp_path, capsys, name, content, message):
-    assert run(write(content, name), "--out", tmp_path / "out") == 2
+    assert run(write(content, name), "--output_dir", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
@@ -302,15 +302,15 @@ def test_unreadable_files(write, tmp_path, capsys, name, content, message):
 def test_a_data_set_that_cannot_be_read(write, tmp_path, capsys):
     (tmp_path / "d").mkdir()
     write('{"prompt": "q", "response": "a"}\n{"prompt": \n', "d/train.jsonl")
-    assert run(tmp_path / "d", "--out", tmp_path / "out") == 2
+    assert run(tmp_path / "d", "--output_dir", tmp_path / "out") == 2
     assert f"the data set {tmp_path}/d cannot be read" in capsys.readouterr().err
 
 
 def test_sources_that_are_not_there(tmp_path, capsys):
     for source in ("nowhere.jsonl", tmp_path / "nowhere.jsonl", "a/b/c"):
-        assert run(source, "--out", tmp_path / "out") == 2
+        assert run(source, "--output_dir", tmp_path / "out") == 2
         assert f"{source}: no such file or folder" in capsys.readouterr().err
-    assert run("--out", tmp_path / "out") == 2
+    assert run("--output_dir", tmp_path / "out") == 2
     assert "no input" in capsys.readouterr().err
 
 
@@ -318,9 +318,9 @@ def test_own_data_source_and_an_override(write, tmp_path):
     path = write(
         [{"prompt": "a", "response": "b", "data_source": "own"}, {"prompt": "c", "response": "d"}], "name.jsonl"
     )
-    assert run(path, "--out", tmp_path / "out", "--val_fraction", 0) == 0
+    assert run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
     assert [row["data_source"] for row in table(tmp_path / "out")] == ["own", "name"]
-    assert run(path, "--out", tmp_path / "out", "--val_fraction", 0, "--overwrite", "--data_source", "x") == 0
+    assert run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0, "--overwrite", "--data_source", "x") == 0
     assert [row["data_source"] for row in table(tmp_path / "out")] == ["x", "x"]
 
 
@@ -350,7 +350,7 @@ def sides(folder):
 def test_the_split_depends_on_the_prompt_alone(write, tmp_path):
     numbers = list(range(3000))
     for name, order in (("a", numbers), ("b", numbers[::-1]), ("more", [*range(3000, 6000), *numbers])):
-        assert run(write(numbered(order)), "--out", tmp_path / name, "--val_fraction", 0.1) == 0
+        assert run(write(numbered(order)), "--output_dir", tmp_path / name, "--val_fraction", 0.1) == 0
     (train, val), (train_b, val_b), (train_more, val_more) = (sides(tmp_path / name) for name in ("a", "b", "more"))
     assert (train, val) == (train_b, val_b) and not train & val and len(train | val) == 3000
     assert train < train_more and val < val_more
@@ -360,7 +360,7 @@ def test_the_split_depends_on_the_prompt_alone(write, tmp_path):
 def test_a_larger_fraction_keeps_the_smaller_validation_set(write, tmp_path):
     write(numbered(range(500)))
     for fraction in (0.1, 0.4):
-        assert run(tmp_path / "data.jsonl", "--out", tmp_path / str(fraction), "--val_fraction", fraction) == 0
+        assert run(tmp_path / "data.jsonl", "--output_dir", tmp_path / str(fraction), "--val_fraction", fraction) == 0
     assert sides(tmp_path / "0.1")[1] < sides(tmp_path / "0.4")[1]
 
 
@@ -369,10 +369,10 @@ def test_duplicates(write, tmp_path, capsys):
     prompts = ["café x", "other", " café\n\tx ", accented, "Café x"]
     rows = [{"prompt": prompt, "response": f"answer {i}"} for i, prompt in enumerate(prompts)]
     write(rows + [rows[0]])
-    assert run(tmp_path / "data.jsonl", "--out", tmp_path / "one", "--val_fraction", 0) == 0
+    assert run(tmp_path / "data.jsonl", "--output_dir", tmp_path / "one", "--val_fraction", 0) == 0
     assert [row["teacher_response"] for row in table(tmp_path / "one")] == ["answer 0", "answer 1", "answer 4"]
     assert "duplicates          3 rows" in capsys.readouterr().out
-    assert run(tmp_path / "data.jsonl", "--out", tmp_path / "all", "--val_fraction", 0, "--keep_answers") == 0
+    assert run(tmp_path / "data.jsonl", "--output_dir", tmp_path / "all", "--val_fraction", 0, "--keep_answers") == 0
     assert [row["teacher_response"] for row in table(tmp_path / "all")] == [f"answer {i}" for i in range(5)]
 
 
@@ -386,7 +386,7 @@ def test_the_hash_tells_roles_and_borders_of_messages_apart():
 def test_validation_rows_of_their_own_are_kept_out_of_training(write, tmp_path, keep):
     train = write([*numbered(range(10)), {"prompt": "prompt  3", "response": "other"}], "train.jsonl")
     val = write(numbered([3, 20]), "val.jsonl")
-    assert run(train, "--val_inputs", val, "--out", tmp_path / "out", *keep) == 0
+    assert run(train, "--val_inputs", val, "--output_dir", tmp_path / "out", *keep) == 0
     assert sides(tmp_path / "out") == [
         {f"prompt {i}" for i in range(10) if i != 3},
         {"prompt 3", "prompt 20"},
@@ -396,25 +396,25 @@ def test_validation_rows_of_their_own_are_kept_out_of_training(write, tmp_path, 
 def test_existing_outputs(write, tmp_path, capsys):
     out = tmp_path / "out"
     write([*numbered(range(3)), {"x": 1}])
-    assert run(tmp_path / "data.jsonl", "--out", out, "--val_fraction", 0) == 0
+    assert run(tmp_path / "data.jsonl", "--output_dir", out, "--val_fraction", 0) == 0
     before = (out / "train.parquet").read_bytes()
-    assert run(tmp_path / "data.jsonl", "--out", out, "--val_fraction", 0) == 2
+    assert run(tmp_path / "data.jsonl", "--output_dir", out, "--val_fraction", 0) == 2
     assert "already there" in capsys.readouterr().err and (out / "train.parquet").read_bytes() == before
-    assert run(write(numbered(range(5))), "--out", out, "--val_fraction", 0, "--overwrite") == 0
+    assert run(write(numbered(range(5))), "--output_dir", out, "--val_fraction", 0, "--overwrite") == 0
     assert len(table(out)) == 5
     assert [path.name for path in out.iterdir()] == ["train.parquet"]  # the old rejects are gone
 
 
 def test_too_few_rows_for_validation(write, tmp_path, capsys):
-    assert run(write(numbered(range(3))), "--out", tmp_path / "out", "--val_fraction", 1e-9) == 2
+    assert run(write(numbered(range(3))), "--output_dir", tmp_path / "out", "--val_fraction", 1e-9) == 2
     assert "no row of 3 went to validation" in capsys.readouterr().err
-    assert run(write(numbered(range(3))), "--out", tmp_path / "out", "--val_fraction", 1.0) == 2
+    assert run(write(numbered(range(3))), "--output_dir", tmp_path / "out", "--val_fraction", 1.0) == 2
     assert "val_fraction=1.0" in capsys.readouterr().err
 
 
 def test_conversations_that_lose_turns_are_counted(write, tmp_path, capsys):
     write([{"messages": [user("q"), assistant("a"), user("more")]}, {"messages": [user("p"), assistant("a")]}])
-    assert run(tmp_path / "data.jsonl", "--out", tmp_path / "out", "--val_fraction", 0) == 0
+    assert run(tmp_path / "data.jsonl", "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
     assert re.search(r"shortened +1 conv", capsys.readouterr().out)
 
 
@@ -431,19 +431,19 @@ def test_preset_keeps_the_data_set_s_own_split(tmp_path, capsys):
         ]
         pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"{split}-00000-of-00001.parquet")
     out = tmp_path / "out"
-    assert run(folder, "--preset", "lmsys-gpt5", "--out", out) == 0
+    assert run(folder, "--preset", "lmsys-gpt5", "--output_dir", out) == 0
     assert sides(out) == [{f"p {i}" for i in range(15)}, {f"p {i}" for i in range(15, 25)}]
     assert {row["data_source"] for row in table(out)} == {"LMSYS-Chat-GPT-5-Chat-Response"}
-    assert run(f"{folder}:nowhere", "--out", tmp_path / "no") == 2
+    assert run(f"{folder}:nowhere", "--output_dir", tmp_path / "no") == 2
     assert "no split 'nowhere'. Fix: choose from train, test" in capsys.readouterr().err
-    assert run(f"{folder}:test", "--out", tmp_path / "test", "--val_fraction", 0) == 0
+    assert run(f"{folder}:test", "--output_dir", tmp_path / "test", "--val_fraction", 0) == 0
     assert len(table(tmp_path / "test")) == 10
 
 
 def test_wrong_presets(tmp_path, capsys):
-    assert run("--preset", "gpt6", "--out", tmp_path / "out") == 2
+    assert run("--preset", "gpt6", "--output_dir", tmp_path / "out") == 2
     assert "expected one of lmsys-gpt5" in capsys.readouterr().err
-    assert run("--preset", "lmsys-gpt5", "--val_inputs", "x", "--out", tmp_path / "out") == 2
+    assert run("--preset", "lmsys-gpt5", "--val_inputs", "x", "--output_dir", tmp_path / "out") == 2
     assert "own split" in capsys.readouterr().err
 
 
@@ -457,7 +457,8 @@ def test_lengths_in_the_student_s_tokens(write, tmp_path, tiny_problem, capsys):
     limits = ("--max_prompt_length", 8, "--max_response_length", 4)
     path = write(rows)
     assert (
-        run(path, "--out", tmp_path / "out", "--val_fraction", 0, "--tokenizer", tiny_problem / "model", *limits) == 0
+        run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0, "--tokenizer", tiny_problem / "model", *limits)
+        == 0
     )
     printed = capsys.readouterr().out
     prompts, answers = [n + 4 for n in words], [n + 2 for n in words]
@@ -472,7 +473,9 @@ def test_lengths_in_the_student_s_tokens(write, tmp_path, tiny_problem, capsys):
 
 def test_default_limits_are_the_trainer_s(write, tmp_path, tiny_problem, capsys):
     out = tmp_path / "out"
-    assert run(write(numbered([1])), "--out", out, "--val_fraction", 0, "--tokenizer", tiny_problem / "model") == 0
+    assert (
+        run(write(numbered([1])), "--output_dir", out, "--val_fraction", 0, "--tokenizer", tiny_problem / "model") == 0
+    )
     printed = capsys.readouterr().out
     assert "longer than 2048" in printed and "longer than 1536" in printed
 
@@ -489,7 +492,7 @@ def test_a_prompt_that_the_template_refuses_is_rejected(write, tmp_path, tiny_pr
     tokenizer.save_pretrained(tmp_path / "strict")
     system = {"role": "system", "content": "s"}
     path = write([{"messages": [system, user("q"), assistant("a")]}, {"messages": [user("q"), assistant("a")]}])
-    assert run(path, "--out", tmp_path / "out", "--val_fraction", 0, "--tokenizer", tmp_path / "strict") == 0
+    assert run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0, "--tokenizer", tmp_path / "strict") == 0
     assert len(table(tmp_path / "out")) == 1
     assert "chat template refuses the prompt: no system role" in rejects(tmp_path / "out")[0]["reason"]
 
@@ -501,9 +504,9 @@ def test_a_tokenizer_without_template(tmp_path, tiny_problem):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="has no chat template"):
-        token_counter(str(tmp_path / "plain"))
-    with pytest.raises(ValueError, match="no tokenizer at /nowhere/model"):
-        token_counter("/nowhere/model")
+        student_token_counter(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match="the tokenizer in /nowhere/model cannot be loaded"):
+        student_token_counter("/nowhere/model")
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer
@@ -516,7 +519,8 @@ def test_the_trainer_reads_what_was_written(tmp_path, write, tiny_problem):
 
     rows = [row for row, _, _ in LAYOUTS.values()] + [{"prompt": f"c {i}", "response": "b d"} for i in range(30)]
     assert (
-        run(write(rows), "--out", tmp_path / "out", "--val_fraction", 0.3, "--tokenizer", tiny_problem / "model") == 0
+        run(write(rows), "--output_dir", tmp_path / "out", "--val_fraction", 0.3, "--tokenizer", tiny_problem / "model")
+        == 0
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny_problem / "model")
     config = OmegaConf.create(

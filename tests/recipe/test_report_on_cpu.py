@@ -196,7 +196,12 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["empty"], "empty holds no run"), (["run", "run"], "given twice"), (["torn"], "no complete line")],
+    [
+        (["empty"], "empty holds no run"),
+        (["run", "run"], "given twice"),
+        (["torn"], "no complete line"),
+        (["run", "--output", "empty"], "empty is a folder. Fix: --output"),
+    ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

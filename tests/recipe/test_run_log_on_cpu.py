@@ -108,3 +108,10 @@ def test_settings(tmp_path):
     for unset in ("null", "-1", "${other}"):
         write(tmp_path / "hydra/.hydra/config.yaml", f"trainer:\n  total_training_steps: {unset}\n")
         assert run_log.total_training_steps(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["a: [", "text", "[1]"])
+def test_settings_that_cannot_be_read(tmp_path, text):
+    write(tmp_path / "hydra/.hydra/config.yaml", text)
+    with pytest.raises(ValueError, match="config.yaml"):
+        run_log.total_training_steps(tmp_path)

@@ -44,5 +44,5 @@ if [ ! -d "$out/student" ]; then
   "$PYTHON" "$here/student.py" "$gguf" "$out/student"
   rm -rf "$out/download"
 fi
-"$PYTHON" -m recipe.gad.cli prepare "$train" --val_inputs "$val" --out "$out/data" --overwrite \
+"$PYTHON" -m recipe.gad.cli prepare "$train" --val_inputs "$val" --output_dir "$out/data" --overwrite \
   --tokenizer "$out/student" --max_prompt_length 512 --max_response_length 256

@@ -1,12 +1,12 @@
 """``gad collect``: arguments of :mod:`recipe.gad.collect`."""
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from recipe.gad.commands.options import json_object
 from recipe.gad.openai_client import API_KEY_ENV, MAX_RETRIES, TIMEOUT
 
 GOES_ON = "What was finished is kept: the same command goes on"
@@ -20,7 +20,7 @@ def collect(
             "ids, in any layout that gad prepare reads."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Answers, .jsonl; the same file again resumes.")],
+    output: Annotated[Path, typer.Option(help="Answers, .jsonl; the same file again resumes.")],
     model: Annotated[str, typer.Option(help="Name of the teacher at the API.")],
     base_url: Annotated[
         str | None,
@@ -59,19 +59,14 @@ def collect(
 
     The key comes from the environment. Every answer is saved at once; after a crash the same command goes on with
     what was not finished. Answers that were cut, refused or empty and requests that failed for good go to
-    <out>.failed.jsonl; then the exit code is 1. <out> is ready for gad prepare.
+    OUTPUT.failed.jsonl; then the exit code is 1. OUTPUT is ready for gad prepare.
 
-    Example: gad collect prompts.txt --out answers.jsonl --model gpt-5-chat-latest --temperature 0.8 --max_tokens 1536
+    Example: gad collect prompts.txt --output answers.jsonl --model gpt-5-chat-latest --max_tokens 1536
     """
     from recipe.gad import collect as work
     from recipe.gad.openai_client import ChatClient, RequestFailed
 
-    try:
-        fields = json.loads(extra)
-    except ValueError as error:
-        raise ValueError(f"--extra {extra}: not JSON ({error}). Fix: --extra '{{\"top_p\": 0.9}}'") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"--extra {extra}: expected a JSON object. Fix: --extra '{{\"top_p\": 0.9}}'")
+    fields = json_object("--extra", extra)
     prices = (price_prompt, price_completion)
 
     async def run() -> work.Collected:
@@ -85,7 +80,7 @@ def collect(
             settings = work.Settings(model, client.base_url, temperature, max_tokens, system, fields)
             return await work.collect(
                 inputs,
-                out,
+                output,
                 client,
                 settings,
                 samples=samples,
@@ -102,6 +97,6 @@ def collect(
     except KeyboardInterrupt:
         typer.echo(GOES_ON, err=True)
         raise
-    typer.echo(work.summary(result, out, prices))
+    typer.echo(work.summary(result, output, prices))
     if result.reasons or result.rejected:
         raise typer.Exit(1)

@@ -4,11 +4,6 @@ from typing import Annotated, Optional
 
 import typer
 
-EPILOG = (
-    "Example: gad doctor --gpu_memory_gb 80 gad.stage=warmup trainer.n_gpus_per_node=8 "
-    "actor_rollout_ref.model.path=MODEL data.train_files=train.parquet data.val_files=val.parquet"
-)
-
 
 def doctor(
     overrides: Annotated[
@@ -27,6 +22,9 @@ def doctor(
     """Check configuration, models, tokenizers, data, GPU memory and disk of a run, in seconds and without a GPU.
 
     Exit code 0: the run can start (there may be warnings); 1: it cannot, every error says what to do; 2: bad usage.
+
+    Example: gad doctor --gpu_memory_gb 80 gad.stage=warmup trainer.n_gpus_per_node=8
+    actor_rollout_ref.model.path=MODEL data.train_files=train.parquet data.val_files=val.parquet
     """
     import json
     import sys

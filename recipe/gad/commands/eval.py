@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from recipe.gad.commands.options import json_object
 
 DEFAULT_JUDGE_EXTRA = '{"temperature": 0}'
 DEFAULT_JUDGE_CONCURRENCY = 16
@@ -22,16 +24,10 @@ JudgeExtra = Annotated[
 ]
 JudgeConcurrency = Annotated[int, typer.Option("--judge_concurrency", min=1, help="Requests to the judge at a time.")]
 
-app = typer.Typer(
-    help="Sample answers of a model to validation prompts and measure how close they are to the teacher's.",
-    invoke_without_command=True,
-)
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 
 
-@app.callback(
-    epilog="Example: gad eval --model runs/gad --val_files val.parquet --output_dir eval/gad "
-    "--two_sample_model HuggingFaceTB/SmolLM2-135M-Instruct"
-)
+@app.callback()
 def evaluate(
     context: typer.Context,
     model: Annotated[
@@ -104,6 +100,9 @@ def evaluate(
     confidence intervals over prompts. With --two_sample_model also the two-sample test: the held-out accuracy of a
     fresh discriminator in telling the model's answers from the teacher's (0.5 = cannot be told apart). Answers made
     with the same settings are reused.
+
+    Example: gad eval --model runs/gad --val_files val.parquet --output_dir eval/gad
+    --two_sample_model HuggingFaceTB/SmolLM2-135M-Instruct
     """
     if context.invoked_subcommand is not None:
         return
@@ -128,7 +127,7 @@ def evaluate(
         n=n,
         prompt_key=prompt_key,
         teacher_key=teacher_key,
-        chat_template_kwargs=_json_object("--chat_template_kwargs", chat_template_kwargs),
+        chat_template_kwargs=json_object("--chat_template_kwargs", chat_template_kwargs),
     )
     test = None
     if two_sample_model is not None:
@@ -137,7 +136,7 @@ def evaluate(
         )
     client = None
     if judge_model is not None:
-        judge_settings = JudgeSettings(judge_model, judge_mode, _json_object("--judge_extra", judge_extra))
+        judge_settings = JudgeSettings(judge_model, judge_mode, json_object("--judge_extra", judge_extra))
         client = ChatClient(judge_base_url)
     answers = make_answers(settings, output_dir, overwrite, gpu_memory_utilization, enforce_eager)
     scores = update_scores(output_dir, text=text_section(answers, seed))
@@ -150,7 +149,7 @@ def evaluate(
     print(scores_table(scores))
 
 
-@app.command(epilog="Example: gad eval compare eval/seqkd eval/gad --output compare.json")
+@app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Output folders of gad eval.")],
     output: Annotated[Path | None, typer.Option(help="Write the comparison as JSON.")] = None,
@@ -163,6 +162,8 @@ def compare(
     """One table of several evaluated models: same validation data, same settings.
 
     With --judge_model the answers of every model are judged against those of the first one, pair by pair.
+
+    Example: gad eval compare eval/seqkd eval/gad --output compare.json
     """
     from recipe.gad.evaluate import compare as compare_folders
     from recipe.gad.evaluate import comparison_table, judge_against_first
@@ -171,21 +172,11 @@ def compare(
 
     comparison = compare_folders(folders)
     if judge_model is not None:
-        judge_settings = JudgeSettings(judge_model, "pairwise", _json_object("--judge_extra", judge_extra))
+        judge_settings = JudgeSettings(judge_model, "pairwise", json_object("--judge_extra", judge_extra))
         judge_against_first(comparison, judge_settings, judge_base_url, judge_concurrency, seed)
     if output is not None:
         write_atomically(output, json.dumps(comparison, indent=2) + "\n")
     print(comparison_table(comparison))
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{option} {text!r}: expected a JSON object, such as '{{\"enable_thinking\": false}}'")
-    return value
 
 
 def _seeds(text: str) -> tuple[int, ...]:

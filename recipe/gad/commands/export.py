@@ -4,8 +4,6 @@ from typing import Annotated, Optional
 
 import typer
 
-EPILOG = "Example: gad export runs/gad --output my-model, then: vllm serve ./my-model"
-
 
 def export(
     checkpoint: Annotated[
@@ -14,7 +12,7 @@ def export(
             help="A run's folder (its newest complete checkpoint counts), global_step_N, or its role folder."
         ),
     ],
-    output: Annotated[str, typer.Option("--output", help="Folder to make.")],
+    output_dir: Annotated[str, typer.Option("--output_dir", help="Folder to make.")],
     role: Annotated[
         Optional[str],  # noqa: UP045 (typer evaluates it on Python 3.10)
         typer.Option("--role", help="actor, or critic (the discriminator). Default: what the path says, else actor."),
@@ -29,6 +27,8 @@ def export(
     The folder is loaded again and compared with the checkpoint before it gets its name.
 
     The critic is a token-classification model with one label; D's score is its value at the last token.
+
+    Example: gad export runs/gad --output_dir my-model, then: vllm serve ./my-model
     """
     import sys
     from contextlib import redirect_stdout
@@ -36,6 +36,6 @@ def export(
     from recipe.gad.export import export as write
 
     with redirect_stdout(sys.stderr):  # verl's merger prints its progress
-        done = write(checkpoint, output, role, dtype, lora)
+        done = write(checkpoint, output_dir, role, dtype, lora)
     note = f"; rounding to {dtype} moves outputs by up to {done.rounding:.2g}" if done.rounding else ""
-    typer.echo(f"{output}: {done.architecture} from {done.source}, loaded again and compared{note}")
+    typer.echo(f"{output_dir}: {done.architecture} from {done.source}, loaded again and compared{note}")

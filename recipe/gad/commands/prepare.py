@@ -7,7 +7,9 @@ import typer
 
 
 def prepare(
-    out: Annotated[Path, typer.Option(help="Folder for train.parquet, val.parquet and rejects.jsonl.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", help="Folder for train.parquet, val.parquet and rejects.jsonl.")
+    ],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -60,7 +62,7 @@ def prepare(
     Rows with a prompt that was there before are left out (white space and Unicode form do not count). A hash of the
     prompt decides its side of the split, whatever else is in the data. Bad rows go to rejects.jsonl with the reason.
 
-    Example: gad prepare answers.jsonl --out data --tokenizer Qwen/Qwen2.5-7B-Instruct
+    Example: gad prepare answers.jsonl --output_dir data --tokenizer Qwen/Qwen2.5-7B-Instruct
     """
     from recipe.gad import prepare as work
 
@@ -75,10 +77,10 @@ def prepare(
         sources, val_sources = [f"{dataset}:{public.train_split}"], [f"{dataset}:{public.val_split}"]
     if not sources:
         raise ValueError("no input. Fix: name files or data sets, or --preset lmsys-gpt5")
-    prompt_limit, response_limit = work.default_lengths()
+    default_prompt, default_response = work.default_lengths()
     result = work.prepare(
         sources,
-        out,
+        output_dir,
         val_inputs=val_sources,
         val_fraction=val_fraction,
         prompt_key=prompt_key,
@@ -87,6 +89,7 @@ def prepare(
         keep_answers=keep_answers,
         strict=strict,
         overwrite=overwrite,
-        count_tokens=work.token_counter(tokenizer) if tokenizer else None,
+        count_tokens=work.student_token_counter(tokenizer) if tokenizer else None,
     )
-    typer.echo(work.summary(result, out, max_prompt_length or prompt_limit, max_response_length or response_limit))
+    limits = max_prompt_length or default_prompt, max_response_length or default_response
+    typer.echo(work.summary(result, output_dir, *limits))
