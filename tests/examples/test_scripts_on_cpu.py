@@ -295,7 +295,7 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
     for name in ("student", "warmup"):
         (out / name).mkdir()
     (out / "data/train.parquet").touch()
-    done, calls = fake("smollm2_gpt4/run.sh", "--out", out, "--skip-doctor", "trainer.seed_of_mine=1")
+    done, calls = fake("smollm2_gpt4/run.sh", "--output_dir", out, "--skip-doctor", "trainer.seed_of_mine=1")
     assert done.returncode == 0, done.stderr
     assert not any("cli doctor" in call for call in calls)
     trained = [call.split() for call in calls if "main_ppo" in call]
@@ -322,7 +322,7 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("smollm2_gpt4/run.sh", ["--out", "nothing"], "run prepare.sh --out nothing"),
+        ("smollm2_gpt4/run.sh", ["--output_dir", "nothing"], "run prepare.sh --output_dir nothing"),
         ("smollm2_gpt4/run.sh", ["--model", "x"], "unknown flag --model"),
         ("smollm2_gpt4/prepare.sh", [], "--train and --val are missing"),
         ("smollm2_gpt4/prepare.sh", ["--train"], "--train needs a value"),

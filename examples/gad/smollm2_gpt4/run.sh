@@ -7,8 +7,8 @@ export PYTHON=${PYTHON:-python3}
 
 usage() {
   cat <<'HELP'
-usage: run.sh [--out DIR] [--stages "seqkd warmup gad eval report"] [--skip-doctor] [hydra.key=value ...]
-  --out DIR      folder of prepare.sh; gets one folder a stage (default: outputs/smollm2_gpt4)
+usage: run.sh [--output_dir DIR] [--stages "seqkd warmup gad eval report"] [--skip-doctor] [hydra.key=value ...]
+  --output_dir DIR  folder of prepare.sh; gets one folder a stage (default: outputs/smollm2_gpt4)
   --stages LIST  what to run, in this order (default: all of it); a stage that stopped goes on where it was
   --skip-doctor  start without the checks of `gad doctor`
 Hydra overrides go to every training stage. Without flash-attn:
@@ -23,17 +23,17 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --help|-h) usage; exit 0 ;;
     --skip-doctor) flags=(--skip-doctor); shift; continue ;;
-    --out|--stages) [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
+    --output_dir|--stages) [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
     --*) fail "unknown flag $1; see --help" ;;
     *) break ;;
   esac
   case "$1" in
-    --out) out=$2 ;;
+    --output_dir) out=$2 ;;
     --stages) stages=$2 ;;
   esac
   shift 2
 done
-[ -d "$out/student" ] && [ -f "$out/data/train.parquet" ] || fail "$out holds no student and data; run prepare.sh --out $out"
+[ -d "$out/student" ] && [ -f "$out/data/train.parquet" ] || fail "$out holds no student and data; run prepare.sh --output_dir $out"
 
 # SeqKD sees as many batches of teacher answers as warmup and GAD together
 warmup_steps=30 gad_steps=100
