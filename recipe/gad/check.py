@@ -626,9 +626,10 @@ def required_ray_cpus(config: DictConfig) -> int:
 
 def _starts_ray(config: DictConfig) -> bool:
     """Does the run start a Ray cluster of its own, and not join one?"""
-    if os.environ.get("RAY_ADDRESS") or get(config, "ray_kwargs.ray_init.address", "local") != "local":
-        return False
-    return not RAY_STARTED.exists()
+    address = get(config, "ray_kwargs.ray_init.address")
+    if address is not None:
+        return address == "local"
+    return not (os.environ.get("RAY_ADDRESS") or RAY_STARTED.exists())
 
 
 def _ray_cpus(config: DictConfig) -> tuple[int, str] | None:

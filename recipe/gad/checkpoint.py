@@ -147,8 +147,7 @@ def step_folders(folder: str | Path) -> dict[int, Path]:
 
 
 def role_folders(folder: Path, role: str) -> list[Path]:
-    """Folders of actor or critic that a path names: of a run the steps' ones, newest first, of a ``global_step_N``
-    folder its one, and a role folder itself."""
+    """Folders of a role that a path names: all steps' of a run (newest first), one step's, or the path itself."""
     if folder.name == role and (folder / "huggingface").is_dir():
         return [folder]
     steps = [folder] if (folder / role).is_dir() else reversed(step_folders(folder).values())

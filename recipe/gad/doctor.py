@@ -209,7 +209,9 @@ def check_end_token(config: DictConfig) -> Messages:
     end = next((token for token in suffix if token in stops), None)
     if end is None or (wanted is not None and end != wanted):
         ends = end_of_turn_ids(tokenizer, stops, _template_kwargs(config))
-        turns = tokenizer.apply_chat_template([*PROBE], tokenize=True, return_dict=False, **_template_kwargs(config))
+        turns = tokenizer.apply_chat_template(
+            [*PROBE, PROBE[0]], tokenize=True, return_dict=False, **_template_kwargs(config)
+        )
         fix = "a template that ends its turns with a special token" if wanted is None else (
             f"set eos_token {names(wanted)!r} in {folder}/tokenizer_config.json and eos_token_id {wanted} in its "
             "generation_config.json"
@@ -218,7 +220,7 @@ def check_end_token(config: DictConfig) -> Messages:
             f"the chat template of {folder} ends an assistant turn with {names(suffix)}, but a rollout stops at "
             f"{names(sorted(stops))}, and teacher answers are given the end {names(ends)}"
         )
-        if end is None and ends[-1] in turns:
+        if end is None and ends[-1] in turns[1:]:  # the first may be a bos token that is eos as well
             yield f"{message}, which the template writes elsewhere: it ends no turn. Fix: {fix}"
         else:
             yield Warn(

@@ -154,6 +154,11 @@ def test_the_end_token_of_a_base_model(compose_config, model):
     for part in ("ends an assistant turn with ['<end>']", "given the end ['<pad>']", "Fix: set eos_token '<end>'",
                  "tokenizer_config.json", "eos_token_id 2", "generation_config.json"):  # fmt: skip
         assert part in warning
+    template = folder / "chat_template.jinja"
+    template.write_text("<pad> " + template.read_text())  # eos opens the whole, as a bos token
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}")
+    doctor._tokenizer.cache_clear()
+    assert [finding.level for finding in run_checks(config, [check_end_token])] == ["warning"]
 
 
 @pytest.mark.parametrize(
