@@ -220,7 +220,7 @@ def test_lora_actor(runner, warmup):
 def test_a_gad_run_without_a_trained_score_head_stops_before_anything_is_written(runner):
     out = runner.base / "refused"
     result = runner.run(runner.command("gad", out, "--model", f"{runner.problem}/model"))
-    assert result.returncode == 2
+    assert result.returncode == 1  # the doctor's
     assert "score" in result.stdout and "Traceback" not in result.stdout
     assert not out.exists()
 
