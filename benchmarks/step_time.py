@@ -31,16 +31,24 @@ from collections import defaultdict
 from pathlib import Path
 
 SIDES = ("grpo", "gad", "gad_separate", "gad_pairwise", "gad_unscored")
-SIZES = {  # shapes of well-known models of these sizes, as a Llama
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SIZES = {  # of well-known models of these sizes, as a Llama
+    "tiny": (64, 128, 2, 2, 2, 512),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
-KEY_VALUE_HEADS = {"tiny": 2, "135m": 3, "0.5b": 2, "1.5b": 2}
-VOCABULARY = {"tiny": 512, "135m": 49152, "0.5b": 151936, "1.5b": 151936}
 PHASES = "gen old_log_prob ref values adv update_critic update_actor update_weights step".split()
 PROMPT_WORDS = 48
+PROMPT_TOKENS = PROMPT_WORDS + 16
+"""Limit of a prompt: its words and the chat template's tokens."""
 
 
 def build_problem(folder: Path, size: str, response_length: int, prompts: int) -> None:
@@ -51,8 +59,9 @@ def build_problem(folder: Path, size: str, response_length: int, prompts: int) -
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    shape = dict(zip(SHAPE, SIZES[size], strict=True))
     special = ["<pad>", "<user>", "<assistant>", "<eos>"]
-    words = [f"w{i}" for i in range(VOCABULARY[size] - len(special))]
+    words = [f"w{i}" for i in range(shape["vocab_size"] - len(special))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
@@ -63,9 +72,7 @@ def build_problem(folder: Path, size: str, response_length: int, prompts: int) -
     )
     tokenizer.save_pretrained(folder / "model")
     config = LlamaConfig(
-        **SIZES[size],
-        vocab_size=VOCABULARY[size],
-        num_key_value_heads=KEY_VALUE_HEADS[size],
+        **shape,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -97,12 +104,12 @@ def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
         f"data.train_files={folder}/train.parquet",
         f"data.val_files={folder}/train.parquet",
         f"data.train_batch_size={args.prompts}",
-        f"data.max_prompt_length={PROMPT_WORDS + 16}",
+        f"data.max_prompt_length={PROMPT_TOKENS}",
         f"data.max_response_length={args.response}",
         "data.dataloader_num_workers=0",
         f"actor_rollout_ref.rollout.n={args.n}",
         "actor_rollout_ref.rollout.ignore_eos=True",
-        f"actor_rollout_ref.rollout.max_model_len={PROMPT_WORDS + 16 + args.response}",
+        f"actor_rollout_ref.rollout.max_model_len={PROMPT_TOKENS + args.response}",
         f"actor_rollout_ref.rollout.max_num_seqs={args.prompts * args.n}",
         f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={tokens}",
         f"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu={tokens}",
@@ -130,7 +137,7 @@ def trainer_class():
 
     from verl.trainer.ppo.v1.trainer_gad import PPOTrainerGAD, _Group
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-    from verl.workers.critic.dp_critic import DataParallelPPOCritic
+    from verl.workers.critic.dp_critic import SCORING_FIELDS, DataParallelPPOCritic
 
     class StepTimeTrainer(PPOTrainerGAD):
         sides: tuple[str, ...] = SIDES
@@ -168,7 +175,7 @@ def trainer_class():
                 self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n)
                 return super()._update_discriminator(partition_id, metrics)
             groups, prompts = self._groups, self.config.critic.ppo_mini_batch_size
-            self._groups = self._pairs(groups, partition_id, _Group)
+            self._groups = self._pairs(groups, partition_id)
             with open_dict(self.config):
                 self.config.critic.ppo_mini_batch_size = prompts * self.rollout_n
                 self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, rollout_n=1)
@@ -176,17 +183,16 @@ def trainer_class():
                 self.config.critic.ppo_mini_batch_size = prompts
             return scores
 
-        def _pairs(self, groups, partition_id, group_class):
+        def _pairs(self, groups, partition_id):
             """Every student sample with its own copy of the teacher's row."""
             keys = [group.teacher[0] for group in groups]
-            fields = ["input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask"]
-            data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=fields)
+            data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=SCORING_FIELDS)
             pairs, rows = [], {}
             for i, group in enumerate(groups):
                 for j, student in enumerate(group.students):
-                    pair = group_class(f"{group.uid}-{j}", 1)
+                    pair = _Group(f"{group.uid}-{j}", 1)
                     pair.students, pair.teacher = [student], (pair.teacher[0], group.teacher[1])
-                    rows[pair.teacher[0]] = {name: data[name][i] for name in fields}
+                    rows[pair.teacher[0]] = {name: data[name][i] for name in SCORING_FIELDS}
                     pairs.append(pair)
             self._put_rows(partition_id, rows)
             return pairs

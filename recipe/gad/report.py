@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.gad.files import write_atomically
-from recipe.gad.health import Verdict, diagnose
+from recipe.gad.health import CLIP_BAND, Verdict, diagnose
 from recipe.gad.run_log import (
     ROUGE_L,
     Metrics,
@@ -175,7 +175,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "Share of tokens whose update is clipped. Exactly 0 when every batch is one optimizer step; the band is "
             "for several.",
             {"pg_clipfrac": "actor/pg_clipfrac"},
-            (0.1, 0.3),
+            CLIP_BAND,
         ),
         Panel("ppo_kl", "KL within a step", "Sampling against updated policy, nats per token.", {"": "actor/ppo_kl"}),
         Panel("kl_loss", "KL to the reference", "From the warmup policy, nats per token.", {"": "actor/kl_loss"}),
