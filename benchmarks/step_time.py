@@ -10,11 +10,12 @@ are forced to their full length, teacher answers are as long. Sides:
 
     grpo          stock verl's GRPO step: no discriminator, no teacher rows
     gad           GAD as users run it
-    gad_separate  GAD with a pass of its own for D's scores and for old_log_prob (both switches off)
+    gad_separate  GAD with a pass of its own for D's scores and for old_log_prob, and stock's outputs of vLLM
     gad_pairwise  gad_separate with the teacher run once per student sample in D's update
     gad_unscored  gad_separate without the pass for D's scores (random rewards): what scoring costs
 
-All sides look for finished rollouts as often (gad.poll_interval), so stock's 2 s polling does not count against it.
+All but gad get their answers from vLLM as stock verl does, token by token with text. All sides look for finished
+rollouts as often (gad.poll_interval), so stock's 2 s polling does not count against it.
 Further arguments are Hydra overrides.
 """
 
@@ -128,8 +129,24 @@ def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
     ]
 
 
+def stock_outputs(server, stock: bool) -> None:
+    """In a vLLM server's process: give out answers as stock verl asks for them, or as the run's configuration does."""
+    engine = server.engine
+    if not hasattr(server, "configured"):
+        server.configured = engine.output_processor.stream_interval, engine.generate
+    interval, generate = server.configured
+
+    def generate_as_stock(*args, sampling_params, **kwargs):
+        sampling_params.detokenize, sampling_params.flat_logprobs = True, False
+        return generate(*args, sampling_params=sampling_params, **kwargs)
+
+    engine.output_processor.stream_interval = 1 if stock else interval
+    engine.generate = generate_as_stock if stock else generate
+
+
 def trainer_class():
     """The GAD trainer that changes sides from step to step and keeps every step's metrics."""
+    import ray
     import torch
     import transfer_queue as tq
     from omegaconf import open_dict
@@ -149,8 +166,12 @@ def trainer_class():
         def on_step_begin(self):
             self.side = self.sides[(self.global_steps - 1) % len(self.sides)]
             self.use_critic = self.side != "grpo"
+            as_users_run_it = self.side == "gad"
             with open_dict(self.config):
-                self.config.gad.score_in_update = self.config.gad.skip_old_log_prob = self.side == "gad"
+                self.config.gad.score_in_update = self.config.gad.skip_old_log_prob = as_users_run_it
+            if self.config.actor_rollout_ref.rollout.name == "vllm":
+                servers = self.llm_server_manager.server_handles
+                ray.get([server.__ray_call__.remote(stock_outputs, not as_users_run_it) for server in servers])
             super().on_step_begin()
 
         def _balance_batch(self, batch, metrics, **kwargs):
@@ -208,7 +229,7 @@ def trainer_class():
 
 
 class DeviceMemory(threading.Thread):
-    """Largest memory in use on any GPU of this node, in GiB, by the driver's own count (all processes together)."""
+    """Largest memory in use on any visible GPU, in GiB, by the driver's own count (all processes together)."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -216,6 +237,8 @@ class DeviceMemory(threading.Thread):
 
     def run(self):
         command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            command.append(f"--id={visible}")
         while True:
             used = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             self.peak_gib = max(self.peak_gib, *(int(mib) / 1024 for mib in used))

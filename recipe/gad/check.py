@@ -35,8 +35,6 @@ ACTOR_MODEL = "actor_rollout_ref.model"
 RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
 """Made by `ray start` on this machine: ray.init() without an address joins that cluster."""
 LORA_KEYS = ("lora_rank", "lora.rank")
-VLLM_SERVER = "ray::vLLMHttpServer"
-"""Start of the title of the process of a rollout engine."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -658,35 +656,6 @@ def check_ray(config: DictConfig) -> Messages:
     )
 
 
-def vllm_servers() -> list[int]:
-    """Process ids of the vLLM servers of verl runs on this machine that are not of this process's Ray cluster."""
-    import psutil
-
-    # a server's parent is its raylet, this process's if the cluster is this one; without it (1) a server is ending
-    ignored = (1, os.getppid())
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline", "ppid"])
-        if " ".join(process.info["cmdline"] or ()).startswith(VLLM_SERVER) and process.info["ppid"] not in ignored
-    ]
-
-
-def check_other_runs(config: DictConfig) -> Messages:
-    """No other verl run on this machine reads weights from the same sockets.
-
-    verl sends weights to vLLM over /tmp/rl-colocate-zmq-JOB-replica-..., where JOB is the id of the Ray job, and the
-    first job of every Ray cluster is 01000000.
-    """
-    if get(config, f"{ROLLOUT}.name") != "vllm" or get(config, "trainer.device") == "cpu" or not _starts_ray(config):
-        return
-    if servers := vllm_servers():
-        yield (
-            f"another verl run with vLLM is on this machine (process {servers[0]}), under a Ray cluster of its own: "
-            "both would send their weights over the same sockets in /tmp, read each other's, and hang. Fix: wait for "
-            "it to end, or `ray start --head` once and start both runs with RAY_ADDRESS=auto"
-        )
-
-
 # ---------------------------------------------------------------------- 9. runs without a GPU
 
 
@@ -735,7 +704,6 @@ CHECKS: tuple[Check, ...] = (
     check_batches,
     check_tokens,
     check_ray,
-    check_other_runs,
     check_output,
     check_models,
     check_critic_lora,

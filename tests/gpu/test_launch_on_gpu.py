@@ -25,6 +25,7 @@ SMALL = [
     f"actor_rollout_ref.rollout.n={SAMPLES}",
     "actor_rollout_ref.rollout.enforce_eager=True",
     "actor_rollout_ref.rollout.gpu_memory_utilization=0.2",
+    "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=1073741824",  # others may use the GPU as well
     f"actor_rollout_ref.rollout.max_model_len={PROMPT + RESPONSE}",
     "actor_rollout_ref.rollout.agent.num_workers=1",
     "actor_rollout_ref.actor.optim.lr=1e-4",

@@ -661,38 +661,6 @@ def test_too_few_ray_cpus(config, monkeypatch):
     assert errors_of(few) == []
 
 
-@pytest.fixture
-def vllm_server():
-    """A process with the title of a rollout engine of another run."""
-    command = ["bash", "-c", "exec -a 'ray::vLLMHttpServer.generate' sleep 60"]
-    with subprocess.Popen(command) as process:
-        title = Path(f"/proc/{process.pid}/cmdline")
-        while not title.read_bytes().startswith(b"ray::"):
-            time.sleep(0.01)
-        yield process
-        process.kill()
-
-
-def test_another_run_with_vllm(gpu, vllm_server, monkeypatch, tmp_path):
-    monkeypatch.setattr(check, "RAY_STARTED", tmp_path / "ray_current_cluster")
-    run = gpu({f"{ROLLOUT}.name": "vllm"})
-    expect(run, f"process {vllm_server.pid}", "read each other's", "RAY_ADDRESS=auto")
-    assert errors_of(gpu({f"{ROLLOUT}.name": "hf"})) == []
-    assert errors_of(gpu({f"{ROLLOUT}.name": "vllm", "ray_kwargs.ray_init.address": "auto"})) == []
-    (tmp_path / "ray_current_cluster").touch()
-    assert errors_of(run) == [], "the run joins a cluster"
-    (tmp_path / "ray_current_cluster").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "getppid", os.getpid)
-        assert errors_of(run) == [], "the server has this process's raylet"
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert errors_of(run) == []
-    monkeypatch.delenv("RAY_ADDRESS")
-    vllm_server.kill()
-    vllm_server.wait()
-    assert errors_of(run) == []
-
-
 # ---------------------------------------------------------------------- 9. devices
 
 

@@ -1,0 +1,17 @@
+"""Extends stock ``verl.workers.rollout.vllm_rollout.vllm_rollout``: the sending end of the socket for weights has a
+name that no other run on the machine uses (see vllm_async_server.py, its receiving end)."""
+
+import ray
+
+from recipe.gad.cluster import unique_job_id
+from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter as _StockServerAdapter
+
+
+class ServerAdapter(_StockServerAdapter):
+    """Stock adapter; its socket is named by :func:`recipe.gad.cluster.unique_job_id` instead of Ray's job id."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        stock_id = f"-{ray.get_runtime_context().get_job_id()}-"
+        assert self.zmq_handle.count(stock_id) == 1, self.zmq_handle
+        self.zmq_handle = self.zmq_handle.replace(stock_id, f"-{unique_job_id()}-")
