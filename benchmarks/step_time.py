@@ -130,18 +130,19 @@ def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
 
 
 def stock_outputs(server, stock: bool) -> None:
-    """In a vLLM server's process: give out answers as stock verl asks for them, or as the run's configuration does."""
+    """In a vLLM server's process: answers come out as in stock verl, or as in GAD (vllm_async_server.py)."""
+    from vllm.sampling_params import RequestOutputKind
+
     engine = server.engine
-    if not hasattr(server, "configured"):
-        server.configured = engine.output_processor.stream_interval, engine.generate
-    interval, generate = server.configured
+    if not hasattr(server, "generate_of_gad"):
+        server.generate_of_gad = engine.generate
 
-    def generate_as_stock(*args, sampling_params, **kwargs):
+    def generate(*args, sampling_params, **kwargs):
+        sampling_params.output_kind = RequestOutputKind.CUMULATIVE
         sampling_params.detokenize, sampling_params.flat_logprobs = True, False
-        return generate(*args, sampling_params=sampling_params, **kwargs)
+        return server.generate_of_gad(*args, sampling_params=sampling_params, **kwargs)
 
-    engine.output_processor.stream_interval = 1 if stock else interval
-    engine.generate = generate_as_stock if stock else generate
+    engine.generate = generate if stock else server.generate_of_gad
 
 
 def trainer_class():

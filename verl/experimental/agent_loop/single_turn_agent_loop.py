@@ -1,12 +1,12 @@
 """Extends stock ``verl.experimental.agent_loop.single_turn_agent_loop``: a seed per sample for the Hugging Face
-rollout, token ids alone from vLLM, and no reward function for answers that D scores.
+rollout, whole answers from vLLM, and no reward function for answers that D scores.
 
 The Hugging Face replica batches requests as they arrive, so a shared random stream would give every run other samples.
 With a seed that depends on the step, the prompt and the sample's number only, a run repeats itself, and a resumed run
 continues the interrupted one.
 
-vLLM turns every token into text as it comes, and keeps an object per log-probability. The agent loop reads token ids
-and numbers only, so both are switched off; the samples are the same.
+A trainer that waits for all answers of a step has no use for unfinished ones, which other trainers may ask vLLM for
+(see vllm_async_server.py).
 
 Stock verl sends every answer to a reward process. For training rows of GAD its result, 0, is replaced by D's score, so
 the loop gives 0 itself and spares the round trip.
@@ -18,14 +18,11 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop as _StockSingleTurnAgentLoop
 
-IDS_ONLY = {"detokenize": False, "flat_logprobs": True}
-"""vLLM's sampling parameters for answers as token ids: no text, log-probabilities in plain lists."""
-
 
 @register("single_turn_agent")
 class SingleTurnAgentLoop(_StockSingleTurnAgentLoop):
-    """Stock single-turn loop with further sampling parameters (hf: ``seed``, vllm: :data:`IDS_ONLY`), and the reward of
-    rows marked ``scored_by_discriminator`` (see recipe/gad/reward.py)."""
+    """Stock single-turn loop with a further sampling parameter for the rollout engine (hf: ``seed``, vllm:
+    ``whole_answers``), and the reward of rows marked ``scored_by_discriminator`` (see recipe/gad/reward.py)."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
         if self.rollout_config.name == "hf":
@@ -36,8 +33,8 @@ class SingleTurnAgentLoop(_StockSingleTurnAgentLoop):
                 int(kwargs["session_id"]),
             )
             sampling_params = {**sampling_params, "seed": zlib.crc32(repr(identity).encode())}
-        elif self.rollout_config.name == "vllm":
-            sampling_params = {**sampling_params, **IDS_ONLY}
+        elif self.rollout_config.name == "vllm" and self.config.trainer.v1.trainer_mode in ("gad", "sync"):
+            sampling_params = {**sampling_params, "whole_answers": True}
         output = await super().run(sampling_params, **kwargs)
         if (kwargs.get("extra_info") or {}).get("scored_by_discriminator", False):
             output.reward_score = 0.0

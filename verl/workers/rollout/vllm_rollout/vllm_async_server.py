@@ -1,18 +1,40 @@
-"""Extends stock ``verl.workers.rollout.vllm_rollout.vllm_async_server``: two runs on one machine keep apart.
+"""Extends stock ``verl.workers.rollout.vllm_rollout.vllm_async_server``: answers come out whole, as token ids, and two
+runs on one machine keep apart.
+
+Stock verl lets vLLM hand out every answer again with each token, turned into text, with an object per log-probability;
+verl reads the last of these outputs, and its ids and numbers only. ``sampling_params["whole_answers"]`` leaves that
+work out. It has to be asked for: stock verl takes the first output as the sign that vLLM has accepted a request, and
+waits for it before it interrupts answers, as its asynchronous trainers do.
 
 Weights reach the processes of vLLM over a socket in /tmp. Stock verl names it by Ray's job id, which every Ray cluster
 counts from 1: two runs on one machine, each with a cluster of its own, read each other's messages and hang.
 """
 
 import os
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind
 
 from recipe.gad.cluster import unique_job_id
+from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer as _StockVLLMHttpServer
+
+WHOLE_ANSWERS = {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": False, "flat_logprobs": True}
+"""vLLM's sampling parameters for one output per answer, without text, with log-probabilities in plain lists."""
 
 
 class vLLMHttpServer(_StockVLLMHttpServer):
-    """Stock server; its engine's processes, started later, inherit :func:`recipe.gad.cluster.unique_job_id`."""
+    """Stock server with :data:`WHOLE_ANSWERS` for requests that ask for it; the engine's processes, started later,
+    inherit :func:`recipe.gad.cluster.unique_job_id`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         os.environ["VERL_RAY_JOB_ID"] = unique_job_id()
+
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs
+    ) -> TokenOutput:
+        sampling_params = dict(sampling_params)
+        if sampling_params.pop("whole_answers", False):
+            sampling_params |= WHOLE_ANSWERS
+        return await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
