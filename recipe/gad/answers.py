@@ -261,7 +261,7 @@ def _sample_vllm(
     enforce_eager: bool,
 ) -> list[list[list[int]]]:
     """n lists of token ids for every prompt."""
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # CUDA may already be in use here
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # CUDA may already be in use here
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -128,6 +128,21 @@ def test_two_steps_of_warmup_and_gad_with_vllm(problem, tmp_path):
     assert any("rouge_l" in name for name in gad[-1])
 
 
+def test_evaluation_with_vllm(problem, tmp_path):
+    """`gad eval` samples with vLLM and trains the discriminators of its two-sample test on the GPU that vLLM leaves."""
+    command = [sys.executable, "-m", "recipe.gad.cli", "eval", "--model", f"{problem}/model"]
+    command += ["--val_files", f"{problem}/val.parquet", "--output_dir", str(tmp_path), "--backend", "vllm"]
+    command += ["--max_prompt_length", str(PROMPT), "--max_response_length", str(RESPONSE)]
+    command += ["--gpu_memory_utilization", "0.2", "--enforce_eager", "--two_sample_model", f"{problem}/model"]
+    environment = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"[-6000:]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert 0.0 <= scores["two_sample"]["accuracy"]["value"] <= 1.0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 8
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 def test_two_gpus_with_fsdp2_and_tensor_parallel_rollout_equal_one(problem, tmp_path):
     """Rollouts of the two-GPU run are replayed on one GPU: the same data must give the same losses."""

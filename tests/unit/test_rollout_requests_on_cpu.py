@@ -1,0 +1,81 @@
+"""What the single-turn agent loop asks of each rollout engine, and the job's name that sockets on a machine carry."""
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from verl.experimental.agent_loop import single_turn_agent_loop
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def asked(monkeypatch, rollout: str, trainer_mode: str) -> dict:
+    """The sampling parameters that reach the stock loop."""
+    seen = {}
+
+    async def stock_run(self, sampling_params, **kwargs):
+        seen.update(sampling_params)
+        return SimpleNamespace(reward_score=None)
+
+    monkeypatch.setattr(single_turn_agent_loop._StockSingleTurnAgentLoop, "run", stock_run)
+    loop = object.__new__(SingleTurnAgentLoop)
+    loop.config = SimpleNamespace(trainer=SimpleNamespace(v1=SimpleNamespace(trainer_mode=trainer_mode)))
+    loop.rollout_config = SimpleNamespace(name=rollout, seed=0)
+    row = {"global_steps": 1, "session_id": 0, "raw_prompt": [{"role": "user", "content": "a"}]}
+    given = {"temperature": 0.8, "logprobs": True}
+    asyncio.run(loop.run(given, **row))
+    assert given == {"temperature": 0.8, "logprobs": True}, "the caller's parameters serve other samples too"
+    return {name: value for name, value in seen.items() if name not in given}
+
+
+@pytest.mark.parametrize("trainer_mode", ["gad", "sync"])
+def test_trainers_that_wait_for_every_answer_ask_vllm_for_whole_ones(monkeypatch, trainer_mode):
+    assert asked(monkeypatch, "vllm", trainer_mode) == {"whole_answers": True}
+
+
+@pytest.mark.parametrize("trainer_mode", ["colocate_async", "separate_async"])
+def test_trainers_that_interrupt_answers_do_not(monkeypatch, trainer_mode):
+    assert asked(monkeypatch, "vllm", trainer_mode) == {}
+
+
+def test_other_engines_are_not_asked_for_what_they_do_not_know(monkeypatch):
+    assert asked(monkeypatch, "sglang", "gad") == {}
+    assert list(asked(monkeypatch, "hf", "gad")) == ["seed"]
+
+
+SCRIPT = """
+import ray, sys
+from recipe.gad.cluster import unique_job_id
+ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[1], log_to_driver=False)
+print(unique_job_id(), ray.get(ray.remote(unique_job_id).remote()), flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+def test_a_job_has_one_name_in_all_processes_and_no_other_cluster_of_the_machine_has_it():
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # a short path: it holds Ray's sockets
+        clusters = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, f"{folder}/{i}"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        names = [cluster.stdout.readline().split() for cluster in clusters]  # both clusters are up
+        for cluster in clusters:
+            cluster.communicate("", timeout=60)
+    (driver, worker), (other, _) = names
+    assert driver == worker
+    assert driver != other
+    assert driver.startswith("01000000-") and other.startswith("01000000-")
+    assert len(f"/tmp/rl-colocate-zmq-{driver}-replica-100-rank-7.sock") < 108  # longest path of a Unix socket
