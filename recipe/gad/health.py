@@ -107,6 +107,17 @@ class Verdict:
     advice: str
 
 
+class Passed(NamedTuple):
+    """A verdict of earlier in a run: steps at which it was first and last found, and what it said last."""
+
+    first: int
+    last: int
+    verdict: Verdict
+
+    def when(self) -> str:
+        return f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+
+
 # -------------------------------------------------------------------------------------------------- the discriminator
 
 
@@ -468,3 +479,22 @@ def diagnose(metrics: Metrics, samples: Sequence[dict] = ()) -> tuple[list[Verdi
         looked_at.append("validation samples")
     verdicts = [verdict for verdict in found if verdict is not None]
     return sorted(verdicts, key=lambda v: LEVELS.index(v.level)), sorted(set(looked_at))
+
+
+def passed_verdicts(metrics: Metrics, now: Sequence[Verdict], looks: int = 50) -> list[Passed]:
+    """Problems and warnings that someone watching the run would have read, and that are not among those of ``now``.
+
+    Args:
+        metrics: of one run, from :func:`recipe.gad.run_log.load_metrics`.
+        now: verdicts of its last state.
+        looks: at most so many states of the run are looked at, spread evenly over its steps.
+    """
+    steps, known = sorted(metrics), {verdict.title for verdict in now}
+    stride = max(START, -(-len(steps) // looks))
+    found: dict[str, Passed] = {}
+    for end in range(stride, len(steps), stride):
+        for verdict in diagnose({step: metrics[step] for step in steps[:end]})[0]:
+            if verdict.level in LEVELS[:2] and verdict.title not in known:
+                first = found[verdict.title].first if verdict.title in found else steps[end - 1]
+                found[verdict.title] = Passed(first, steps[end - 1], verdict)
+    return list(found.values())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.gad.files import write_atomically
-from recipe.gad.health import CLIP_BAND, Verdict, diagnose
+from recipe.gad.health import CLIP_BAND, Passed, Verdict, diagnose, passed_verdicts
 from recipe.gad.run_log import (
     ROUGE_L,
     Metrics,
@@ -43,13 +43,15 @@ SAMPLED_STEPS = 5
 
 @dataclass
 class Run:
-    """A run folder as read. ``offset`` is added to its steps in the pictures; ``verdicts`` come from its last state."""
+    """A run folder as read. ``offset`` is added to its steps in the pictures; ``verdicts`` come from its last state,
+    ``passed`` from earlier ones."""
 
     path: Path
     label: str
     metrics: Metrics
     offset: int = 0
     verdicts: list[Verdict] = field(default_factory=list)
+    passed: list[Passed] = field(default_factory=list)
     looked_at: list[str] = field(default_factory=list)
     samples: dict[int, list[dict]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -103,6 +105,7 @@ def _read_run(path: Path, label: str, handover: int) -> Run:
     run.offset = handover if matching_names(run.metrics, "actor/pg_loss") else 0  # only GAD follows a warmup
     run.samples, run.notes = read_samples(path, SAMPLED_STEPS)
     run.verdicts, run.looked_at = diagnose(run.metrics, list(run.samples.values())[-1] if run.samples else ())
+    run.passed = passed_verdicts(run.metrics, run.verdicts)
     return run
 
 

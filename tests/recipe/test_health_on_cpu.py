@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recipe.gad import health
-from recipe.gad.health import Curve, diagnose
+from recipe.gad.health import Curve, diagnose, passed_verdicts
 
 
 def curve(values) -> Curve:
@@ -201,3 +201,24 @@ def test_several_validation_sets_count_as_their_mean():
     metrics = {1: {"val-aux/a/rouge_l/mean@1": 0.2, "val-aux/b/rouge_l/mean@1": 0.4}, 2: {}}
     steps, values = health.curve(metrics, health.ROUGE_L)
     assert steps.tolist() == [1] and values.tolist() == pytest.approx([0.3])
+
+
+def test_what_was_wrong_and_passed_is_told_with_its_steps():
+    metrics = healthy_metrics()
+    assert passed_verdicts(metrics, []) == []
+    for step in range(40, 61):
+        metrics[step]["response_length/mean"] = 3.0
+    verdicts, _ = diagnose(metrics)
+    assert verdicts == [], "the end of the run is healthy"
+    (passed,) = passed_verdicts(metrics, verdicts)
+    assert passed.verdict.title == "The student's answers grow too short"
+    # means of 20 steps are below 10 / 1.5 from 10 short answers in 20 on: steps 49 to 70, seen at every fifth
+    assert passed.when() == "steps 49 to 69"
+    assert passed_verdicts(metrics, [passed.verdict]) == [], "it is told once"
+
+
+def test_a_long_run_is_looked_at_so_many_times_only(monkeypatch):
+    looks = []
+    monkeypatch.setattr(health, "diagnose", lambda metrics: (looks.append(len(metrics)), ([], []))[1])
+    passed_verdicts({step: {} for step in range(1000)}, [], looks=10)
+    assert looks == list(range(100, 1000, 100))

@@ -24,4 +24,6 @@ def report(
     for run in write_report(run_dirs, output):
         findings = "; ".join(f"{verdict.level}: {verdict.title}" for verdict in run.verdicts)
         typer.echo(f"{run.label}: {run.last_step} steps. {findings or 'Nothing wrong was found.'}")
+        for passed in run.passed:
+            typer.echo(f"  earlier, at {passed.when()}: {passed.verdict.title}")
     typer.echo(f"report: {output}")

@@ -55,18 +55,18 @@ def on_policy_loss(config: ActorConfig, model_output: dict, data: TensorDict, dp
         dp_group: part of the engine's loss interface.
 
     Returns:
-        loss and metrics of ``ppo_loss``; and how far the rollout engine's probabilities of the sampled tokens are from
-        the actor's: rollout_probs_diff_mean (mean over micro-batches) and rollout_probs_diff_max.
+        loss and metrics of ``ppo_loss``; and with ``rollout_log_probs`` how far the rollout engine's probabilities of
+        the sampled tokens are from the actor's: rollout_probs_diff_mean (over micro-batches), rollout_probs_diff_max.
     """
     old_log_probs = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
     data["old_log_probs"] = old_log_probs
     loss, metrics = ppo_loss(config, model_output, data, dp_group)
     mask = data["response_mask"].values().bool()
-    if "rollout_log_probs" in data and mask.any():
+    if "rollout_log_probs" in data:
         rollout = data["rollout_log_probs"].values()[mask].to(old_log_probs.device)
         difference = (old_log_probs.values()[mask].exp() - rollout.exp()).abs()
-    else:
-        difference = torch.zeros(1)
-    metrics["rollout_probs_diff_mean"] = Metric(AggregationType.MEAN, difference.mean())
-    metrics["rollout_probs_diff_max"] = Metric(AggregationType.MAX, difference.max())
+        if not len(difference):  # a micro-batch of missing rollouts
+            difference = torch.zeros(1)
+        metrics["rollout_probs_diff_mean"] = Metric(AggregationType.MEAN, difference.mean())
+        metrics["rollout_probs_diff_max"] = Metric(AggregationType.MAX, difference.max())
     return loss, metrics
