@@ -1,7 +1,10 @@
 """Shared by all tests: the CPU platform, and a tiny real model with real data on disk."""
 
+import importlib.util
 import os
 import random
+import sys
+from pathlib import Path
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before the first import of verl
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +13,21 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
     del os.environ["CUDA_VISIBLE_DEVICES"]  # an empty string stops Ray
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """Function from a name to scripts/NAME.py as a module (no package: the verl wheel ships one so named)."""
+
+    def load(name: str):
+        file = Path(__file__).resolve().parents[1] / f"scripts/{name}.py"
+        spec = importlib.util.spec_from_file_location(f"gad_{name}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

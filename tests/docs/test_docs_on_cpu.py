@@ -1,12 +1,10 @@
 """The documentation against the repository: links, paths, functions, commands, flags, keys, thresholds and defaults."""
 
 import ast
-import importlib.util
 import os
 import re
 import shlex
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -324,13 +322,9 @@ def test_every_finding_is_explained_under_its_title():
 
 
 @pytest.fixture(scope="module")
-def reference():
+def reference(load_script):
     """scripts/config_reference.py as a module."""
-    spec = importlib.util.spec_from_file_location("gad_config_reference", ROOT / "scripts/config_reference.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("config_reference")
 
 
 def words_of(text: str) -> str:

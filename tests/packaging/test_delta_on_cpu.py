@@ -1,9 +1,7 @@
 """The delta is complete, pinned, explained in DELTA.md and our own: no file holds a run of lines of stock verl."""
 
 import ast
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,9 @@ RUN = 6
 
 
 @pytest.fixture(scope="module")
-def show_delta():
-    """scripts/show_delta.py as a module (scripts is no package: the verl wheel ships one of that name)."""
-    spec = importlib.util.spec_from_file_location("gad_show_delta", ROOT / "scripts/show_delta.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def show_delta(load_script):
+    """scripts/show_delta.py as a module."""
+    return load_script("show_delta")
 
 
 def sections() -> dict[str, str]:
