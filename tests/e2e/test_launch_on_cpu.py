@@ -163,8 +163,9 @@ def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metric
     expected, got = metrics(warmup if stage == "warmup" else gad), metrics(out)
     assert sorted(got) == sorted(expected)
     for step in range(1, STEPS + 1):
-        # validation answers are summed in order of arrival, so their means may differ in the last digit
-        assert got[step] == pytest.approx(expected[step], rel=1e-12, abs=0), f"step {step}"
+        # validation answers are summed in order of arrival, so their means (alone) may differ in the last digit
+        means = {name: pytest.approx(v, rel=1e-12, abs=0) for name, v in expected[step].items() if "val-" in name}
+        assert got[step] == expected[step] | means, f"step {step}"
 
 
 def test_two_ranks_do_what_one_does(runner, warmup, gad):
