@@ -141,8 +141,7 @@ def make_answers(
     settings: Settings,
     output_dir: str | Path,
     overwrite: bool = False,
-    gpu_memory_utilization: float = 0.9,
-    enforce_eager: bool = False,
+    vllm_options: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Sample the answers into ``output_dir``, or reuse those that the same settings made before.
 
@@ -150,7 +149,7 @@ def make_answers(
         settings: what the answers depend on.
         output_dir: evaluation folder; made if missing.
         overwrite: delete what other settings made there.
-        gpu_memory_utilization, enforce_eager: of vLLM.
+        vllm_options: arguments of vllm.LLM without influence on the answers' distribution (memory, CUDA graphs).
 
     Returns:
         The lines of ``answers.jsonl``.
@@ -173,7 +172,7 @@ def make_answers(
     write_atomically(folder / SETTINGS, json.dumps(record, indent=2) + "\n")
     prompts = [row["prompt_ids"] for row in rows.rows]
     if settings.backend == "vllm":
-        sampled = _sample_vllm(settings, prompts, rows.stop_ids, gpu_memory_utilization, enforce_eager)
+        sampled = _sample_vllm(settings, prompts, rows.stop_ids, vllm_options or {})
     else:
         sampled = _sample_hf(settings, prompts, rows.stop_ids)
     answers = [
@@ -257,8 +256,7 @@ def _sample_vllm(
     settings: Settings,
     prompts: list[list[int]],
     stop_ids: list[int],
-    gpu_memory_utilization: float,
-    enforce_eager: bool,
+    options: dict[str, Any],
 ) -> list[list[list[int]]]:
     """n lists of token ids for every prompt."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # CUDA may already be in use here
@@ -269,8 +267,7 @@ def _sample_vllm(
         dtype="bfloat16",
         seed=settings.seed,
         max_model_len=settings.max_prompt_length + settings.max_response_length,
-        gpu_memory_utilization=gpu_memory_utilization,
-        enforce_eager=enforce_eager,
+        **options,
     )
     params = SamplingParams(
         n=settings.n,

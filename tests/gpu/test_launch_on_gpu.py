@@ -133,7 +133,8 @@ def test_evaluation_with_vllm(problem, tmp_path):
     command = [sys.executable, "-m", "recipe.gad.cli", "eval", "--model", f"{problem}/model"]
     command += ["--val_files", f"{problem}/val.parquet", "--output_dir", str(tmp_path), "--backend", "vllm"]
     command += ["--max_prompt_length", str(PROMPT), "--max_response_length", str(RESPONSE)]
-    command += ["--gpu_memory_utilization", "0.2", "--enforce_eager", "--two_sample_model", f"{problem}/model"]
+    command += ["--gpu_memory_utilization", "0.1", "--kv_cache_gib", "4", "--enforce_eager"]
+    command += ["--two_sample_model", f"{problem}/model"]
     environment = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"[-6000:]

@@ -36,7 +36,7 @@ done
 [ -d "$out/student" ] && [ -f "$out/data/train.parquet" ] || fail "$out holds no student and data; run prepare.sh --output_dir $out"
 
 # SeqKD sees as many batches of teacher answers as warmup and GAD together
-warmup_steps=30 gad_steps=100
+warmup_steps=50 gad_steps=100
 seqkd_steps=$((warmup_steps + gad_steps))
 flags+=(--train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
 sizes=(

@@ -67,7 +67,18 @@ def evaluate(
     gpu_memory_utilization: Annotated[
         float, typer.Option("--gpu_memory_utilization", help="vLLM: share of the GPU's memory.")
     ] = 0.9,
-    enforce_eager: Annotated[bool, typer.Option("--enforce_eager", help="vLLM: no CUDA graphs.")] = False,
+    kv_cache_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--kv_cache_gib",
+            min=0.1,
+            help="vLLM: GiB of its KV cache instead of measuring what is free, for a GPU that a training uses too; "
+            "with a small --gpu_memory_utilization.",
+        ),
+    ] = None,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce_eager", help="vLLM: no CUDA graphs; starts sooner, decodes slower.")
+    ] = False,
     two_sample_model: Annotated[
         str | None,
         typer.Option(
@@ -138,7 +149,12 @@ def evaluate(
     if judge_model is not None:
         judge_settings = JudgeSettings(judge_model, judge_mode, json_object("--judge_extra", judge_extra))
         client = ChatClient(judge_base_url)
-    answers = make_answers(settings, output_dir, overwrite, gpu_memory_utilization, enforce_eager)
+    vllm_options = {
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+        "enforce_eager": enforce_eager,
+    }
+    answers = make_answers(settings, output_dir, overwrite, vllm_options)
     scores = update_scores(output_dir, text=text_section(answers, seed))
     if test is not None:
         scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test, seed))
