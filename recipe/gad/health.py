@@ -47,6 +47,12 @@ LENGTH_RATIO = 1.5
 LENGTH_DRIFT = 1.1
 """And at least this much further away than at the start, so that a student that is still approaching is left alone."""
 
+SWING = 1.25
+SWING_MEAN = 10
+SWING_STEPS = 100
+"""Ten-step means of the answer length that turn and come back by a quarter, within this many steps; a student that
+approaches the teacher overshoots by less."""
+
 CUT_RATIO = 0.25
 """A quarter more cut answers than the teacher has: such answers end without the end token, which D sees at once."""
 
@@ -316,6 +322,38 @@ def length_drift(student: Curve, teacher: Curve) -> Verdict | None:
     )
 
 
+def swinging_lengths(student: Curve, teacher: Curve) -> Verdict | None:
+    """Answers grow shorter and longer in turn; give only steps with policy updates."""
+    steps, i, j = np.intersect1d(student.steps, teacher.steps, return_indices=True)
+    if len(steps) < 3 * SWING_MEAN or teacher.values.min() <= 0 or student.values.min() <= 0:
+        return None
+    ratio = (student.values[i] / teacher.values[j])[-SWING_STEPS:]
+    means = np.convolve(ratio, np.full(SWING_MEAN, 1 / SWING_MEAN), mode="valid")
+    ends = steps[-len(means) :]
+
+    def turn(at: int) -> tuple[float, int, int, int]:
+        """How far the curve comes down (or up) to this point and goes back from it, and the three points."""
+        back, ahead = means[:at], means[at + 1 :]
+        low = min(back.max(), ahead.max()) / means[at]
+        high = means[at] / max(back.min(), ahead.min())
+        if low > high:
+            return low, int(back.argmax()), at, at + 1 + int(ahead.argmax())
+        return high, int(back.argmin()), at, at + 1 + int(ahead.argmin())
+
+    swing, *points = max(turn(at) for at in range(1, len(means) - 1))
+    if swing < SWING:
+        return None
+    shown = ", ".join(f"{means[k]:.2f} (steps {ends[k] - SWING_MEAN + 1}-{ends[k]})" for k in points)
+    return Verdict(
+        "warning",
+        "The length of the student's answers swings",
+        f"response_length/mean over teacher_response_length/mean: {shown}. The student follows what D likes faster "
+        "than D follows the student, and overshoots.",
+        "Let D be the faster one: a lower actor_rollout_ref.actor.optim.lr, a higher critic.optim.lr. Then a larger "
+        "data.train_batch_size, a higher actor_rollout_ref.actor.kl_loss_coef.",
+    )
+
+
 def cut_answers(student: Curve, teacher: Curve) -> Verdict | None:
     """Many student answers run into the length limit, and the teacher's do not (shares of both sides)."""
     now, of_teacher = student.last(RECENT), teacher.last(RECENT)
@@ -438,6 +476,7 @@ RULES = (
     Rule(kl_blow_up, ("actor/kl_loss",)),
     Rule(large_policy_steps, ("actor/ppo_kl",)),
     Rule(length_drift, ("response_length/mean", "teacher_response_length/mean")),
+    Rule(swinging_lengths, ("response_length/mean", "teacher_response_length/mean"), policy_steps=True),
     Rule(cut_answers, ("response_length/cut_ratio", "teacher_response_length/cut_ratio")),
     Rule(missing_rollouts, ("gad/missing_rollouts",)),
 )

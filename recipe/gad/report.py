@@ -147,6 +147,13 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "Teacher minus student; it closes as the student comes closer (or games D).",
             {"score_gap": "critic/score_gap"},
         ),
+        Panel(
+            "score_length_corr",
+            "Scores and lengths",
+            "Correlation of D's score with the length among answers to one prompt. Far from 0, the student is mainly "
+            "rewarded for longer (1) or shorter (-1) answers.",
+            {"score_length_corr": "critic/score_length_corr"},
+        ),
     ),
     "Closeness to the teacher": (
         Panel(

@@ -342,9 +342,9 @@ def test_actor_and_critic_both_move_in_gad_and_metrics_are_in_the_log(live):
     assert any(not torch.equal(actor[name], value) for name, value in live.weights("actor").items())
     assert any(not torch.equal(critic[name], value) for name, value in live.weights("critic").items())
     expected = """critic/d_loss critic/d_acc critic/student_value_mean critic/teacher_value_mean critic/score_gap
-        critic/grad_norm critic/lr actor/pg_loss actor/pg_clipfrac actor/pg_clipfrac_lower actor/ppo_kl actor/kl_loss
-        actor/entropy response_length/mean response_length/cut_ratio teacher_response_length/mean
-        teacher_response_length/cut_ratio""".split()
+        critic/score_length_corr critic/grad_norm critic/lr actor/pg_loss actor/pg_clipfrac actor/pg_clipfrac_lower
+        actor/ppo_kl actor/kl_loss actor/entropy response_length/mean response_length/cut_ratio
+        teacher_response_length/mean teacher_response_length/cut_ratio""".split()
     assert not set(expected) - set(metrics)
     assert not [name for name in metrics if name.startswith(("critic/values/", "critic/vf_"))]
 

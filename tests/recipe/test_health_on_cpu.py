@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -146,6 +147,25 @@ def test_length_drift():
     assert health.length_drift(late, teacher) is None
 
 
+def test_swinging_lengths():
+    teacher = curve([50] * 90)
+    down_and_up = curve([50] * 30 + [38] * 30 + [50] * 30)
+    verdict = health.swinging_lengths(down_and_up, teacher)
+    assert verdict.title == "The length of the student's answers swings"
+    numbers = r": 1\.00 \(steps (\d+)-\d+\), {} \(steps (\d+)-(\d+)\), 1\.00 \(steps (\d+)-\d+\)\."
+    before, first, last, after = map(int, re.search(numbers.format("0\\.76"), verdict.evidence).groups())
+    assert before <= 21 and 31 <= first <= last - 9 <= 51 and 61 <= after
+    up_and_down = health.swinging_lengths(curve([50] * 30 + [75] * 30 + [50] * 30), teacher)
+    assert re.search(numbers.format("1\\.50"), up_and_down.evidence)
+    assert health.swinging_lengths(curve([50] * 30 + [41] * 30 + [50] * 30), teacher) is None  # by less than a quarter
+    assert health.swinging_lengths(curve(np.linspace(150, 50, 90)), teacher) is None  # on its way
+    assert health.swinging_lengths(curve([100] * 30 + [45] * 30 + [50] * 30), teacher) is None  # overshoots a little
+    assert health.swinging_lengths(noisy([50] * 90, scale=15), teacher) is None
+    assert health.swinging_lengths(down_and_up, down_and_up) is None  # the data's own lengths
+    long_ago = curve([50] * 30 + [38] * 30 + [50] * 130)
+    assert health.swinging_lengths(long_ago, curve([50] * 190)) is None
+
+
 def test_cut_answers():
     assert "the teacher's is 0.1" in health.cut_answers(curve([0.6] * 20), curve([0.1] * 20)).evidence
     assert health.cut_answers(curve([0.6] * 20), curve([0.5] * 20)) is None  # the limit is tight for both
@@ -209,12 +229,12 @@ def test_what_was_wrong_and_passed_is_told_with_its_steps():
     for step in range(40, 61):
         metrics[step]["response_length/mean"] = 3.0
     verdicts, _ = diagnose(metrics)
-    assert verdicts == [], "the end of the run is healthy"
+    assert [verdict.title for verdict in verdicts] == ["The length of the student's answers swings"]
     (passed,) = passed_verdicts(metrics, verdicts)
     assert passed.verdict.title == "The student's answers grow too short"
     # means of 20 steps are below 10 / 1.5 from 10 short answers in 20 on: steps 49 to 70, seen at every fifth
     assert passed.when() == "steps 49 to 69"
-    assert passed_verdicts(metrics, [passed.verdict]) == [], "it is told once"
+    assert passed_verdicts(metrics, [*verdicts, passed.verdict]) == [], "it is told once"
 
 
 def test_a_long_run_is_looked_at_so_many_times_only(monkeypatch):

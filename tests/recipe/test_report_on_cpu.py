@@ -24,7 +24,7 @@ def write_run(folder: Path, stage: str = "gad", steps: int = 30, seed: int = 0, 
     for step in range(1, steps + 1):
         data = {name: rng.random() for name in ("critic/d_loss", "critic/score_gap", "critic/grad_norm")}
         data |= {"critic/d_acc": 0.9 - 0.2 * step / steps, "actor/entropy": 0.9, "actor/grad_norm": 1.0}
-        data |= {"critic/student_value_mean": -1.0, "critic/teacher_value_mean": 1.0}
+        data |= {"critic/student_value_mean": -1.0, "critic/teacher_value_mean": 1.0, "critic/score_length_corr": 0.1}
         for side in ("", "teacher_"):
             data |= {f"{side}response_length/mean": 10 + rng.random(), f"{side}response_length/cut_ratio": 0.0}
         if stage == "gad":

@@ -249,6 +249,10 @@ class PPOTrainerGAD(PPOTrainerSync):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
         real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]) & (offsets.diff() > 0)
+        uids = [_uid(key) for key, is_real in zip(batch.keys, real, strict=True) if is_real]
+        correlation = score_length_correlation(scores[real], offsets.diff()[real], uids)
+        if correlation is not None:
+            metrics["critic/score_length_corr"] = correlation
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         token_scores[offsets[1:][real] - 1] = scores[real]
         nested = torch.nested.nested_tensor_from_jagged(token_scores, offsets)
@@ -404,6 +408,27 @@ class PPOTrainerGAD(PPOTrainerSync):
         with marked_timer("update_actor", timing_raw, color="red"):
             self._imitate([(key, row["input_ids"].numel()) for key, row in rows.items()], len(rows), metrics)
         return self._view(list(rows))
+
+
+def score_length_correlation(scores: torch.Tensor, lengths: torch.Tensor, uids: list[str]) -> float | None:
+    """Pearson correlation of D's scores with the answers' lengths among the answers to one prompt, over all prompts.
+
+    Args:
+        scores: [rows].
+        lengths: [rows], tokens.
+        uids: prompt of each row.
+
+    Returns:
+        in [-1, 1]; near 1 (or -1) the policy is mainly rewarded for longer (shorter) answers. None if the scores or the
+        lengths do not differ within any group.
+    """
+    columns = torch.stack([scores, lengths.to(scores.dtype)]).double()
+    groups = torch.tensor(np.unique(uids, return_inverse=True)[1])
+    counts = torch.bincount(groups)
+    sums = torch.zeros(2, len(counts), dtype=torch.double).index_add_(1, groups, columns)
+    score, length = columns - (sums / counts)[:, groups]
+    spread = (score.norm() * length.norm()).item()
+    return float(score @ length) / spread if spread > 0 else None
 
 
 def teacher_length_metrics(rows: dict[str, dict[str, torch.Tensor]], limit: int) -> dict[str, float]:
