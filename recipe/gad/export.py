@@ -27,8 +27,8 @@ TOLERANCE = 1e-4
 class Export(NamedTuple):
     """What was written, and how far it is from the checkpoint."""
 
-    source: Path
-    """Role folder of the checkpoint."""
+    sources: tuple[Path, ...]
+    """Role folder of the checkpoint, or of each averaged one, newest first."""
     architecture: str
     rounding: float
     """Largest change of an output (logit, or score) that rounding the weights to the dtype causes."""
@@ -67,6 +67,27 @@ def find_source(checkpoint: str | Path, role: str | None) -> tuple[Path, str]:
         f"{path} holds no checkpoint of the {role} (found: {found}). Fix: pass a run's output folder, a "
         f"global_step_N folder, or its {role} folder"
     )
+
+
+def find_sources(checkpoint: str | Path, role: str | None, count: int) -> tuple[list[Path], str]:
+    """Role folders of the newest ``count`` complete checkpoints of a run, newest first, and the role.
+
+    Raises:
+        ValueError: as :func:`find_source`, or the run has fewer.
+    """
+    newest, role = find_source(checkpoint, role)
+    if count == 1:
+        return [newest], role
+    path = Path(os.path.abspath(Path(checkpoint).expanduser()))
+    complete = [folder for folder in role_folders(path, role) if not source_problems(folder)]
+    if len(complete) < count:
+        steps = ", ".join(folder.parent.name for folder in complete)
+        raise ValueError(
+            f"--average {count}: {path} has {len(complete)} complete checkpoints of the {role} ({steps}). Fix: pass "
+            "the run's output folder, a smaller number, or train with more of them (trainer.save_freq, "
+            f"trainer.max_{role}_ckpt_to_keep)"
+        )
+    return complete[:count], role
 
 
 def source_problems(folder: Path) -> list[str]:
@@ -152,6 +173,32 @@ def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | Non
     return model.eval(), adapter
 
 
+def load_average(folders: list[Path], role: str, scratch: Path) -> tuple[Any, Path | None]:
+    """As :func:`load_source`, with the mean of the weights of several checkpoints.
+
+    Student and discriminator circle around each other; the mean over a stretch of training lies nearer to the centre
+    than any of its points (Yazici et al. 2019, arXiv 1806.04498, for GANs).
+
+    Raises:
+        ValueError: the weights do not fit the model, or the checkpoints hold LoRA adapters.
+    """
+    import torch
+
+    model, adapter = load_source(folders[0], role, scratch)
+    if adapter is not None and len(folders) > 1:
+        raise ValueError(
+            f"--average {len(folders)}: {folders[0]} was trained with LoRA, and the mean of adapters is not that of "
+            "the models. Fix: export without --average"
+        )
+    for count, folder in enumerate(folders[1:], start=2):
+        shutil.rmtree(scratch / "joined", ignore_errors=True)
+        other, _ = load_source(folder, role, scratch)
+        with torch.no_grad():
+            for mean, value in zip(model.parameters(), other.parameters(), strict=True):
+                mean += (value - mean) / count
+    return model, adapter
+
+
 def _outputs(model: Any) -> Any:
     """Logits of a language model, or scores of a critic, for a fixed input: (tokens, vocabulary or 1), float32."""
     import torch
@@ -182,7 +229,12 @@ def _require_same(found: Any, expected: Any, what: str) -> None:
 
 
 def export(
-    checkpoint: str | Path, output: str | Path, role: str | None = None, dtype: str = "bfloat16", lora: str = "merge"
+    checkpoint: str | Path,
+    output: str | Path,
+    role: str | None = None,
+    dtype: str = "bfloat16",
+    lora: str = "merge",
+    average: int = 1,
 ) -> Export:
     """Write actor or critic of a checkpoint as a Hugging Face folder.
 
@@ -195,6 +247,7 @@ def export(
         role: actor, critic or None (what the path says, else actor).
         dtype: bfloat16, float16 or float32.
         lora: of a run with LoRA, ``merge`` the adapter into the weights, or write the ``adapter`` alone.
+        average: write the mean of the weights of so many checkpoints, the run's newest.
 
     Raises:
         ValueError: no complete checkpoint, a bad choice, an output that exists, or outputs that differ.
@@ -209,7 +262,10 @@ def export(
     target = Path(os.path.abspath(Path(output).expanduser()))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists. Fix: --output_dir with a new name, or remove it")
-    folder, role = find_source(checkpoint, role)
+    if average < 1:
+        raise ValueError(f"--average {average}: expected a number of checkpoints. Fix: --average 3")
+    folders, role = find_sources(checkpoint, role, average)
+    folder = folders[0]
     if verify_hf_folder(folder / "huggingface") and dtype != MERGER_DTYPE:
         raise ValueError(
             f"--dtype {dtype}: {folder} has FSDP shards only, which verl's merger gives in {MERGER_DTYPE}. "
@@ -219,7 +275,7 @@ def export(
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         result = scratch / "export"
-        model, adapter = load_source(folder, role, scratch)
+        model, adapter = load_average(folders, role, scratch)
         if lora == "adapter":
             done = _write_adapter(model, adapter, folder, result)
         else:
@@ -228,7 +284,7 @@ def export(
         os.replace(result, target)
     finally:
         shutil.rmtree(scratch)
-    return done
+    return done._replace(sources=tuple(folders))
 
 
 def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, dtype: Any) -> Export:
@@ -244,7 +300,7 @@ def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, d
     if written.dtype != dtype:
         raise ValueError(f"the export says dtype {written.dtype}, expected {dtype}; nothing was written")
     _require_same(_outputs(_cast(written.eval(), exact.dtype)), rounded, f"the export and {folder}")
-    return Export(folder, type(model).__name__, float((rounded - exact).abs().max()))
+    return Export((folder,), type(model).__name__, float((rounded - exact).abs().max()))
 
 
 def _write_adapter(model: Any, adapter: Path | None, folder: Path, result: Path) -> Export:
@@ -252,7 +308,7 @@ def _write_adapter(model: Any, adapter: Path | None, folder: Path, result: Path)
         raise ValueError(f"--lora adapter: {folder} was trained without LoRA. Fix: --lora merge")
     shutil.copytree(adapter, result)
     _with_adapter(model, result)
-    return Export(folder, f"LoRA adapter of {type(model).__name__}", 0.0)
+    return Export((folder,), f"LoRA adapter of {type(model).__name__}", 0.0)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

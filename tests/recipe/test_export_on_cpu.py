@@ -191,6 +191,45 @@ def test_a_folder_of_lora_names_is_no_start_for_the_next_stage(runs):
     assert handover_problems(runs / "whole" / "global_step_2") == []
 
 
+def test_adapters_have_no_mean(runs, tmp_path):
+    for step in (2, 4):
+        shutil.copytree(runs / "lora" / "global_step_2", tmp_path / "run" / f"global_step_{step}")
+    with pytest.raises(ValueError, match="--average 2: .*trained with LoRA.*Fix: export without --average"):
+        export(tmp_path / "run", tmp_path / "out", average=2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_the_mean_of_the_newest_checkpoints(runs, role, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    scales = {2: 100.0, 4: 1.0, 6: 2.0, 8: 6.0}  # the newest three: their mean is 3
+    for step, scale in scales.items():
+        folder = tmp_path / "run" / f"global_step_{step}" / role
+        shutil.copytree(runs / "whole" / "global_step_2" / role, folder)
+        file = folder / "huggingface" / "model.safetensors"
+        tensors = {name: tensor * scale for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    done = export(tmp_path / "run", tmp_path / "out", role, dtype="float32", average=3)
+    assert [source.parent.name for source in done.sources] == ["global_step_8", "global_step_6", "global_step_4"]
+    mean, expected = load(tmp_path / "out", critic=role == "critic").state_dict(), weights(runs, f"whole-{role}")
+    for name, value in mean.items():
+        torch.testing.assert_close(value.double(), 3 * expected[name].double(), rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match=f"--average 5: .*has 4 complete checkpoints of the {role} .*global_step_8"):
+        export(tmp_path / "run", tmp_path / "more", role, average=5)
+    with pytest.raises(ValueError, match="has 1 complete checkpoints"):
+        export(tmp_path / "run" / "global_step_8", tmp_path / "more", role, average=2)
+
+
+def test_the_mean_of_joined_shards(runs, tmp_path):
+    for step in (2, 4):
+        shutil.copytree(runs / "shards" / "global_step_2", tmp_path / "run" / f"global_step_{step}")
+    export(tmp_path / "run", tmp_path / "out", average=2)
+    expected = weights(runs, "shards-actor")
+    for name, value in load(tmp_path / "out").state_dict().items():
+        assert torch.equal(value, expected[name].bfloat16())
+
+
 # ---------------------------------------------------------------------- which checkpoint, and mistakes
 
 
@@ -222,6 +261,7 @@ def test_mistakes(runs, tmp_path):
         (whole, {"role": "ref"}, "--role ref: expected actor or critic"),
         (whole, {"dtype": "int8"}, "--dtype int8: expected bfloat16, float16, float32"),
         (whole, {"lora": "drop"}, "--lora drop: expected merge or adapter"),
+        (whole, {"average": 0}, "--average 0: expected a number of checkpoints"),
         (runs / "shards", {"dtype": "float32"}, "FSDP shards only.*Fix: --dtype bfloat16"),
     ]:
         with pytest.raises(ValueError, match=message):
