@@ -276,18 +276,21 @@ def export(
     try:
         result = scratch / "export"
         model, adapter = load_average(folders, role, scratch)
+        architecture = type(model).__name__
         if lora == "adapter":
-            done = _write_adapter(model, adapter, folder, result)
+            _write_adapter(model, adapter, folder, result)
+            architecture, rounding = f"LoRA adapter of {architecture}", 0.0
         else:
-            done = _write_model(model, adapter, folder, result, getattr(torch, dtype))
+            rounding = _write_model(model, adapter, folder, result, getattr(torch, dtype))
         AutoTokenizer.from_pretrained(folder / "huggingface").save_pretrained(result)
         os.replace(result, target)
     finally:
         shutil.rmtree(scratch)
-    return done._replace(sources=tuple(folders))
+    return Export(tuple(folders), architecture, rounding)
 
 
-def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, dtype: Any) -> Export:
+def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, dtype: Any) -> float:
+    """Returns the largest change of an output that rounding causes."""
     if adapter is not None:
         model = _with_adapter(model, adapter)
         apart = _outputs(model)
@@ -300,15 +303,14 @@ def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, d
     if written.dtype != dtype:
         raise ValueError(f"the export says dtype {written.dtype}, expected {dtype}; nothing was written")
     _require_same(_outputs(_cast(written.eval(), exact.dtype)), rounded, f"the export and {folder}")
-    return Export((folder,), type(model).__name__, float((rounded - exact).abs().max()))
+    return float((rounded - exact).abs().max())
 
 
-def _write_adapter(model: Any, adapter: Path | None, folder: Path, result: Path) -> Export:
+def _write_adapter(model: Any, adapter: Path | None, folder: Path, result: Path) -> None:
     if adapter is None:
         raise ValueError(f"--lora adapter: {folder} was trained without LoRA. Fix: --lora merge")
     shutil.copytree(adapter, result)
     _with_adapter(model, result)
-    return Export((folder,), f"LoRA adapter of {type(model).__name__}", 0.0)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

@@ -301,12 +301,19 @@ def large_policy_steps(ppo_kl: Curve) -> Verdict | None:
 # ---------------------------------------------------------------------------------------------- lengths and rollouts
 
 
+def _length_ratio(student: Curve, teacher: Curve) -> Curve | None:
+    """Length of the student's answers over the teacher's in the steps that have both; None with a length of 0."""
+    steps, i, j = np.intersect1d(student.steps, teacher.steps, return_indices=True)
+    if not len(steps) or teacher.values.min() <= 0 or student.values.min() <= 0:
+        return None
+    return Curve(steps, student.values[i] / teacher.values[j])
+
+
 def length_drift(student: Curve, teacher: Curve) -> Verdict | None:
     """Student answers depart in length from the teacher's (mean tokens of both sides)."""
-    steps, i, j = np.intersect1d(student.steps, teacher.steps, return_indices=True)
-    if len(steps) < RECENT + START or teacher.values.min() <= 0 or student.values.min() <= 0:
+    ratio = _length_ratio(student, teacher)
+    if ratio is None or len(ratio.steps) < RECENT + START:
         return None
-    ratio = Curve(steps, student.values[i] / teacher.values[j])
     start, now = ratio.first(START), ratio.last(RECENT)
     distance_then, distance_now = (max(r.mean(), 1 / r.mean()) for r in (start, now))
     if distance_now < LENGTH_RATIO or distance_now < LENGTH_DRIFT * distance_then:
@@ -324,12 +331,11 @@ def length_drift(student: Curve, teacher: Curve) -> Verdict | None:
 
 def swinging_lengths(student: Curve, teacher: Curve) -> Verdict | None:
     """Answers grow shorter and longer in turn; give only steps with policy updates."""
-    steps, i, j = np.intersect1d(student.steps, teacher.steps, return_indices=True)
-    if len(steps) < 3 * SWING_MEAN or teacher.values.min() <= 0 or student.values.min() <= 0:
+    ratio = _length_ratio(student, teacher)
+    if ratio is None or len(ratio.steps) < 3 * SWING_MEAN:
         return None
-    ratio = (student.values[i] / teacher.values[j])[-SWING_STEPS:]
-    means = np.convolve(ratio, np.full(SWING_MEAN, 1 / SWING_MEAN), mode="valid")
-    ends = steps[-len(means) :]
+    means = np.convolve(ratio.last(SWING_STEPS).values, np.full(SWING_MEAN, 1 / SWING_MEAN), mode="valid")
+    ends = ratio.last(len(means)).steps
 
     def turn(at: int) -> tuple[float, int, int, int]:
         """How far the curve comes down (or up) to this point and goes back from it, and the three points."""

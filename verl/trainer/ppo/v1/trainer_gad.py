@@ -248,9 +248,10 @@ class PPOTrainerGAD(PPOTrainerSync):
         fields = ["response_mask", "values"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
-        real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]) & (offsets.diff() > 0)
-        uids = [_uid(key) for key, is_real in zip(batch.keys, real, strict=True) if is_real]
-        correlation = score_length_correlation(scores[real], offsets.diff()[real], uids)
+        lengths = offsets.diff()
+        real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]) & (lengths > 0)
+        uids = [_uid(key) for key, is_real in zip(batch.keys, real.tolist(), strict=True) if is_real]
+        correlation = score_length_correlation(scores[real], lengths[real], uids)
         if correlation is not None:
             metrics["critic/score_length_corr"] = correlation
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
@@ -422,7 +423,7 @@ def score_length_correlation(scores: torch.Tensor, lengths: torch.Tensor, uids: 
         in [-1, 1]; near 1 (or -1) the policy is mainly rewarded for longer (shorter) answers. None if the scores or the
         lengths do not differ within any group.
     """
-    columns = torch.stack([scores, lengths.to(scores.dtype)]).double()
+    columns = torch.stack([scores.double(), lengths.double()])
     groups = torch.tensor(np.unique(uids, return_inverse=True)[1])
     counts = torch.bincount(groups)
     sums = torch.zeros(2, len(counts), dtype=torch.double).index_add_(1, groups, columns)
