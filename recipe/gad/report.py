@@ -132,7 +132,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "Share of pairs in which D prefers the teacher; 0.5 is a coin toss. High after the warmup, in the band "
             "once the student follows. Alone it proves nothing: look at ROUGE-L beside it.",
             {"d_acc": "critic/d_acc"},
-            (0.5, 0.8),
+            (0.5, 0.9),
         ),
         Panel("d_loss", "Discriminator loss", "ln 2 = 0.693 is guessing, 0 is certainty.", {"d_loss": "critic/d_loss"}),
         Panel(
