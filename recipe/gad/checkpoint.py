@@ -154,19 +154,25 @@ def role_folders(folder: Path, role: str) -> list[Path]:
     return [step / role for step in steps if (step / role).is_dir()]
 
 
-def first_usable(folders: Iterable[Path], problems_of: Callable[[Path], list[str]]) -> tuple[Path | None, list[str]]:
-    """The first folder without problems, or None, and the problems of the folders before it, a line for each.
+def first_usable(
+    folders: Iterable[Path], problems_of: Callable[[Path], list[str]], count: int = 1
+) -> tuple[list[Path], list[str]]:
+    """The first ``count`` folders without problems, or fewer, and the problems of those passed over, a line for each.
 
-    They are printed to stderr if there is a usable folder; else they are the caller's error.
+    They are printed to stderr if there are ``count`` usable folders; else they are the caller's error.
     """
+    usable: list[Path] = []
     skipped: list[str] = []
     for folder in folders:
-        if not (problems := problems_of(folder)):
+        if problems := problems_of(folder):
+            skipped.append("; ".join(problems))
+            continue
+        usable.append(folder)
+        if len(usable) == count:
             for line in skipped:
                 print(f"skipped {line}", file=sys.stderr)
-            return folder, skipped
-        skipped.append("; ".join(problems))
-    return None, skipped
+            break
+    return usable, skipped
 
 
 def _names(steps: dict[int, Path]) -> str:
@@ -228,8 +234,8 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
         found = _names(steps) if steps else "no global_step_* folder"
         raise ValueError(f"{folder} has no global_step_{step}; found {found}. Fix: choose one of the steps found")
     usable, skipped = first_usable(reversed(steps.values()) if step is None else [steps[step]], handover_problems)
-    if usable is not None:
-        return usable
+    if usable:
+        return usable[0]
     if step is not None:
         raise ValueError(f"step {step}: {skipped[0]}. Fix: choose another step, or none for the newest complete one")
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -262,8 +268,8 @@ def actor_folder(model: str) -> str:
             raise ValueError(f"{model} cannot be loaded: {'; '.join(problems)}. Fix: copy or save it again")
         return str(folder)
     usable, skipped = first_usable(role_folders(folder, "actor"), lambda actor: verify_hf_folder(actor / "huggingface"))
-    if usable is not None:
-        return str(usable / "huggingface")
+    if usable:
+        return str(usable[0] / "huggingface")
     raise ValueError(
         f"{model} holds no model: no config.json, and no complete actor ({'; '.join(skipped) or 'none at all'}). "
         "Fix: pass a Hugging Face folder or id, or a run's output folder"

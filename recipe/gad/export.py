@@ -37,16 +37,17 @@ class Export(NamedTuple):
 # ---------------------------------------------------------------------- which checkpoint
 
 
-def find_source(checkpoint: str | Path, role: str | None) -> tuple[Path, str]:
-    """Role folder (``global_step_N/actor``) and role that a path names.
+def find_sources(checkpoint: str | Path, role: str | None, count: int = 1) -> tuple[list[Path], str]:
+    """Role folders (``global_step_N/actor``) that a path names, newest first, and the role.
 
     Args:
-        checkpoint: output folder of a run (its newest complete checkpoint counts; skipped ones are named on stderr), a
+        checkpoint: output folder of a run (its newest complete checkpoints count; skipped ones are named on stderr), a
             ``global_step_N`` folder, or its ``actor`` or ``critic`` folder.
         role: actor or critic; None: what the path says, else actor.
+        count: how many checkpoints.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is not complete.
+        ValueError: there is no such checkpoint, it is not complete, or the run has fewer.
     """
     path = Path(os.path.abspath(Path(checkpoint).expanduser()))
     if role is not None and role not in ROLES:
@@ -57,9 +58,17 @@ def find_source(checkpoint: str | Path, role: str | None) -> tuple[Path, str]:
     if of_role and role not in (None, path.name):
         raise ValueError(f"{path} is the {path.name}'s, and --role is {role}. Fix: pass {path.parent}")
     role = role or (path.name if of_role else "actor")
-    usable, skipped = first_usable(role_folders(path, role), source_problems)
-    if usable is not None:
+    usable, skipped = first_usable(role_folders(path, role), source_problems, count)
+    if len(usable) == count:
         return usable, role
+    if usable:
+        steps = ", ".join(folder.parent.name for folder in usable)
+        passed_over = f"; skipped: {'; '.join(skipped)}" if skipped else ""
+        raise ValueError(
+            f"--average {count}: {path} has {len(usable)} complete checkpoints of the {role} ({steps}{passed_over}). "
+            "Fix: pass the run's output folder, a smaller number, or train with more of them (trainer.save_freq, "
+            f"trainer.max_{role}_ckpt_to_keep)"
+        )
     if skipped:
         raise ValueError(f"{path} cannot be exported: {'; '.join(skipped)}. Fix: choose another checkpoint")
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
@@ -67,27 +76,6 @@ def find_source(checkpoint: str | Path, role: str | None) -> tuple[Path, str]:
         f"{path} holds no checkpoint of the {role} (found: {found}). Fix: pass a run's output folder, a "
         f"global_step_N folder, or its {role} folder"
     )
-
-
-def find_sources(checkpoint: str | Path, role: str | None, count: int) -> tuple[list[Path], str]:
-    """Role folders of the newest ``count`` complete checkpoints of a run, newest first, and the role.
-
-    Raises:
-        ValueError: as :func:`find_source`, or the run has fewer.
-    """
-    newest, role = find_source(checkpoint, role)
-    if count == 1:
-        return [newest], role
-    path = Path(os.path.abspath(Path(checkpoint).expanduser()))
-    complete = [folder for folder in role_folders(path, role) if not source_problems(folder)]
-    if len(complete) < count:
-        steps = ", ".join(folder.parent.name for folder in complete)
-        raise ValueError(
-            f"--average {count}: {path} has {len(complete)} complete checkpoints of the {role} ({steps}). Fix: pass "
-            "the run's output folder, a smaller number, or train with more of them (trainer.save_freq, "
-            f"trainer.max_{role}_ckpt_to_keep)"
-        )
-    return complete[:count], role
 
 
 def source_problems(folder: Path) -> list[str]:
@@ -242,7 +230,7 @@ def export(
     weights, rounded to ``dtype``; only then it gets its name.
 
     Args:
-        checkpoint: see :func:`find_source`.
+        checkpoint: see :func:`find_sources`.
         output: folder to make; must not exist, or be empty.
         role: actor, critic or None (what the path says, else actor).
         dtype: bfloat16, float16 or float32.

@@ -15,7 +15,7 @@ import torch
 
 from recipe.gad.checkpoint import handover_problems, shard_counts, verify_hf_folder
 from recipe.gad.cli import main as cli
-from recipe.gad.export import export, find_source
+from recipe.gad.export import export, find_sources
 from recipe.gad.memory import Training, checkpoint_bytes, model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,17 +239,22 @@ def test_a_run_gives_its_newest_complete_checkpoint(runs, tmp_path, capsys):
         shutil.copytree(runs / "whole" / "global_step_2", run / f"global_step_{step}")
     broken = run / "global_step_10" / "actor"
     (broken / "huggingface" / "model.safetensors").unlink()
-    assert find_source(run, "actor")[0] == broken, "its shards are whole"
+    assert find_sources(run, "actor")[0] == [broken], "its shards are whole"
     (broken / "model_world_size_2_rank_1.pt").unlink()
     assert shard_counts(broken) == (1, 2)
-    assert find_source(run, None) == (run / "global_step_4" / "actor", "actor")
+    assert find_sources(run, None) == ([run / "global_step_4" / "actor"], "actor")
     assert f"skipped {broken}" in capsys.readouterr().err
-    assert find_source(run, "critic") == (run / "global_step_10" / "critic", "critic")
-    assert find_source(run / "global_step_2", "critic") == (run / "global_step_2" / "critic", "critic")
+    newest_two = [run / "global_step_4" / "actor", run / "global_step_2" / "actor"]
+    assert find_sources(run, None, 2) == (newest_two, "actor")
+    assert f"skipped {broken}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"has 2 complete checkpoints .*skipped: {broken}.* has 1 of 2 model shards"):
+        find_sources(run, None, 3)
+    assert find_sources(run, "critic") == ([run / "global_step_10" / "critic"], "critic")
+    assert find_sources(run / "global_step_2", "critic") == ([run / "global_step_2" / "critic"], "critic")
     with pytest.raises(ValueError, match="1 of 2 model shards.*Fix: choose another checkpoint"):
-        find_source(broken, None)
+        find_sources(broken, None)
     with pytest.raises(ValueError, match="is the actor's, and --role is critic"):
-        find_source(broken, "critic")
+        find_sources(broken, "critic")
 
 
 def test_mistakes(runs, tmp_path):
