@@ -179,9 +179,8 @@ def load_average(folders: list[Path], role: str, scratch: Path) -> tuple[Any, Pa
             "the models. Fix: export without --average"
         )
     for count, folder in enumerate(folders[1:], start=2):
-        shutil.rmtree(scratch / "joined", ignore_errors=True)
-        other, _ = load_source(folder, role, scratch)
-        with torch.no_grad():
+        with tempfile.TemporaryDirectory(dir=scratch) as own, torch.no_grad():
+            other, _ = load_source(folder, role, Path(own))
             for mean, value in zip(model.parameters(), other.parameters(), strict=True):
                 mean += (value - mean) / count
     return model, adapter

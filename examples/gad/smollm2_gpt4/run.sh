@@ -54,7 +54,7 @@ sizes=(
   trainer.total_epochs=10
   trainer.test_freq=20
 )
-# D several times faster than the policy: the other way round the two chase each other (docs/experiments.md)
+# D learns several times faster than the policy: at equal rates the two chase each other (docs/experiments.md)
 imitation_lr=2e-5 policy_lr=5e-6 discriminator_lr=3e-5
 
 train() { # train STAGE STEPS START_FLAG START_FOLDER [hydra.key=value ...]
