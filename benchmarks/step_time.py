@@ -330,7 +330,7 @@ def main() -> None:
     import torch
 
     import verl  # noqa: F401  (activates the overlay)
-    from recipe.gad.check import compose_config
+    from recipe.gad.run.config import compose_config
 
     sides = tuple(args.sides)
     steps = (args.warmup_rounds + args.rounds) * len(sides)

@@ -38,7 +38,7 @@ def tiny_problem(tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from recipe.gad.toy import build_tokenizer
+    from recipe.gad.quickstart.problem import build_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = build_tokenizer()

@@ -16,7 +16,7 @@ HELP
 parse_flags "$@"
 if [ -n "$WARMUP_DIR" ]; then
   [ -z "$MODEL$REWARD_MODEL" ] || fail "--warmup_dir brings actor and discriminator; drop --model and --reward_model"
-  checkpoint=$("$PYTHON" -m recipe.gad.checkpoint resolve "$WARMUP_DIR" ${RESUME_STEP:+--step "$RESUME_STEP"})
+  checkpoint=$("$PYTHON" -m recipe.gad.run.checkpoint resolve "$WARMUP_DIR" ${RESUME_STEP:+--step "$RESUME_STEP"})
   MODEL="$checkpoint/actor/huggingface"
   REWARD_MODEL="$checkpoint/critic/huggingface"
 elif [ -n "$RESUME_STEP" ]; then

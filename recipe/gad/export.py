@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.gad.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
+from recipe.gad.run.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
 
 ROLES = ("actor", "critic")
 DTYPES = ("bfloat16", "float16", "float32")

@@ -138,7 +138,7 @@ def install() -> None:
         )
     sys.meta_path.insert(0, OverlayFinder())
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-        importlib.import_module("verl.plugin.platform.platform_cpu")
+        importlib.import_module("recipe.gad.cpu.platform")
 
 
 try:

@@ -14,8 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 from typer.main import get_command
 
-from recipe.gad.check import compose_config
 from recipe.gad.cli import app
+from recipe.gad.run.config import compose_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [
@@ -187,7 +187,7 @@ def test_every_subcommand_is_run_in_the_tutorial():
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo /warmup/global_step_1
 """
-"""Stands in for ``python -m recipe.gad.checkpoint resolve``: the folders of the documentation do not exist."""
+"""Stands in for ``python -m recipe.gad.run.checkpoint resolve``: the folders of the documentation do not exist."""
 
 
 def dry_run(words: list[str], folder: Path) -> list[list[str]]:
@@ -226,7 +226,9 @@ def test_launch_commands_have_known_flags_and_keys(doc, tmp_path):
 @every_doc
 def test_keys_of_other_commands_compose(doc):
     lines = [words[2:] for words in lines_starting_with(doc, "gad") if words[1:2] == ["doctor"]]
-    lines += [words[3:] for words in lines_starting_with(doc, "python") if words[1:3] == ["-m", "recipe.gad.check"]]
+    lines += [
+        words[3:] for words in lines_starting_with(doc, "python") if words[1:3] == ["-m", "recipe.gad.run.checks"]
+    ]
     for words in lines:
         compose_config([word for word in words if "=" in word and word != "key=value"])
 
@@ -293,7 +295,7 @@ def test_the_migration_table_is_read():
 # ---------------------------------------------------------------------- the rules of health.py
 
 
-HEALTH = ast.parse((ROOT / "recipe/gad/health.py").read_text(encoding="utf-8"))
+HEALTH = ast.parse((ROOT / "recipe/gad/monitor/rules.py").read_text(encoding="utf-8"))
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 
 
@@ -311,7 +313,7 @@ def test_every_finding_is_explained_under_its_title():
     rules = [function for function in functions if ast.unparse(function.returns) == "Verdict | None"]
     assert len(rules) >= 14
     for rule in rules:
-        assert f"`recipe/gad/health.py:{rule.name}`" in text
+        assert f"`recipe/gad/monitor/rules.py:{rule.name}`" in text
         calls = [node for node in ast.walk(rule) if isinstance(node, ast.Call)]
         for title in (call.args[1] for call in calls if getattr(call.func, "id", "") == "Verdict"):
             words = title.values[0].value if isinstance(title, ast.JoinedStr) else title.value
@@ -386,7 +388,8 @@ def test_a_key_without_a_comment_is_refused(reference):
 
 BROKEN = """# Title
 [gone](nowhere.md) [no anchor](#other) [fine](#title)
-`recipe/gad/nothing.py` `recipe/gad/health.py:no_such_rule` `recipe/gad/health.py:Curve.last` `trainer.nothing`
+`recipe/gad/nothing.py` `recipe/gad/monitor/rules.py:no_such_rule` `recipe/gad/monitor/rules.py:Curve.last`
+`trainer.nothing`
 
 ```bash
 gad report runs/gad \\
@@ -404,8 +407,8 @@ def test_broken_documentation_is_found(tmp_path):
     doc.write_text(BROKEN)
     assert broken_links(doc) == ["nowhere.md", "#other"]
     assert missing_paths(doc) == ["recipe/gad/nothing.py"]
-    assert defines(ROOT / "recipe/gad/health.py", "Curve.last")
-    assert not defines(ROOT / "recipe/gad/health.py", "no_such_rule")
+    assert defines(ROOT / "recipe/gad/monitor/rules.py", "Curve.last")
+    assert not defines(ROOT / "recipe/gad/monitor/rules.py", "no_such_rule")
     assert keys_in(doc) == ["trainer.nothing"] and not exists("trainer.nothing")
     option, subcommand, flag, key, doctor = lines_starting_with(doc, "gad", "bash")
     with pytest.raises(Exception, match="No such option"):

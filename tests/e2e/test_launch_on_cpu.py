@@ -239,13 +239,11 @@ def cpu_only_plugin(tmp_path_factory) -> dict[str, str]:
     shutil.copy(ROOT / "recipe/gad/plugin.py", package / "plugin.py")
     (package / "__init__.py").touch()
     cpu_parts = [
-        "plugin/platform/platform_cpu.py",
         "utils/distributed.py",
         "utils/model.py",
         "workers/engine/fsdp/transformer_impl.py",
         "workers/rollout/base.py",
         "workers/rollout/replica.py",
-        "workers/rollout/hf_replica.py",
         "workers/rollout/teacher_trajectory.py",
         "experimental/agent_loop/single_turn_agent_loop.py",
     ]

@@ -237,7 +237,7 @@ def test_scripts_work_from_any_folder_and_make_paths_absolute(script, tmp_path):
 FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$FAKE_LOG"
 case "$*" in
-  *recipe.gad.checkpoint*) echo "$FAKE_CHECKPOINT" ;;
+  *recipe.gad.run.checkpoint*) echo "$FAKE_CHECKPOINT" ;;
   *"recipe.gad.cli doctor"*) exit "${FAKE_CHECK:-0}" ;;
   *main_ppo*) echo "platform ${VERL_PLATFORM:-unset}, devices ${CUDA_VISIBLE_DEVICES-unset}" ;;
 esac
@@ -284,7 +284,7 @@ def test_gad_starts_from_the_checkpoint_of_the_warmup(fake, step):
     resume = [] if step is None else ["--resume_step", step]
     done, calls = fake("run_gad.sh", "--warmup_dir", "w", "--train_files", "t", *resume)
     assert done.returncode == 0, done.stderr
-    assert calls[0] == "-m recipe.gad.checkpoint resolve w" + ("" if step is None else " --step 7")
+    assert calls[0] == "-m recipe.gad.run.checkpoint resolve w" + ("" if step is None else " --step 7")
     assert " actor_rollout_ref.model.path=/w/global_step_7/actor/huggingface " in calls[-1]
     assert " critic.model.path=/w/global_step_7/critic/huggingface " in calls[-1]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.gad.checkpoint import has_score_head, latest_complete_checkpoint
+from recipe.gad.run.checkpoint import has_score_head, latest_complete_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 500  # seconds; vLLM's start is most of it
@@ -50,7 +50,7 @@ def problem(tmp_path_factory):
     import pyarrow.parquet as pq
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-    from recipe.gad.toy import build_tokenizer
+    from recipe.gad.quickstart.problem import build_tokenizer
 
     folder = tmp_path_factory.mktemp("problem")
     tokenizer = build_tokenizer()

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.gad.checkpoint import handover_problems, shard_counts, verify_hf_folder
 from recipe.gad.cli import main as cli
+from recipe.gad.doctor.memory import Training, checkpoint_bytes, model_shape
 from recipe.gad.export import export, find_sources
-from recipe.gad.memory import Training, checkpoint_bytes, model_shape
+from recipe.gad.run.checkpoint import handover_problems, shard_counts, verify_hf_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE, SHARDS = ["model", "optimizer", "extra", "hf_model"], ["model", "optimizer", "extra"]

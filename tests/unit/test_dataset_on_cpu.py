@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from recipe.gad.toy import build_tokenizer
+from recipe.gad.quickstart.problem import build_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, get_dataset_class
 
 PROMPTS = ["c a f", "b d e", "a b c d e f g h i j a b c d e f", "j i h", "d d d"]
@@ -196,7 +196,7 @@ STOCK = """
 import json, sys
 from omegaconf import OmegaConf
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from recipe.gad.toy import build_tokenizer
+from recipe.gad.quickstart.problem import build_tokenizer
 assert "OverlayFinder" not in [type(finder).__name__ for finder in sys.meta_path]
 path, config = sys.argv[1:]
 rows = list(RLHFDataset(path, build_tokenizer(), OmegaConf.create(json.loads(config))))

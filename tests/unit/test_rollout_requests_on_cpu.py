@@ -51,7 +51,7 @@ def test_other_engines_are_not_asked_for_what_they_do_not_know(monkeypatch):
 
 SCRIPT = """
 import ray, sys
-from recipe.gad.cluster import unique_job_id
+from recipe.gad.run.job_id import unique_job_id
 ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[1], log_to_driver=False)
 print(unique_job_id(), ray.get(ray.remote(unique_job_id).remote()), flush=True)
 sys.stdin.read()

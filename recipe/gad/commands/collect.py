@@ -1,4 +1,4 @@
-"""``gad collect``: arguments of :mod:`recipe.gad.collect`."""
+"""``gad collect``: arguments of :mod:`recipe.gad.data.collect`."""
 
 import asyncio
 from pathlib import Path
@@ -63,7 +63,7 @@ def collect(
 
     Example: gad collect prompts.txt --output answers.jsonl --model gpt-5-chat-latest --max_tokens 1536
     """
-    from recipe.gad import collect as work
+    from recipe.gad.data import collect as work
     from recipe.gad.openai_client import ChatClient, RequestFailed
 
     fields = json_object("--extra", extra)

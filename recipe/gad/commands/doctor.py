@@ -30,8 +30,8 @@ def doctor(
     import sys
     from contextlib import redirect_stdout
 
-    from recipe.gad.doctor import diagnose, report
-    from recipe.gad.memory import GIB
+    from recipe.gad.doctor.checks import diagnose, report
+    from recipe.gad.doctor.memory import GIB
 
     with redirect_stdout(sys.stderr):  # what imported libraries print is no part of the report
         findings = diagnose(overrides or [], config_name, None if gpu_memory_gb is None else gpu_memory_gb * GIB)

@@ -121,11 +121,11 @@ def evaluate(
         given = {"--model": model, "--val_files": val_files, "--output_dir": output_dir}
         missing = ", ".join(name for name, value in given.items() if not value)
         raise ValueError(f"missing {missing}. Example: gad eval --model MODEL --val_files val.parquet --output_dir DIR")
-    from recipe.gad.answers import Settings, default_backend, make_answers
-    from recipe.gad.evaluate import scores_table, text_section, update_scores
-    from recipe.gad.judge import JudgeSettings, against, judge
+    from recipe.gad.evaluation.judge import JudgeSettings, against, judge
+    from recipe.gad.evaluation.sampling import Settings, default_backend, make_answers
+    from recipe.gad.evaluation.scores import scores_table, text_section, update_scores
+    from recipe.gad.evaluation.two_sample import TwoSampleSettings, run_two_sample_test
     from recipe.gad.openai_client import ChatClient
-    from recipe.gad.two_sample import TwoSampleSettings, run_two_sample_test
 
     settings = Settings(
         model=model,
@@ -181,10 +181,10 @@ def compare(
 
     Example: gad eval compare eval/seqkd eval/gad --output compare.json
     """
-    from recipe.gad.evaluate import compare as compare_folders
-    from recipe.gad.evaluate import comparison_table, judge_against_first
-    from recipe.gad.files import write_atomically
-    from recipe.gad.judge import JudgeSettings
+    from recipe.gad.evaluation.judge import JudgeSettings
+    from recipe.gad.evaluation.scores import compare as compare_folders
+    from recipe.gad.evaluation.scores import comparison_table, judge_against_first
+    from recipe.gad.run.atomic_io import write_atomically
 
     comparison = compare_folders(folders)
     if judge_model is not None:

@@ -1,4 +1,4 @@
-"""``gad prepare``: arguments of :mod:`recipe.gad.prepare`."""
+"""``gad prepare``: arguments of :mod:`recipe.gad.data.prepare`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +64,7 @@ def prepare(
 
     Example: gad prepare answers.jsonl --output_dir data --tokenizer Qwen/Qwen2.5-7B-Instruct
     """
-    from recipe.gad import prepare as work
+    from recipe.gad.data import prepare as work
 
     sources, val_sources = inputs or [], val_inputs or []
     if preset is not None:

@@ -19,7 +19,7 @@ def report(
 
     Example: gad report runs/gad runs/gad-higher-lr --output compare.html
     """
-    from recipe.gad.report import write_report
+    from recipe.gad.monitor.report import write_report
 
     for run in write_report(run_dirs, output):
         findings = "; ".join(f"{verdict.level}: {verdict.title}" for verdict in run.verdicts)

@@ -18,6 +18,6 @@ def watch(
 
     Example: gad watch runs/gad
     """
-    from recipe.gad.watch import watch as watch_run
+    from recipe.gad.monitor.watch import watch as watch_run
 
     watch_run(run_dir, once, interval)

@@ -7,7 +7,7 @@ the stock one, row for row.
 import datasets
 import torch
 
-from recipe.gad.teacher_file import check_data_file, find_teacher, teacher_text
+from recipe.gad.run.data_file import check_data_file, find_teacher, teacher_text
 from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
 from verl.workers.rollout.teacher_trajectory import (
     build_prompt_ids,

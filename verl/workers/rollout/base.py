@@ -2,4 +2,4 @@
 
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 
-_ROLLOUT_REGISTRY[("hf", "async")] = "verl.workers.rollout.hf_replica.ServerAdapter"
+_ROLLOUT_REGISTRY[("hf", "async")] = "recipe.gad.cpu.hf_replica.ServerAdapter"

@@ -4,7 +4,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 
 def _load_hf():
-    from verl.workers.rollout.hf_replica import HFReplica
+    from recipe.gad.cpu.hf_replica import HFReplica
 
     return HFReplica
 

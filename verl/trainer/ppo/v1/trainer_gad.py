@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from recipe.gad.check import check_config
-from recipe.gad.checkpoint import claim_folder
+from recipe.gad.run.checkpoint import claim_folder
+from recipe.gad.run.checks import check_config
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -76,8 +76,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         config: recipe/gad/config/gad_trainer.yaml composed with overrides.
 
     Raises:
-        ValueError: the configuration, the data or the folders do not fit a GAD run (recipe/gad/check.py); before any
-            model is loaded.
+        ValueError: the configuration, the data or the folders do not fit a GAD run (recipe/gad/run/checks.py);
+            before any model is loaded.
     """
 
     # stock code compares trainer_mode with "sync" in several places; GAD keeps every sync semantic

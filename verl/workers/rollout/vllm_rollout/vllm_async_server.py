@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
-from recipe.gad.cluster import unique_job_id
+from recipe.gad.run.job_id import unique_job_id
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer as _StockVLLMHttpServer
 
@@ -25,7 +25,7 @@ WHOLE_ANSWERS = {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": Fals
 
 class vLLMHttpServer(_StockVLLMHttpServer):
     """Stock server with :data:`WHOLE_ANSWERS` for requests that ask for it; the engine's processes, started later,
-    inherit :func:`recipe.gad.cluster.unique_job_id`."""
+    inherit :func:`recipe.gad.run.job_id.unique_job_id`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

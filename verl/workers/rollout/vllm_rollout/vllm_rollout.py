@@ -3,12 +3,12 @@ name that no other run on the machine uses (see vllm_async_server.py, its receiv
 
 import ray
 
-from recipe.gad.cluster import unique_job_id
+from recipe.gad.run.job_id import unique_job_id
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter as _StockServerAdapter
 
 
 class ServerAdapter(_StockServerAdapter):
-    """Stock adapter; its socket is named by :func:`recipe.gad.cluster.unique_job_id` instead of Ray's job id."""
+    """Stock adapter; its socket is named by :func:`recipe.gad.run.job_id.unique_job_id` instead of Ray's job id."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

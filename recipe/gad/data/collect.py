@@ -1,0 +1,258 @@
+"""``gad collect``: a black-box teacher's answers to a file of prompts, through any OpenAI-compatible API.
+
+Every finished request is one line, appended and flushed at once, so that a killed run loses the requests in flight and
+nothing else; the same command again goes on behind them. Beside the answers (``answers.jsonl``) lie
+
+- ``answers.failed.jsonl``: what is no training data, with the reason: answers cut at max_tokens, refused or empty, and
+  requests that failed for good. They count as done until ``retry_failed``; the lines stay, an answer outdates them.
+- ``answers.rejects.jsonl``: rows of the input without a usable prompt.
+- ``answers.settings.json``: the settings of the requests. Answers of other settings belong in another file.
+
+A request is known by a hash of its messages, its sample number and the settings.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from recipe.gad.data.layouts import Message, Rejects, data_source_of, open_rejects, read_prompt, read_rows
+from recipe.gad.openai_client import ChatClient, Completion, RequestFailed, for_each
+from recipe.gad.run.atomic_io import JsonLog, read_object, write_atomically
+
+ID_BYTES = 12
+"""Of a request's hash; no two of a billion requests share one (chance 6e-12)."""
+TOKENS_PER_PRICE = 1_000_000
+WRITER = "gad collect"
+COUNTED = ("id", "prompt_tokens", "completion_tokens")
+"""What is read of the lines of earlier runs, beside the reason of a failed one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides an answer beside the prompt.
+
+    ``system`` goes before the messages of prompts without a system message. It is the teacher's alone: the data keeps
+    the prompt as it was. ``extra`` are more fields of the request body.
+    """
+
+    model: str
+    base_url: str
+    temperature: float | None = None
+    max_tokens: int | None = None
+    system: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Request(NamedTuple):
+    id: str
+    prompt: list[Message]
+    sample: int
+    data_source: str
+
+
+@dataclass
+class Collected:
+    """Counts of an output, earlier runs included."""
+
+    answers: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Id -> reason of the requests whose last attempt failed."""
+    rejected: int = 0
+    """Rows of the input without a usable prompt."""
+    new: int = 0
+    """Requests that this run finished."""
+    prompt_tokens: int = 0
+    """Of every request, also of those that failed and were asked again."""
+    completion_tokens: int = 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        if "reason" in record:
+            self.reasons[record["id"]] = record["reason"]
+        else:
+            self.answers += 1
+            self.reasons.pop(record["id"], None)
+        self.prompt_tokens += record["prompt_tokens"]
+        self.completion_tokens += record["completion_tokens"]
+
+    def cost(self, price_prompt: float, price_completion: float) -> float:
+        """Cost of all tokens; prices per million tokens."""
+        return (self.prompt_tokens * price_prompt + self.completion_tokens * price_completion) / TOKENS_PER_PRICE
+
+
+async def collect(
+    inputs: list[str],
+    out: str | Path,
+    client: ChatClient,
+    settings: Settings,
+    *,
+    samples: int = 1,
+    concurrency: int = 16,
+    prompt_key: str | None = None,
+    retry_failed: bool = False,
+    prices: tuple[float, float] = (0.0, 0.0),
+) -> Collected:
+    """Ask the teacher for every prompt of ``inputs`` that ``out`` does not answer yet.
+
+    Args:
+        inputs: sources as of :func:`recipe.gad.data.layouts.read_rows`; answers in them are left out.
+        out: .jsonl file; lines with content, teacher_response, data_source, sample, and the request's id, finish
+            reason and tokens. ``gad prepare`` reads it.
+        client: where the requests go.
+        settings: the same as in earlier runs with this ``out``.
+        samples: answers per prompt; more of them than in an earlier run add to it.
+        concurrency: requests in flight at most.
+        prompt_key: column of the prompt, where the layout is not recognised.
+        retry_failed: ask again what failed in earlier runs.
+        prices: of a million prompt and completion tokens, for the progress bar.
+
+    Raises:
+        ValueError: an argument or a file is wrong, or another run writes to ``out``; nothing was asked.
+        RequestFailed: (a ValueError) no request can succeed. What was finished before is kept.
+    """
+    out = Path(out).expanduser()
+    for name, value in (("samples", samples), ("concurrency", concurrency)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected 1 or more")
+    if out.suffix != ".jsonl":
+        raise ValueError(f"{out}: expected a name that ends with .jsonl")
+    result = Collected()
+    with JsonLog(out, WRITER) as answers, JsonLog(out.with_suffix(".failed.jsonl"), WRITER) as failed:
+        done: set[str] = set()
+        for record in itertools.chain(*(file.records(*COUNTED) for file in (failed, answers))):
+            done.add(record["id"])
+            result.add(record)
+        if done:
+            _check_settings(out.with_suffix(".settings.json"), asdict(settings))
+        if retry_failed:
+            done.difference_update(result.reasons)
+        with open_rejects(out.with_suffix(".rejects.jsonl")) as rejects:
+            to_do = sum(1 for _ in _requests(inputs, samples, prompt_key, settings, set(done), rejects))
+        result.rejected = rejects.count
+        if not done:
+            if not to_do:
+                raise ValueError(
+                    f"no prompt in {', '.join(inputs)} ({rejects.count} rows rejected). Fix: see the reasons above, or "
+                    "name the prompt's column with --prompt_key"
+                )
+            write_atomically(out.with_suffix(".settings.json"), json.dumps(asdict(settings), indent=2) + "\n")
+
+        async def ask(request: Request) -> None:
+            record = await _ask(client, settings, request)
+            (failed if "reason" in record else answers).append(record)
+            result.add(record)
+            result.new += 1
+            cost = f", cost {result.cost(*prices):.2f}" if any(prices) else ""
+            bar.set_postfix_str(f"{len(result.reasons)} failed, {client.retries} retries{cost}", refresh=False)
+            bar.update()
+
+        with tqdm(total=to_do, desc=settings.model, unit=" requests", disable=None) as bar:
+            await for_each(_requests(inputs, samples, prompt_key, settings, done), ask, concurrency)
+    return result
+
+
+def summary(result: Collected, out: str | Path, prices: tuple[float, float]) -> str:
+    """Counts, tokens and cost as lines of text."""
+    out = Path(out)
+    lines = [f"answers     {result.answers:>9,} in {out}", f"this run    {result.new:>9,} requests finished"]
+    for reason, count in Counter(result.reasons.values()).most_common():
+        lines.append(f"failed      {count:>9,} {reason}, in {out.with_suffix('.failed.jsonl')}")
+    if result.rejected:
+        lines.append(f"rejected    {result.rejected:>9,} rows without a prompt, in {out.with_suffix('.rejects.jsonl')}")
+    lines.append(f"tokens      {result.prompt_tokens:>9,} of prompts, {result.completion_tokens:,} of answers")
+    if any(prices):
+        lines.append(f"cost        {result.cost(*prices):>9,.4f}")
+    if result.reasons:
+        lines.append("--retry_failed asks again for what failed")
+    return "\n".join(lines)
+
+
+def _requests(
+    inputs: list[str],
+    samples: int,
+    prompt_key: str | None,
+    settings: Settings,
+    done: set[str],
+    rejects: Rejects | None = None,
+) -> Iterator[Request]:
+    """Requests that are not in ``done``, to which they are added; bad rows go to ``rejects``."""
+    for row in (row for source in inputs for row in read_rows(source)):
+        try:
+            prompt = read_prompt(row, prompt_key)
+        except ValueError as error:
+            if rejects is not None:
+                rejects.add(row, str(error))
+            continue
+        for sample in range(samples):
+            text = json.dumps([prompt, sample, asdict(settings)], sort_keys=True)
+            request_id = blake2b(text.encode(), digest_size=ID_BYTES).hexdigest()
+            if request_id not in done:
+                done.add(request_id)
+                yield Request(request_id, prompt, sample, data_source_of(row))
+
+
+async def _ask(client: ChatClient, settings: Settings, request: Request) -> dict[str, Any]:
+    """The line of a finished request; one that is no training data has a ``reason``."""
+    messages = request.prompt
+    if settings.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": settings.system}, *messages]
+    record: dict[str, Any] = {
+        "id": request.id,
+        "sample": request.sample,
+        "data_source": request.data_source,
+        "content": request.prompt,
+    }
+    try:
+        completion = await client.complete(
+            messages,
+            model=settings.model,
+            temperature=settings.temperature,
+            max_tokens=settings.max_tokens,
+            extra=settings.extra,
+        )
+    except RequestFailed as error:
+        if error.hopeless:
+            raise
+        return {**record, "reason": "request failed", "error": str(error), "prompt_tokens": 0, "completion_tokens": 0}
+    reason = _problem(completion)
+    return {
+        **record,
+        **({"reason": reason} if reason else {}),
+        "teacher_response": completion.text or completion.refusal or "",
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+    }
+
+
+def _problem(completion: Completion) -> str | None:
+    """Why an answer is no training data, or None. A refusal that is worded as an answer is one."""
+    if completion.finish_reason == "length":
+        return "cut at the token limit"
+    if completion.refusal or completion.finish_reason == "content_filter":
+        return "refused"
+    return None if completion.text.strip() else "empty"
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to answers of other settings."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so that nobody knows how these answers were made. Fix: another --output")
+    before = read_object(path, ". Fix: another --output")
+    changed = [
+        f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path}: the answers there have other settings ({'; '.join(changed)}). "
+            "Fix: the same settings again, or another --output"
+        )

@@ -1,0 +1,355 @@
+"""Rows of data files and data sets in the usual layouts: the prompt as chat messages, and the teacher's answer.
+
+What is recognised, row by row (``prompt_key`` and ``teacher_key`` name columns outright and come first):
+
+====================  ===================================================================================
+own layout            ``content`` (messages) + ``teacher_response``
+OpenAI chat           ``messages``: [{role, content}, ...]
+ShareGPT              ``conversations``: [{from, value}, ...]
+Alpaca                ``instruction`` [+ ``input``, behind a blank line] [+ ``history``: [[user, assistant], ...]]
+prompt and response   one of PROMPT_KEYS + one of TEACHER_KEYS; text, or messages
+====================  ===================================================================================
+
+- A ``system`` column goes before the messages, unless they start with a system message.
+- A conversation that ends with the assistant holds its own answer: that turn. A column named ``teacher_response`` or by
+  ``teacher_key`` replaces it.
+- Otherwise the first of TEACHER_KEYS that the row has is the answer to all of the messages.
+- Otherwise the last assistant turn is the answer; what the conversation says behind it is left out
+  (``Example.dropped_turns``).
+"""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipe.gad.run.data_file import json_rows, prompt_problem, teacher_problem, teacher_text
+from recipe.gad.run.hub import HUB_ID
+
+PROMPT_KEYS = ("content", "messages", "conversations", "prompt", "instruction", "question", "query")
+"""Columns of the prompt, first come first; ``conversations`` and ``messages`` usually hold the answer too."""
+OWN_TEACHER_KEY = "teacher_response"
+TEACHER_KEYS = (OWN_TEACHER_KEY, "response", "answer", "output", "completion")
+"""Columns of the teacher's answer, first come first."""
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+"""Role names of the layouts, and what they are called in the output."""
+FILE_ENDINGS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
+READ_ROWS = 256
+"""Rows of a parquet file that are in memory at a time."""
+READ_BYTES = 1 << 20
+"""Bytes of a column of a parquet file that are read at a time."""
+SHOWN_REJECTS = 5
+"""Bad rows that are printed; all of them are in the rejects file."""
+
+Message = dict[str, str]
+
+
+class Row(NamedTuple):
+    """One row of a source; ``problem`` says why ``value`` cannot be a row at all (a line that is no JSON)."""
+
+    file: str
+    source: str
+    """Name of the file or data set without folders and ending."""
+    number: int
+    """Counted from 0, blank lines left out."""
+    value: Any
+    problem: str | None = None
+
+
+class Example(NamedTuple):
+    prompt: list[Message]
+    """Messages with the keys role and content, the last one the user's or a tool's."""
+    teacher: str
+    dropped_turns: int
+    """Turns of the conversation that are in neither."""
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """Rows of one source, streamed: memory holds one batch, whatever the size.
+
+    Args:
+        source: a file (.parquet, .json, .jsonl, .csv; .txt has one prompt per line), or a data set for ``datasets``: a
+            folder or a hub id. ``:SPLIT`` behind a data set chooses one of its splits; without it all are read.
+
+    Raises:
+        ValueError: there is no such source, or it cannot be read (the file is named).
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in FILE_ENDINGS:
+            raise ValueError(f"{path}: unknown ending {path.suffix!r}. Fix: convert it to {', '.join(FILE_ENDINGS)}")
+        rows = _FILE_READERS.get(path.suffix, json_rows)(path)
+        try:
+            for number, (value, problem) in enumerate(rows):
+                yield Row(str(path), path.stem, number, value, problem)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return
+    name, _, split = (source, "", "") if path.exists() else source.partition(":")
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
+        raise ValueError(f"{source}: no such file or folder. Fix: correct the path, or name a data set as owner/name")
+    yield from _dataset_rows(str(folder) if folder.is_dir() else name, split or None)
+
+
+def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
+    import datasets
+
+    saved = (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file()
+    try:
+        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
+        splits = found if isinstance(found, dict) else {"train": found}
+        if split is not None and split not in splits:
+            raise ValueError(f"no split {split!r}. Fix: choose from {', '.join(splits)}")
+        for key in [split] if split is not None else list(splits):
+            for number, value in enumerate(splits[key]):
+                yield Row(f"{name}:{key}", Path(name).name, number, value)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"the data set {name} cannot be read: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[Any, None]]:
+    try:
+        # pages as they come: a row group can be as large as the file
+        with pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
+            for batch in parquet.iter_batches(READ_ROWS):
+                yield from ((row, None) for row in batch.to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"is not a readable parquet file ({error}). Fix: write it again") from None
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than a long answer
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        try:
+            for row in csv.DictReader(lines, strict=True):
+                # DictReader files superfluous cells under the key None
+                cells = row.pop(None, None)  # type: ignore[call-overload]
+                problem = None if cells is None else f"has {len(cells)} cells more than the header has names"
+                yield row, problem
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"is not a readable CSV file ({error}). Fix: write it again, as UTF-8") from None
+
+
+def _text_rows(file: Path) -> Iterator[tuple[Any, None]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        yield from (({"prompt": line.strip()}, None) for line in lines if line.strip())
+
+
+_FILE_READERS = {".parquet": _parquet_rows, ".csv": _csv_rows, ".txt": _text_rows}
+
+
+# ---------------------------------------------------------------------------------------------------------- layouts
+
+
+def read_example(row: Row, prompt_key: str | None = None, teacher_key: str | None = None) -> Example:
+    """Prompt and teacher's answer of a row, by the rules at the top of this module.
+
+    Raises:
+        ValueError: why the row cannot be used (without file and row number).
+    """
+    columns, messages = _messages_of_row(row, prompt_key)
+    if teacher_key is not None and teacher_key not in columns:
+        raise ValueError(f"has no column {teacher_key!r}; it has {_names(columns)}")
+    column = teacher_key or next((key for key in TEACHER_KEYS if key in columns), None)
+    ends_with_answer = messages[-1]["role"] == "assistant"
+    if ends_with_answer and teacher_key is None and column != OWN_TEACHER_KEY:
+        column = None
+    if column is not None:
+        prompt, teacher = messages[:-1] if ends_with_answer else messages, _answer_of_column(column, columns[column])
+    else:
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            raise ValueError(f"has no teacher's answer: no assistant turn and none of the columns {TEACHER_KEYS}")
+        prompt, teacher = messages[: answers[-1]], _checked_answer("the assistant's turn", messages[answers[-1]])
+    dropped = len(messages) - len(prompt) - (column is None)
+    return Example(_checked_prompt(prompt), teacher, dropped)
+
+
+def read_prompt(row: Row, prompt_key: str | None = None) -> list[Message]:
+    """The prompt of a row whose answer, if it has one, is not wanted.
+
+    Raises:
+        ValueError: as :func:`read_example`.
+    """
+    _, messages = _messages_of_row(row, prompt_key)
+    return _checked_prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+
+
+def data_source_of(row: Row) -> str:
+    """The row's own ``data_source``, else the name of its source."""
+    own = row.value.get("data_source")
+    return own if isinstance(own, str) and own else row.source
+
+
+def _messages_of_row(row: Row, prompt_key: str | None) -> tuple[dict[str, Any], list[Message]]:
+    if row.problem is not None:
+        raise ValueError(row.problem)
+    columns = row.value
+    if not isinstance(columns, dict):
+        raise ValueError(f"is of type {type(columns).__name__}, not an object with named columns")
+    key = prompt_key or next((key for key in PROMPT_KEYS if key in columns), None)
+    if key is None:
+        raise ValueError(f"has none of the prompt's columns {PROMPT_KEYS}; it has {_names(columns)}")
+    if key not in columns:
+        raise ValueError(f"has no column {key!r}; it has {_names(columns)}")
+    messages = _messages(key, columns[key])
+    if key == "instruction":
+        messages = _alpaca_messages(messages, columns)
+    if columns.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text("system", columns["system"])})
+    return columns, messages
+
+
+def _messages(key: str, value: Any) -> list[Message]:
+    """Messages of a column that holds text, messages, or (in a CSV file) messages as JSON text."""
+    if isinstance(value, str):
+        parsed = _json_list(value)
+        if parsed is None and key in ("messages", "conversations"):
+            raise ValueError(f"column {key!r} is text, not a list of messages")
+        if parsed is None:
+            return [{"role": "user", "content": _text(f"column {key!r}", value)}]
+        value = parsed
+    if not isinstance(value, list) or not value:
+        found = "is an empty list" if value == [] else f"is of type {type(value).__name__}"
+        raise ValueError(f"column {key!r} {found}, not text or a list of messages")
+    return [_message(key, position, message) for position, message in enumerate(value)]
+
+
+def _json_list(text: str) -> list | None:
+    if not text.startswith("[{"):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:  # a prompt that only starts like one
+        return None
+
+
+def _message(key: str, position: int, message: Any) -> Message:
+    where = f"column {key!r}, message {position}"
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is of type {type(message).__name__}, not {{role, content}} or {{from, value}}")
+    role = message.get("role", message.get("from"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise ValueError(f"{where} calls a tool, which a text prompt cannot hold")
+    return {"role": ROLES[role], "content": _text(where, message.get("content", message.get("value")))}
+
+
+def _text(where: str, value: Any) -> str:
+    """Text given as such or as OpenAI's list of text parts."""
+    if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} has content of type {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is not valid Unicode ({error.reason})") from None
+    return value
+
+
+def _alpaca_messages(messages: list[Message], columns: dict[str, Any]) -> list[Message]:
+    if columns.get("input"):
+        messages[-1]["content"] += "\n\n" + _text("input", columns["input"])
+    turns: list[Message] = []
+    for pair in columns.get("history") or ():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"column 'history' holds {str(pair)[:80]}, not [user, assistant]")
+        turns += [
+            {"role": role, "content": _text("history", text)}
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return turns + messages
+
+
+def _answer_of_column(column: str, value: Any) -> str:
+    """Text, one message, or a list of one message."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return _checked_answer(f"column {column!r}", value)
+
+
+def _checked_answer(where: str, value: Any) -> str:
+    if (problem := teacher_problem(value)) is not None:
+        raise ValueError(f"{where} {problem}")
+    return _text(where, teacher_text(value))
+
+
+def _checked_prompt(messages: list[Message]) -> list[Message]:
+    if (problem := prompt_problem(messages)) is not None:
+        raise ValueError(f"the prompt {problem}")
+    if not messages[-1]["content"].strip():
+        raise ValueError("the prompt's last message is blank")
+    return messages
+
+
+def _names(columns: dict[str, Any]) -> str:
+    return ", ".join(map(repr, columns))
+
+
+# ---------------------------------------------------------------------------------------------------------- rejects
+
+
+class Rejects:
+    """Bad rows: counted, the first SHOWN_REJECTS printed to stderr, all written; see :func:`open_rejects`."""
+
+    def __init__(self, out: TextIO, strict: bool):
+        self._out, self._strict = out, strict
+        self.count = 0
+
+    def add(self, row: Row, reason: str) -> None:
+        """
+        Raises:
+            ValueError: strict.
+        """
+        where = f"{row.file}, row {row.number}: {reason}"
+        if self._strict:
+            raise ValueError(f"{where}. Fix: repair or drop the row, or go on without --strict")
+        self.count += 1
+        if self.count <= SHOWN_REJECTS:
+            print(f"rejected: {where}", file=sys.stderr)
+        record = {"file": row.file, "row": row.number, "reason": reason, "record": row.value}
+        # default: what JSON has no word for (dates, bytes)
+        print(json.dumps(record, ensure_ascii=False, default=str), file=self._out)
+
+
+@contextmanager
+def open_rejects(path: Path, strict: bool = False) -> Iterator[Rejects]:
+    """Collector of bad rows. ``path`` gets them at the end, if there are any: one JSON object per line with file, row
+    (counted from 0), reason and record. Without bad rows there is no such file afterwards.
+
+    Args:
+        strict: the first bad row is a ValueError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+            yield (rejects := Rejects(out, strict))
+        if rejects.count:
+            os.replace(temporary, path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)

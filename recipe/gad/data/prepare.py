@@ -1,0 +1,287 @@
+"""``gad prepare``: data in any usual layout (recipe/gad/data/layouts.py) -> train.parquet and val.parquet.
+
+Two rows have the same prompt if roles and texts agree after Unicode NFC and with every run of white space read as one
+space; letter case counts. A 64-bit hash of that decides which side of the split a prompt is on, so the side depends on
+nothing else: not on the order of the rows, not on the rest of the data, not on the run. Of the rows only these hashes
+stay in memory, about 80 bytes a row.
+"""
+
+import itertools
+import os
+import tempfile
+import unicodedata
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from recipe.gad.data.layouts import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
+from recipe.gad.data.tokenizers import TokenCounter, token_counter
+from recipe.gad.run.data_file import BATCH_ROWS
+from recipe.gad.run.hub import load_tokenizer
+
+TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
+BATCH_CHARS = 1 << 22
+"""Characters of prompts and answers after which a batch of rows is written, if not BATCH_ROWS before."""
+SCHEMA = pa.schema(
+    {
+        "content": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "teacher_response": pa.string(),
+        "data_source": pa.string(),
+        "extra_info": pa.struct({"index": pa.int64()}),
+    }
+)
+HASH_BYTES = 8
+"""Of a prompt's hash. Among 10 million prompts the chance that any two differ and share one is 3 in a million."""
+
+
+class Preset(NamedTuple):
+    """A public data set with a split of its own."""
+
+    dataset: str
+    train_split: str
+    val_split: str
+
+
+PRESETS = {"lmsys-gpt5": Preset("ytz20/LMSYS-Chat-GPT-5-Chat-Response", "train", "test")}
+"""``lmsys-gpt5``: the paper's data, 200K LMSYS-Chat prompts answered by GPT-5-Chat (arXiv 2511.10643, section 4)."""
+
+
+@dataclass
+class Side:
+    """What went into one output file; lengths in tokens, empty without a tokenizer."""
+
+    rows: int = 0
+    prompt_lengths: array = field(default_factory=lambda: array("I"))
+    response_lengths: array = field(default_factory=lambda: array("I"))
+
+
+@dataclass
+class Prepared:
+    """Counts of a finished run."""
+
+    train: Side = field(default_factory=Side)
+    val: Side = field(default_factory=Side)
+    rows: int = 0
+    rejected: int = 0
+    duplicates: int = 0
+    rows_with_dropped_turns: int = 0
+
+
+def prepare(
+    inputs: Sequence[str],
+    out_dir: str | Path,
+    *,
+    val_inputs: Sequence[str] = (),
+    val_fraction: float = 0.01,
+    prompt_key: str | None = None,
+    teacher_key: str | None = None,
+    data_source: str | None = None,
+    keep_answers: bool = False,
+    strict: bool = False,
+    overwrite: bool = False,
+    count_tokens: TokenCounter | None = None,
+) -> Prepared:
+    """Write ``train.parquet``, ``val.parquet`` and, if there are bad rows, ``rejects.jsonl`` to ``out_dir``.
+
+    The files have the columns content (list of {role, content}), teacher_response, data_source and extra_info
+    ({index}: row in the file), and appear whole, at the end, or not at all.
+
+    Args:
+        inputs: sources as of :func:`recipe.gad.data.layouts.read_rows`.
+        out_dir: made if it does not exist.
+        val_inputs: sources of the validation rows; their prompts are kept out of training. Without them
+            ``val_fraction`` splits ``inputs``.
+        val_fraction: share of the prompts in [0, 1) that validate; 0: no validation file.
+        prompt_key, teacher_key: columns, where the layout is not recognised.
+        data_source: for all rows, instead of their own or the name of their source.
+        keep_answers: keep different answers to one prompt; else its first row only.
+        strict: stop at the first bad row.
+        overwrite: replace existing outputs.
+        count_tokens: fills the lengths; raises ValueError for a prompt that the student's template refuses.
+
+    Raises:
+        ValueError: an argument or a source is wrong, outputs exist, or a file would be empty; nothing is written.
+    """
+    out_dir = Path(out_dir).expanduser()
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}: expected a number in [0, 1)")
+    finals = [out_dir / name for name in (TRAIN, VAL, REJECTS)]
+    existing = [str(path) for path in finals if path.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{', '.join(existing)}: already there. Fix: choose another folder, or --overwrite")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare.", dir=out_dir) as folder:
+        written = [Path(folder) / path.name for path in finals]
+        result = Prepared()
+        seen: set[int] = set()
+        held_out: set[int] = set()
+        val_below = 0.0 if val_inputs else val_fraction * 2 ** (8 * HASH_BYTES)
+        with (
+            _RowWriter(written[0], result.train) as train,
+            _RowWriter(written[1], result.val) as val,
+            open_rejects(written[2], strict) as rejects,
+        ):
+            # validation first: what is in it is kept out of training
+            for row, is_val in itertools.chain(_rows(val_inputs, True), _rows(inputs, False)):
+                result.rows += 1
+                try:
+                    example = read_example(row, prompt_key, teacher_key)
+                    lengths = count_tokens(example.prompt, example.teacher) if count_tokens else None
+                except ValueError as error:
+                    rejects.add(row, str(error))
+                    continue
+                prompt = prompt_hash(example.prompt)
+                identity = _hash(f"{prompt} {example.teacher}") if keep_answers else prompt
+                if identity in seen or (prompt in held_out and not is_val):
+                    result.duplicates += 1
+                    continue
+                seen.add(identity)
+                if is_val:
+                    held_out.add(prompt)
+                result.rows_with_dropped_turns += example.dropped_turns > 0
+                side = val if is_val or prompt < val_below else train
+                side.add(example, data_source or data_source_of(row), lengths)
+        result.rejected = rejects.count
+        _check_not_empty(result, val_wanted=bool(val_inputs) or val_fraction > 0)
+        counts = (result.train.rows, result.val.rows, result.rejected)
+        for new, final, count in zip(written, finals, counts, strict=True):
+            if count:
+                os.replace(new, final)
+            else:
+                final.unlink(missing_ok=True)
+    return result
+
+
+def _rows(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:
+    for source in sources:
+        for row in tqdm(read_rows(source), desc=source, unit=" rows", disable=None):
+            yield row, is_val
+
+
+def _check_not_empty(result: Prepared, val_wanted: bool) -> None:
+    if result.train.rows == 0:
+        raise ValueError(
+            f"no training row is left of {result.rows} rows ({result.rejected} rejected, {result.duplicates} "
+            f"duplicates, {result.val.rows} for validation). Fix: see the reasons above, or name the columns with "
+            "--prompt_key and --teacher_key"
+        )
+    if val_wanted and result.val.rows == 0:
+        raise ValueError(
+            f"no row of {result.train.rows} went to validation. Fix: a larger --val_fraction, --val_inputs, or "
+            "--val_fraction 0 for no validation file"
+        )
+
+
+def prompt_hash(messages: list[Message]) -> int:
+    """64-bit hash of a prompt, the same for prompts that differ only in white space and Unicode form."""
+    texts = (unicodedata.normalize("NFC", text) for m in messages for text in (m["role"], m["content"]))
+    return _hash("\0".join(" ".join(text.split()) for text in texts))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8"), digest_size=HASH_BYTES).digest(), "big")
+
+
+class _RowWriter:
+    """Writes examples to a parquet file, a batch at a time, and counts them in ``side``."""
+
+    def __init__(self, path: Path, side: Side):
+        self._side = side
+        self._parquet = pq.ParquetWriter(path, SCHEMA)
+        self._batch: list[dict[str, Any]] = []
+        self._chars = 0
+
+    def add(self, example: Example, data_source: str, lengths: tuple[int, int] | None) -> None:
+        self._batch.append(
+            {
+                "content": example.prompt,
+                "teacher_response": example.teacher,
+                "data_source": data_source,
+                "extra_info": {"index": self._side.rows},
+            }
+        )
+        self._side.rows += 1
+        if lengths is not None:
+            self._side.prompt_lengths.append(lengths[0])
+            self._side.response_lengths.append(lengths[1])
+        self._chars += len(example.teacher) + sum(len(message["content"]) for message in example.prompt)
+        if len(self._batch) == BATCH_ROWS or self._chars >= BATCH_CHARS:
+            self._write()
+
+    def _write(self) -> None:
+        self._parquet.write_table(pa.Table.from_pylist(self._batch, schema=SCHEMA))
+        self._batch, self._chars = [], 0
+
+    def __enter__(self) -> "_RowWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._write()
+        self._parquet.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- lengths
+
+
+def student_token_counter(path: str) -> TokenCounter:
+    """Counter of the tokenizer of a model folder or hub id.
+
+    Raises:
+        ValueError: there is no tokenizer, or no chat template.
+    """
+    tokenizer = load_tokenizer(path)
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {path} has no chat template. Fix: name the student's own folder")
+    return token_counter(tokenizer)
+
+
+def default_lengths() -> tuple[int, int]:
+    """(data.max_prompt_length, data.max_response_length) of the trainer's configuration, in tokens."""
+    from omegaconf import OmegaConf
+
+    data = OmegaConf.load(Path(__file__).parents[1] / "config" / "gad_trainer.yaml").data
+    return data.max_prompt_length, data.max_response_length
+
+
+def summary(result: Prepared, out_dir: str | Path, max_prompt_length: int, max_response_length: int) -> str:
+    """What was written, lost and how long it is, as lines of text."""
+    out_dir = Path(out_dir)
+    lines = [f"read        {result.rows:>9,} rows"]
+    if result.rejected:
+        lines.append(f"rejected    {result.rejected:>9,} rows, with the reasons in {out_dir / REJECTS}")
+    if result.duplicates:
+        lines.append(f"duplicates  {result.duplicates:>9,} rows left out: their prompt was there before")
+    if result.rows_with_dropped_turns:
+        lines.append(
+            f"shortened   {result.rows_with_dropped_turns:>9,} conversations: turns behind the answer left out"
+        )
+    for name, side in ((TRAIN, result.train), (VAL, result.val)):
+        if side.rows:
+            lines.append(f"{name.partition('.')[0]:<11} {side.rows:>9,} rows in {out_dir / name}")
+    if not result.train.prompt_lengths:
+        return "\n".join(lines)
+    lines.append(f"{'tokens':<20} {'mean':>8} {'p50':>7} {'p95':>7} {'max':>7}  longer than the trainer's limit")
+    for name, side in (("train", result.train), ("val", result.val)):
+        if side.rows:
+            lines.append(_lengths(f"{name} prompts", side.prompt_lengths, max_prompt_length, "dropped in training"))
+            lines.append(_lengths(f"{name} answers", side.response_lengths, max_response_length, "cut in training"))
+    return "\n".join(lines)
+
+
+def _lengths(name: str, values: array, limit: int, consequence: str) -> str:
+    import numpy as np
+
+    lengths = np.frombuffer(values, dtype=np.uint32)
+    p50, p95 = np.percentile(lengths, [50, 95])
+    over = (lengths > limit).mean()
+    return (
+        f"{name:<20} {lengths.mean():>8.1f} {p50:>7.0f} {p95:>7.0f} {lengths.max():>7}  "
+        f"{over:.2%} longer than {limit}" + (f" ({consequence})" if over else "")
+    )

@@ -1,0 +1,1 @@
+"""``gad eval``: sample answers -> score them -> compare models."""

@@ -1,0 +1,179 @@
+"""``gad eval``: scores of an evaluation folder (``scores.json``), and the comparison of several folders.
+
+``scores.json`` holds ``text``, ``two_sample`` and ``judge``, each written by the module of that name; the last two are
+there once they were asked for, as long as the answers stay the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from recipe.gad.evaluation.judge import RESULTS, JudgeSettings, against, judge, left_out
+from recipe.gad.evaluation.sampling import ANSWERS, IDENTITY, differences, read_answers, read_settings
+from recipe.gad.evaluation.text_metrics import text_metrics
+from recipe.gad.openai_client import ChatClient
+from recipe.gad.run.atomic_io import read_object, write_atomically
+
+SCORES = "scores.json"
+TEXT_COLUMNS = {
+    "rouge_l": "ROUGE-L",
+    "length": "tokens",
+    "cut": "cut",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "repetition": "repetition",
+}
+
+
+def read_scores(folder: str | Path) -> dict[str, Any]:
+    """``scores.json`` of an evaluation folder if it belongs to the answers that are there now, else {}."""
+    path = Path(folder) / SCORES
+    if not path.is_file():
+        return {}
+    scores = read_object(path, ". Fix: delete it and run gad eval again")
+    return scores if scores.get("answers_sha256") == _answers_hash(folder) else {}
+
+
+def _answers_hash(folder: str | Path) -> str:
+    return hashlib.sha256((Path(folder) / ANSWERS).read_bytes()).hexdigest()
+
+
+def update_scores(folder: str | Path, **sections: Any) -> dict[str, Any]:
+    """Add results (text, two_sample, judge) to the scores.json of a folder; earlier ones on the same answers stay."""
+    scores = {**read_scores(folder), "answers_sha256": _answers_hash(folder), **sections}
+    write_atomically(Path(folder) / SCORES, json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def text_section(answers: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """The text metrics as JSON; ``seed`` is the bootstrap's."""
+    return {name: {side: asdict(e) for side, e in by.items()} for name, by in text_metrics(answers, seed).items()}
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def _cells(scores: dict[str, Any], side: str) -> dict[str, str]:
+    """Column title -> text of one row of the table."""
+    cells = {
+        title: _interval(scores["text"][name].get(side), 1 if name == "length" else 3)
+        for name, title in TEXT_COLUMNS.items()
+    }
+    if side == "student" and "two_sample" in scores:
+        test = scores["two_sample"]
+        cells["two-sample acc"] = f"{_interval(test['accuracy'], 3)} ± {test['accuracy_std']:.3f}"
+    verdicts = scores.get("judge", {})
+    if "score" in verdicts:
+        cells["judge 1-10"] = _interval(verdicts["score"]["first" if side == "student" else "second"], 2)
+    if side == "student" and "pairwise" in verdicts:
+        cells |= {f"judge {name}": _interval(verdicts["pairwise"][name], 3) for name in RESULTS}
+    return cells
+
+
+def _interval(estimate: dict[str, float] | None, digits: int) -> str:
+    if estimate is None:
+        return "-"
+    return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**estimate, d=digits)
+
+
+def format_table(rows: dict[str, dict[str, str]]) -> str:
+    """Row name -> column title -> cell, as aligned text; missing cells are "-"."""
+    titles = list(dict.fromkeys(title for cells in rows.values() for title in cells))
+    lines = [["", *titles], *([name, *(cells.get(title, "-") for title in titles)] for name, cells in rows.items())]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles) + 1)]
+    padded = (map(str.ljust, line, widths) for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def scores_table(scores: dict[str, Any]) -> str:
+    """The scores of one model as text: a row per metric, columns student and teacher."""
+    student, teacher = (_cells(scores, side) for side in ("student", "teacher"))
+    table = format_table({title: {"student": student[title], "teacher": teacher.get(title, "-")} for title in student})
+    return f"{table}\n{left_out(scores['judge'])}" if "judge" in scores else table
+
+
+# ---------------------------------------------------------------------- several folders
+
+
+def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
+    """Scores of several evaluation folders on the same data and settings.
+
+    Returns:
+        Folder name -> {"folder", "model", "scores"}; names are the shortest ends of the paths that differ.
+
+    Raises:
+        ValueError: fewer than two folders, one lacks its scores, or data or settings differ (names what).
+    """
+    paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    if len(paths) < 2:
+        raise ValueError(f"{len(paths)} evaluation folder given, expected at least two different ones")
+    runs = [(path, read_settings(path), _prompts(path), read_scores(path)) for path in paths]
+    first_path, first_settings, first_prompts, first_scores = runs[0]
+    for path, settings, prompts, scores in runs:
+        if "text" not in scores:
+            raise ValueError(f"{path} has no {SCORES} for its answers. Fix: run gad eval on it first")
+        changed = differences(first_settings, settings, ignore=IDENTITY)
+        for section in ("two_sample", "judge"):
+            if section in scores and section in first_scores:
+                found = differences(first_scores[section]["settings"], scores[section]["settings"], ignore=("mode",))
+                changed += [f"{section} {line}" for line in found]
+        if prompts != first_prompts and not changed:
+            changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different ones"]
+        if changed:
+            raise ValueError(
+                f"{first_path} and {path} cannot be compared, they differ in {'; '.join(changed)}. "
+                "Fix: run gad eval with the same data and settings for every model"
+            )
+    return {
+        name: {"folder": str(path), "model": settings["model"], "scores": scores}
+        for name, (path, settings, _, scores) in zip(_short_names(paths), runs, strict=True)
+    }
+
+
+def _prompts(folder: Path) -> list[tuple[int, int, Any]]:
+    """What the answers of a folder answer. It differs where the models' tokenizers drop different long prompts."""
+    return [(answer["index"], answer["sample"], answer["messages"]) for answer in read_answers(folder)]
+
+
+def judge_against_first(
+    comparison: dict[str, dict[str, Any]], settings: JudgeSettings, base_url: str | None, concurrency: int, seed: int
+) -> None:
+    """Let a judge compare every model's answers with those of the first, pair by pair.
+
+    Adds "judge_against_first" to the entries after the first one; win, tie and lose are of the entry's model (see
+    :func:`recipe.gad.evaluation.judge.judge`).
+    """
+    first, *others = comparison.values()
+    rivals = [answer["student"] for answer in read_answers(first["folder"])]
+    for entry in others:
+        candidates = against(read_answers(entry["folder"]), rivals)
+        client = ChatClient(base_url)
+        entry["judge_against_first"] = judge(candidates, client, settings, entry["folder"], concurrency, seed)
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("the paths differ")
+
+
+def comparison_table(comparison: dict[str, dict[str, Any]]) -> str:
+    """A row per model and one for the teacher, a column per metric."""
+    first = next(iter(comparison))
+    rows = {name: _cells(entry["scores"], "student") for name, entry in comparison.items()}
+    for name, entry in comparison.items():
+        if "judge_against_first" in entry:
+            verdicts = entry["judge_against_first"]["pairwise"]
+            rows[name] |= {f"{result} vs {first}": _interval(verdicts[result], 3) for result in RESULTS}
+    notes = [
+        f"\n{name}: {left_out(entry[key])}"
+        for name, entry in comparison.items()
+        for entry, key in ((entry["scores"], "judge"), (entry, "judge_against_first"))
+        if key in entry
+    ]
+    return format_table({**rows, "teacher": _cells(comparison[first]["scores"], "teacher")}) + "".join(notes)

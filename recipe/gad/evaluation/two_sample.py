@@ -1,0 +1,285 @@
+"""Classifier two-sample test: can a FRESH discriminator tell the student's answers from the teacher's?
+
+The discriminator of training is no neutral judge, the student was optimised against it. Here a new one starts from a
+base model with a random score head, learns on half of the prompts by the Bradley-Terry loss of training
+
+    L_D = -E[ log sigmoid( D(x, y_teacher) - D(x, y_student) ) ]          (arXiv 2511.10643)
+
+and is measured on the pairs of the other half: held-out accuracy 0.5 means that it cannot tell them apart, 1.0 that it
+always can. Then the halves swap, so that every pair is held out once. The halves follow the seed.
+
+D reads prompt and answer as in training: the chat template's prompt, the tokens of the text, and the end token unless
+the answer was cut; its score is the value at the last token. Both sides are tokenized from text by the base model's
+tokenizer, and padding stands behind the last token, so equal texts get equal scores.
+"""
+
+import copy
+import json
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recipe.gad.evaluation.text_metrics import prompt_means
+from recipe.gad.run.checkpoint import actor_folder, has_score_head
+
+WARMUP_SHARE = 0.1
+"""Share of the optimizer steps in which the learning rate rises; it falls linearly to 0 in the others."""
+GRAD_CLIP = 1.0
+HEAD_STD = 0.02
+"""Standard deviation of a new head's weights, transformers' usual initializer_range."""
+MAX_BATCH_TOKENS = 16384
+"""Padded tokens in one forward pass; larger optimizer batches accumulate gradients."""
+
+
+@dataclass(frozen=True)
+class TwoSampleSettings:
+    """How the test's discriminators are trained.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    model: str
+    """Base model (Hugging Face folder or hub id) of every discriminator: the same for all students compared."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lr: float = 2e-5
+    epochs: int = 3
+    batch_pairs: int = 8
+    """Pairs of one optimizer step."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", actor_folder(self.model))
+        if not self.seeds:
+            raise ValueError("the two-sample test needs at least one seed")
+        if self.lr <= 0 or self.epochs < 1 or self.batch_pairs < 1:
+            raise ValueError(
+                f"two-sample test with lr {self.lr}, {self.epochs} epochs and batches of {self.batch_pairs} pairs: "
+                "expected all of them above 0"
+            )
+        if has_score_head(self.model):
+            raise ValueError(
+                f"{self.model} has a score head: it is a trained discriminator, which is not neutral. "
+                "Fix: pass a base model"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids (prompt and answer) of one student answer and of the teacher's; ``prompt`` tells prompts apart."""
+
+    prompt: str
+    student: list[int]
+    teacher: list[int]
+
+
+def run_two_sample_test(
+    answers: Sequence[dict[str, Any]], settings: TwoSampleSettings, bootstrap_seed: int = 0
+) -> dict[str, Any]:
+    """Held-out accuracy and AUC of fresh discriminators on the lines of ``answers.jsonl``.
+
+    Args:
+        answers: lines of the file.
+        settings: base model, seeds and training of the discriminators.
+        bootstrap_seed: of the confidence interval.
+
+    Returns:
+        ``accuracy`` (in [0, 1]: value, the mean over seeds, with low and high of its 95 % confidence interval over
+        prompts), ``auc`` (mean over seeds), ``accuracy_std`` and ``auc_std`` (sample standard deviations over seeds,
+        0 for one seed), ``by_seed``, ``pairs``, and the ``settings``.
+
+    Raises:
+        ValueError: fewer than two different prompts, or the base model has no chat template.
+    """
+    from tqdm import tqdm
+
+    pairs = tokenize_pairs(answers, settings.model)
+    if len({pair.prompt for pair in pairs}) < 2:
+        raise ValueError("the two-sample test needs at least two different prompts: one to learn from, one to hold out")
+    base = load_base(settings.model)
+    correct, by_seed = [0.0] * len(pairs), []
+    for seed in tqdm(settings.seeds, desc="two-sample test", unit=" seeds", disable=None):
+        values, auc = _held_out(base, pairs, settings, seed)
+        by_seed.append({"seed": seed, "accuracy": statistics.fmean(values), "auc": auc})
+        correct = [total + value / len(settings.seeds) for total, value in zip(correct, values, strict=True)]
+    [accuracy] = prompt_means([pair.prompt for pair in pairs], [(value,) for value in correct], bootstrap_seed)
+    return {
+        "accuracy": asdict(accuracy),
+        "accuracy_std": _spread([row["accuracy"] for row in by_seed]),
+        "auc": statistics.fmean(row["auc"] for row in by_seed),
+        "auc_std": _spread([row["auc"] for row in by_seed]),
+        "by_seed": by_seed,
+        "pairs": len(pairs),
+        "settings": asdict(settings),
+    }
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
+    """Answers as token ids of the base model: prompt, text, and the end of turn unless the answer was cut."""
+    import recipe.gad.plugin  # noqa: F401  (activates the overlay)
+    from verl.utils import hf_tokenizer
+    from verl.workers.rollout.teacher_trajectory import (
+        build_prompt_ids,
+        end_of_turn_ids,
+        stop_token_ids,
+        tokenize_teacher,
+    )
+
+    tokenizer = hf_tokenizer(model)
+    end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))
+    prompts = [build_prompt_ids(tokenizer, answer["messages"]) for answer in answers]
+
+    def sequences(side: str) -> list[list[int]]:
+        texts = tokenize_teacher(tokenizer, [answer[side] for answer in answers], [])
+        return [
+            prompt + ids + ([] if answer[f"{side}_cut"] else end_ids)
+            for prompt, ids, answer in zip(prompts, texts, answers, strict=True)
+        ]
+
+    keys = [json.dumps(answer["messages"], sort_keys=True) for answer in answers]
+    return [Pair(*row) for row in zip(keys, sequences("student"), sequences("teacher"), strict=True)]
+
+
+def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the pairs of random halves of the prompts; all pairs of one prompt are in the same half."""
+    prompts = sorted({pair.prompt for pair in pairs})
+    random.Random(seed).shuffle(prompts)
+    first = set(prompts[: len(prompts) // 2])
+    positions = range(len(pairs))
+    return [i for i in positions if pairs[i].prompt in first], [i for i in positions if pairs[i].prompt not in first]
+
+
+def area_under_curve(student_scores, teacher_scores) -> float:
+    """Probability that a teacher's answer scores above a student's, whatever their prompts; ties count one half."""
+    import torch
+
+    students = student_scores.sort().values
+    below = torch.searchsorted(students, teacher_scores)
+    below_or_equal = torch.searchsorted(students, teacher_scores, right=True)
+    return float((below + below_or_equal).double().mean() / 2 / len(students))
+
+
+def _held_out(base, pairs: Sequence[Pair], settings: TwoSampleSettings, seed: int) -> tuple[list[float], float]:
+    """1.0, 0.5 or 0.0 for every pair, by the discriminator that did not see its prompt, and the mean AUC."""
+    from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
+
+    first, second = halves(pairs, seed)
+    correct, areas = [0.0] * len(pairs), []
+    for train, test in ((first, second), (second, first)):
+        model = fresh_discriminator(base, seed)
+        train_discriminator(model, [pairs[i] for i in train], settings, seed)
+        student = score(model, [pairs[i].student for i in test])
+        teacher = score(model, [pairs[i].teacher for i in test])
+        for i, value in zip(test, compute_discriminator_accuracy(student, teacher).tolist(), strict=True):
+            correct[i] = value
+        areas.append(area_under_curve(student, teacher))
+    return correct, statistics.fmean(areas)
+
+
+# ---------------------------------------------------------------------- the discriminator
+
+
+def load_base(model: str):
+    """The base model with a score head, built as the critic of training is: float32 weights, no dropout, on the CPU."""
+    import torch
+    from transformers import AutoConfig
+
+    from verl.utils.model import load_valuehead_model
+
+    config = AutoConfig.from_pretrained(model, num_labels=1, attn_implementation="sdpa")
+    config.classifier_dropout = 0.0
+    config.float32_score_head = True
+    return load_valuehead_model(model, torch.float32, config, trust_remote_code=False)
+
+
+def fresh_discriminator(base, seed: int):
+    """A copy of the base model with a score head drawn by ``seed``, on the GPU if there is one."""
+    import torch
+
+    model = copy.deepcopy(base)
+    random_numbers = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(model.score.weight, std=HEAD_STD, generator=random_numbers)
+    torch.nn.init.zeros_(model.score.bias)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _last_token_values(model, sequences: Sequence[Sequence[int]]):
+    """Scores (B,) in float32; padded on the right, which a causal model does not see."""
+    import torch
+
+    width = max(map(len, sequences))
+    input_ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], device=model.device)
+    lengths = torch.tensor([len(ids) for ids in sequences], device=model.device)
+    mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
+        values = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.squeeze(-1)
+    return values.gather(1, lengths[:, None] - 1).squeeze(1).float()
+
+
+def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[range]:
+    """Runs of neighbouring items whose padded size (items x longest) stays within ``max_tokens``; at least one item."""
+    start, longest = 0, 0
+    for position, length in enumerate(lengths):
+        longest = max(longest, length)
+        if position > start and (position - start + 1) * longest > max_tokens:
+            yield range(start, position)
+            start, longest = position, length
+    if start < len(lengths):
+        yield range(start, len(lengths))
+
+
+def score(model, sequences: Sequence[Sequence[int]]):
+    """Scores of token sequences as a float32 tensor (len(sequences),) on the CPU."""
+    import torch
+
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    scores = torch.empty(len(sequences))
+    model.eval()
+    for batch in batches_by_tokens([len(sequences[i]) for i in order], MAX_BATCH_TOKENS):
+        rows = [order[i] for i in batch]
+        with torch.inference_mode():
+            scores[rows] = _last_token_values(model, [sequences[i] for i in rows]).cpu()
+    return scores
+
+
+def train_discriminator(model, pairs: Sequence[Pair], settings: TwoSampleSettings, seed: int) -> None:
+    """AdamW on the Bradley-Terry loss over shuffled pairs, in place.
+
+    Args:
+        model: from :func:`fresh_discriminator`.
+        pairs: training pairs, at least one.
+        settings: lr, epochs and batch_pairs are used.
+        seed: of the order of the pairs.
+    """
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    from verl.trainer.ppo.core_algos import compute_discriminator_loss
+
+    steps = settings.epochs * -(-len(pairs) // settings.batch_pairs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)
+    rng = random.Random(seed)
+    model.train()
+    for _ in range(settings.epochs):
+        shuffled = rng.sample(pairs, len(pairs))
+        for start in range(0, len(pairs), settings.batch_pairs):
+            batch = shuffled[start : start + settings.batch_pairs]
+            lengths = [max(len(pair.student), len(pair.teacher)) for pair in batch]
+            for part in batches_by_tokens(lengths, MAX_BATCH_TOKENS // 2):  # a pair is two rows
+                rows = [batch[i] for i in part]
+                values = _last_token_values(model, [pair.student for pair in rows] + [pair.teacher for pair in rows])
+                student, teacher = values[: len(rows), None], values[len(rows) :, None]
+                loss, _ = compute_discriminator_loss(
+                    student, teacher, torch.ones_like(student), torch.ones_like(teacher)
+                )
+                (loss * len(rows) / len(batch)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()

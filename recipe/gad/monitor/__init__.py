@@ -1,0 +1,1 @@
+"""A run while it trains and afterwards: health rules, the terminal view, the HTML report."""

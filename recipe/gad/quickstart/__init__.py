@@ -1,0 +1,1 @@
+"""The CPU quickstart: its problem and its report."""

@@ -1,0 +1,396 @@
+"""Checkpoints of GAD runs: which of them are complete, and which stage wrote a folder.
+
+A run's output folder (trainer.default_local_dir) holds ``global_step_N/{actor,critic}/huggingface/``,
+``global_step_N/data.pt``, ``latest_checkpointed_iteration.txt`` (the step that trainer.resume_mode=auto resumes from)
+and our ``gad_stage.json``.
+Only file names, sizes and safetensors headers are read, so this is fast for models of any size.
+
+    python -m recipe.gad.run.checkpoint resolve DIR [--step N]     the checkpoint that the next stage starts from
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from recipe.gad.run.atomic_io import read_object, write_atomically
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MARKER = "gad_stage.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+HEAD_NAMES = re.compile(r"(^|\.)(score|classifier)\.weight$|(^|\.)v_head\.")
+PEFT_PREFIX = "base_model."  # what verl saves of a model with LoRA
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+# ---------------------------------------------------------------------- one Hugging Face folder
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Header of a safetensors file: name -> {dtype, shape, data_offsets}.
+
+    Raises:
+        ValueError: the file is truncated, longer than its header says, or no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise ValueError(f"{file} is truncated: {size} bytes, its header alone needs {8 + length}")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{file} is not a safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{file} is not a safetensors file") from None
+    if size != expected:
+        what = "truncated" if size < expected else "too long"
+        raise ValueError(f"{file} is {what}: {size} bytes, its header says {expected}")
+    return header
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name of a Hugging Face folder's safetensors weights.
+
+    Raises:
+        ValueError: no weights, or the file that lists them cannot be read.
+    """
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return dict.fromkeys(safetensors_header(single), single.name)
+    if index.exists():
+        listed = read_object(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{index} has no weight_map")
+        return listed
+    raise ValueError(f"{path} has neither {single.name} nor {index.name}")
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape of a Hugging Face folder's safetensors weights; only headers are read.
+
+    Raises:
+        ValueError: no weights, or a file is missing, truncated or no safetensors file.
+    """
+    if problems := weight_problems(path):
+        raise ValueError("; ".join(problems))
+    names = sorted(set(weight_map(path).values()))
+    return {tensor: entry["shape"] for name in names for tensor, entry in safetensors_header(path / name).items()}
+
+
+def weight_problems(path: Path) -> list[str]:
+    """Missing or truncated weight files of a Hugging Face folder, and names that from_pretrained does not know."""
+    try:
+        files = weight_map(path)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for name in sorted(set(files.values())):
+        if not (path / name).is_file():
+            problems.append(f"{path / name} is missing (named by model.safetensors.index.json)")
+            continue
+        try:
+            absent = {tensor for tensor, file in files.items() if file == name} - set(safetensors_header(path / name))
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if absent:
+            problems.append(f"{path / name} lacks {min(absent)} (named by model.safetensors.index.json)")
+    if any(name.startswith(PEFT_PREFIX) for name in files):
+        problems.append(f"{path} holds LoRA weights under PEFT's names, which from_pretrained ignores (gad export)")
+    return problems
+
+
+def verify_hf_folder(path: str | Path) -> list[str]:
+    """Problems of a Hugging Face folder that a checkpoint wrote: config, tokenizer, every weight file in full."""
+    path = Path(path)
+    if not path.is_dir():
+        return [f"{path} is missing (actor and critic need hf_model in their checkpoint.save_contents)"]
+    problems = []
+    for file in [path / "config.json", *sorted(path.glob("tokenizer*.json"))]:
+        try:
+            read_object(file)
+        except FileNotFoundError:
+            problems.append(f"{file} is missing")
+        except ValueError as error:
+            problems.append(str(error))
+    vocabularies = [path / name for name in TOKENIZER_FILES] + sorted(path.glob("*.tiktoken"))
+    if not any(file.is_file() and file.stat().st_size for file in vocabularies):
+        problems.append(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    return problems + weight_problems(path)
+
+
+def has_score_head(path: str | Path) -> bool:
+    """True if the weights of a Hugging Face folder hold the head of a value model (score, classifier or v_head)."""
+    try:
+        return any(HEAD_NAMES.search(name) for name in weight_map(Path(path)))
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------- global_step_N
+
+
+def step_folders(folder: str | Path) -> dict[int, Path]:
+    """Step -> ``global_step_N`` folder, in the order of the steps."""
+    found = {}
+    for path in Path(folder).glob("global_step_*"):
+        number = path.name.removeprefix("global_step_")
+        if number.isascii() and number.isdigit() and path.is_dir():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def role_folders(folder: Path, role: str) -> list[Path]:
+    """Folders of a role that a path names: all steps' of a run (newest first), one step's, or the path itself."""
+    if folder.name == role and (folder / "huggingface").is_dir():
+        return [folder]
+    steps = [folder] if (folder / role).is_dir() else reversed(step_folders(folder).values())
+    return [step / role for step in steps if (step / role).is_dir()]
+
+
+def first_usable(
+    folders: Iterable[Path], problems_of: Callable[[Path], list[str]], count: int = 1
+) -> tuple[list[Path], list[str]]:
+    """The first ``count`` folders without problems, or fewer, and the problems of those passed over, a line for each.
+
+    They are printed to stderr if there are ``count`` usable folders; else they are the caller's error.
+    """
+    usable: list[Path] = []
+    skipped: list[str] = []
+    for folder in folders:
+        if problems := problems_of(folder):
+            skipped.append("; ".join(problems))
+            continue
+        usable.append(folder)
+        if len(usable) == count:
+            for line in skipped:
+                print(f"skipped {line}", file=sys.stderr)
+            break
+    return usable, skipped
+
+
+def _names(steps: dict[int, Path]) -> str:
+    names = [path.name for path in steps.values()]
+    return ", ".join(names[:2] + ["..."] * (len(names) > 3) + names[2:][-1:])
+
+
+def handover_problems(step_folder: Path) -> list[str]:
+    """Why the next stage cannot start from a ``global_step_N`` folder; empty: it can."""
+    actor, critic = (step_folder / role / "huggingface" for role in ("actor", "critic"))
+    problems = verify_hf_folder(actor) + verify_hf_folder(critic)
+    if not problems and not has_score_head(critic):
+        problems.append(f"{critic} has no score head (no tensor score.weight): not a trained discriminator")
+    if not (step_folder / "data.pt").is_file():
+        problems.append(f"{step_folder / 'data.pt'} is missing (the save was cut off)")
+    return problems
+
+
+def shard_counts(role_folder: Path) -> tuple[int, int]:
+    """(FSDP model shards found, workers that saved them); (0, 0) for other formats."""
+    names = [path.name for path in role_folder.glob("model_world_size_*_rank_*.pt")]
+    return len(names), max((int(name.split("_")[3]) for name in names), default=0)
+
+
+def resume_problems(step_folder: Path, has_critic: bool) -> list[str]:
+    """Why verl cannot resume from a ``global_step_N`` folder; empty: it can."""
+    problems = []
+    for role in ("actor", "critic") if has_critic else ("actor",):
+        found, expected = shard_counts(step_folder / role)
+        if not (step_folder / role).is_dir():
+            problems.append(f"{step_folder / role} is missing")
+        elif found < expected:
+            problems.append(f"{step_folder / role} has {found} of {expected} model shards")
+    if not (step_folder / "data.pt").is_file():
+        problems.append(f"{step_folder / 'data.pt'} is missing")
+    return problems
+
+
+def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> Path:
+    """The checkpoint of a warmup (or GAD) folder that the next stage starts from.
+
+    Args:
+        folder: output folder of the earlier run.
+        step: take ``global_step_{step}``; None: the newest complete one (skipped ones are named on stderr).
+
+    Raises:
+        ValueError: there is no complete one, or the wanted one is not complete; says why and what to do.
+    """
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Fix: pass the output folder of a finished warmup run")
+    if (folder / "actor").is_dir():
+        raise ValueError(
+            f"{folder} is one checkpoint, not a run's output folder. Fix: pass {folder.parent} "
+            f"and the step {folder.name.removeprefix('global_step_')} (--resume_step)"
+        )
+    steps = step_folders(folder)
+    if step is not None and step not in steps:
+        found = _names(steps) if steps else "no global_step_* folder"
+        raise ValueError(f"{folder} has no global_step_{step}; found {found}. Fix: choose one of the steps found")
+    usable, skipped = first_usable(reversed(steps.values()) if step is None else [steps[step]], handover_problems)
+    if usable:
+        return usable[0]
+    if step is not None:
+        raise ValueError(f"step {step}: {skipped[0]}. Fix: choose another step, or none for the newest complete one")
+    contents = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    found = "; ".join(skipped) if skipped else f"no global_step_* folder (found: {contents})"
+    hint = " (this folder is of a seqkd run, which has no discriminator)" if _stage_or_none(folder) == "seqkd" else ""
+    raise ValueError(
+        f"{folder} holds no complete checkpoint{hint}: {found}. Fix: pass the output folder of a finished warmup run "
+        "(examples/gad/run_warmup.sh, with trainer.save_freq > 0 and hf_model in both checkpoint.save_contents)"
+    )
+
+
+def actor_folder(model: str) -> str:
+    """Hugging Face folder of the student that ``model`` names; OWNER/NAME without such a folder is a hub id.
+
+    Args:
+        model: a Hugging Face folder, or of a run: its output folder (the newest complete actor), ``global_step_N``,
+            or ``global_step_N/actor``.
+
+    Raises:
+        ValueError: the folder holds no complete actor.
+    """
+    folder = Path(os.path.abspath(Path(model).expanduser()))
+    if not folder.is_dir():
+        if len(Path(model).parts) != 2 or model.startswith((".", "~", "/")):
+            raise ValueError(f"{model}: no such folder. Fix: pass a Hugging Face folder or id, or a run's folder")
+        return model
+    if (folder / "config.json").is_file():
+        problems = weight_problems(folder) if any(folder.glob("*.safetensors*")) else []
+        if problems:
+            raise ValueError(f"{model} cannot be loaded: {'; '.join(problems)}. Fix: copy or save it again")
+        return str(folder)
+    usable, skipped = first_usable(role_folders(folder, "actor"), lambda actor: verify_hf_folder(actor / "huggingface"))
+    if usable:
+        return str(usable[0] / "huggingface")
+    raise ValueError(
+        f"{model} holds no model: no config.json, and no complete actor ({'; '.join(skipped) or 'none at all'}). "
+        "Fix: pass a Hugging Face folder or id, or a run's output folder"
+    )
+
+
+# ---------------------------------------------------------------------- whose folder is it
+
+
+def stage_of(folder: str | Path) -> str | None:
+    """Stage whose run owns the folder; None if no run has claimed it.
+
+    Raises:
+        ValueError: the marker file cannot be read.
+    """
+    file = Path(folder) / MARKER
+    if not file.exists():
+        return None
+    try:
+        return str(read_object(file)["stage"])
+    except (ValueError, KeyError):
+        raise ValueError(f'{file} cannot be read. Fix: write {{"stage": "warmup"}} (or seqkd, gad) into it') from None
+
+
+def _stage_or_none(folder: Path) -> str | None:
+    try:
+        return stage_of(folder)
+    except ValueError:
+        return None
+
+
+def claim_folder(folder: str | Path, stage: str) -> None:
+    """Write the marker file: from now on the folder belongs to a run of ``stage``. Atomic, and repeatable.
+
+    Raises:
+        ValueError: the folder holds another run's checkpoints.
+    """
+    check_folder(folder, stage, resume=False)
+    write_atomically(Path(folder) / MARKER, json.dumps({"stage": stage}))
+
+
+def check_folder(folder: str | Path, stage: str, resume: bool = True, world_size: int | None = None) -> None:
+    """Refuse an output folder in which a run of ``stage`` would resume from, or write over, the wrong checkpoint.
+
+    Args:
+        folder: trainer.default_local_dir; may be absent.
+        stage: seqkd, warmup or gad.
+        resume: the run resumes from the newest checkpoint (trainer.resume_mode=auto), so that one must be complete.
+        world_size: workers of this run; FSDP shards load only with as many workers as saved them.
+
+    Raises:
+        ValueError: names the file and what to do.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder. Fix: set trainer.default_local_dir to another path")
+    steps = step_folders(folder)
+    owner = stage_of(folder)
+    other = "Fix: set trainer.default_local_dir (--output_dir) to a new folder"
+    if steps and owner is None:
+        raise ValueError(
+            f"{folder} holds checkpoints ({_names(steps)}) of an unknown run: it has no {MARKER}. {other}; or, if a "
+            f'{stage} run wrote them, write {{"stage": "{stage}"}} into {folder / MARKER}'
+        )
+    if steps and owner != stage:
+        raise ValueError(
+            f"{folder} holds checkpoints ({_names(steps)}) of stage {owner}, and this run is of stage {stage}: "
+            f"it would resume or overwrite them. {other}"
+        )
+    if resume:
+        _check_tracker(folder, steps, stage != "seqkd", world_size)
+
+
+def _check_tracker(folder: Path, steps: dict[int, Path], has_critic: bool, world_size: int | None) -> None:
+    """The tracker file must name a checkpoint that can be resumed: stock verl starts anew if its folder is missing."""
+    tracker = folder / TRACKER
+    usable = {step for step, path in steps.items() if not resume_problems(path, has_critic)}
+    if usable:
+        fix = f"Fix: write {max(usable)} into {tracker} to resume from {steps[max(usable)].name}"
+    else:
+        fix = f"Fix: delete {tracker} to start this run from the beginning"
+    if not tracker.exists():
+        if usable:
+            raise ValueError(f"{folder} holds {_names(steps)} but no {TRACKER}: verl would write over them. {fix}")
+        return
+    text = tracker.read_text(errors="replace").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{tracker} holds {text!r}, expected the number of a step. {fix}")
+    step = int(text)
+    if step not in steps:
+        raise ValueError(f"{tracker} names step {step}, but {folder / f'global_step_{step}'} is missing. {fix}")
+    if problems := resume_problems(steps[step], has_critic):
+        raise ValueError(f"{tracker} names step {step}, which is not complete: {'; '.join(problems)}. {fix}")
+    saved_by = shard_counts(steps[step] / "actor")[1]
+    if world_size and saved_by and saved_by != world_size:
+        raise ValueError(
+            f"{steps[step]} was saved by {saved_by} workers and only as many can resume it; this run has {world_size} "
+            f"(trainer.nnodes x trainer.n_gpus_per_node). Fix: run with {saved_by}, or start a new run in another "
+            "trainer.default_local_dir from its huggingface folders"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; the exit code is 2 on errors."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe.gad.run.checkpoint", description=(__doc__ or "").split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    resolve = commands.add_parser("resolve", help="print the checkpoint that the next stage starts from")
+    resolve.add_argument("folder", metavar="DIR", help="output folder of a warmup run")
+    resolve.add_argument("--step", type=int, help="take global_step_N (default: the newest complete one)")
+    options = parser.parse_args(arguments)
+    try:
+        print(latest_complete_checkpoint(options.folder, options.step))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Reading a run's configuration: dotted keys, what follows from them, and composing it with Hydra."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipe.gad.run.findings import ConfigError, one_line
+
+ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
+ACTOR_MODEL = "actor_rollout_ref.model"
+LORA_KEYS = ("lora_rank", "lora.rank")
+
+
+def get(config: DictConfig, key: str, default: Any = None) -> Any:
+    """Value of a dotted key, ``default`` if there is none or it is null."""
+    value = OmegaConf.select(config, key)
+    return default if value is None else value
+
+
+def integer(config: DictConfig, key: str, default: int | None = None, minimum: int = 1) -> int:
+    """Whole number of a dotted key.
+
+    Raises:
+        ConfigError: it is not one, or below ``minimum``.
+    """
+    value = get(config, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError([f"{key}={value}: expected a whole number of at least {minimum}. Fix: set it"])
+    return value
+
+
+def neighbours(value: int, step: int) -> str:
+    """The multiples of ``step`` next to ``value``: "8 or 16"."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def has_discriminator(config: DictConfig) -> bool:
+    return get(config, "gad.stage") != "seqkd"
+
+
+def needs_reference(config: DictConfig) -> bool:
+    return bool(get(config, f"{ACTOR}.use_kl_loss")) or bool(get(config, "algorithm.use_kl_in_reward"))
+
+
+def lora_rank(config: DictConfig, model: str) -> int:
+    """Rank of LoRA on a model (ACTOR_MODEL or "critic.model"), 0 without; verl reads two keys."""
+    return max(integer(config, f"{model}.{name}", 0, minimum=0) for name in LORA_KEYS)
+
+
+def world_size(config: DictConfig) -> int:
+    return integer(config, "trainer.nnodes") * integer(config, "trainer.n_gpus_per_node")
+
+
+def parallelism(config: DictConfig, role: str) -> tuple[int, int] | None:
+    """(GPUs that hold one model copy's worth of data, GPUs that share one sequence) of ``critic`` or the actor.
+
+    None for engines that GAD has not been tried with.
+    """
+    strategy = get(config, f"{role}.strategy")
+    if strategy == "megatron":
+        tensor, pipeline, context = (
+            integer(config, f"{role}.megatron.{name}_parallel_size", 1)
+            for name in ("tensor_model", "pipeline_model", "context")
+        )
+        return tensor * pipeline * context, context
+    if strategy not in ("fsdp", "fsdp2"):
+        return None
+    engine = f"{role}.fsdp" if role == "critic" else f"{role}.fsdp_config"
+    sequence = integer(config, f"{engine}.ulysses_sequence_parallel_size", 1)
+    if role != "critic":  # the older key wins in verl's actor; its critic does not read it
+        older = integer(config, f"{role}.ulysses_sequence_parallel_size", 1)
+        sequence = older if older > 1 else sequence
+    return sequence, sequence
+
+
+def files_of(value: Any) -> list[str]:
+    """Files of a data key: one path, a list of paths, or none."""
+    return [str(value)] if isinstance(value, str | Path) else [str(file) for file in value or []]
+
+
+def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfig:
+    """The configuration that ``verl.trainer.main_ppo --config-path pkg://recipe.gad.config`` composes.
+
+    verl's YAML files are found without importing verl, which takes seconds.
+
+    Raises:
+        ValueError: verl is not installed, or an override does not fit the configuration.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+
+    verl = find_spec("verl")
+    if verl is None or not verl.submodule_search_locations:
+        raise ValueError("the package verl is not installed. Fix: pip install -e .")
+    folders = [Path(folder) / "trainer" / "config" for folder in verl.submodule_search_locations]
+    searchpath = ",".join(f"'file://{folder}'" for folder in folders if folder.is_dir())
+    try:
+        with initialize_config_module("recipe.gad.config", version_base=None):
+            return compose(name, [f"hydra.searchpath=[{searchpath}]", *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+        raise ValueError(one_line(error) + cause) from None

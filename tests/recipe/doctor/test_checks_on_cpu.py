@@ -1,0 +1,531 @@
+"""recipe/gad/doctor/checks.py and recipe/gad/doctor/memory.py on real tiny models, tokenizers and data."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from recipe.gad.cli import main as cli
+from recipe.gad.doctor import checks as doctor
+from recipe.gad.doctor.checks import (
+    check_chat_ids,
+    check_disk,
+    check_end_token,
+    check_lengths,
+    check_rollout_heads,
+    check_versions,
+    diagnose,
+    memory_messages,
+)
+from recipe.gad.doctor.memory import (
+    GIB,
+    ModelShape,
+    Training,
+    checkpoints_on_disk,
+    kv_tokens,
+    model_shape,
+    role_memory,
+    roles,
+    training,
+)
+from recipe.gad.run.data_file import sample_rows
+from recipe.gad.run.findings import run_checks
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+WARMUP = ("gad.stage=warmup", "gad.actor_objective=imitation")
+
+
+@pytest.fixture
+def overrides(tiny_problem, tmp_path, monkeypatch):
+    """Overrides of a warmup run without a GPU that passes."""
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "VERL_USE_EXTERNAL_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    return [
+        "device=cpu", *WARMUP, f"{MODEL}.path={tiny_problem}/model", f"data.train_files={tiny_problem}/train.parquet",
+        f"data.val_files={tiny_problem}/val.parquet", "data.train_batch_size=8", "data.max_prompt_length=16",
+        "data.max_response_length=12", f"trainer.default_local_dir={tmp_path}/run",
+    ]  # fmt: skip
+
+
+def messages(check, config, level):
+    return [finding.message for finding in run_checks(config, [check]) if finding.level == level]
+
+
+def run_cli(*arguments):
+    with pytest.raises(SystemExit) as exit:
+        cli(["doctor", *arguments])
+    return exit.value.code
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_a_good_run(overrides, capsys):
+    assert run_cli(*overrides) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 errors, 0 warnings"
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    assert {line.split()[1] for line in lines[:-1]} >= {"batches:", "data:", "end_token:", "lengths:", "disk:"}
+
+
+def test_errors_of_both_kinds_of_checks_as_json(overrides, capsys):
+    assert run_cli("--json", *overrides, "data.max_prompt_length=3", "gad.poll_interval=0") == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    errors = {finding["check"]: finding["message"] for finding in findings if finding["level"] == "error"}
+    assert errors.keys() == {"stage", "lengths"} and all("Fix: " in message for message in errors.values())
+    assert "data.max_prompt_length=3" in errors["lengths"] and "gad.poll_interval=0" in errors["stage"]
+
+
+def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
+    assert run_cli(*overrides, f"{MODEL}.path=/no/such", "data.seed=1") == 1
+    out = capsys.readouterr().out
+    assert "warning end_token: not checked, because of the errors of models" in out
+    assert out.splitlines()[-1].endswith("this run cannot start")
+
+
+@pytest.mark.parametrize("argument", ["gad.stagee=gad", "gad.stage=[", "device=tpu", "--config-name=none", "--no-flag"])
+def test_bad_usage(overrides, argument, capsys):
+    assert run_cli(*overrides, argument) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+
+
+def test_a_reference_to_a_missing_key(overrides, capsys):
+    assert run_cli(*overrides, "data.seed=${no.such.key}") == 1
+    assert "error   configuration: the configuration does not resolve" in capsys.readouterr().out
+
+
+def test_composing_imports_neither_verl_nor_torch():
+    script = (
+        "import sys; from recipe.gad.run.checks import compose_config; config = compose_config(['gad.stage=warmup'])\n"
+        "assert config.gad.stage == 'warmup' and config.trainer.use_v1\n"
+        "assert not {'torch', 'transformers', 'verl'} & set(sys.modules)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "VERL_PLATFORM"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, env=environment)
+
+
+# ---------------------------------------------------------------------- tokenizer
+
+
+@pytest.fixture
+def model(tiny_problem, tmp_path):
+    """Function: a copy of the tiny model with keys of its JSON files changed."""
+
+    def model(name: str, **files: dict) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(tiny_problem / "model", folder)
+        for stem, changes in files.items():
+            file = folder / f"{stem}.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return folder
+
+    return model
+
+
+def test_an_end_token_that_ends_no_turn(compose_config, model):
+    """As in folders converted from GGUF: eos is the token that opens a turn, here <user> for ChatML's <|im_start|>."""
+    opens = 4
+    folder = model("both", tokenizer_config={"eos_token": "<user>"}, generation_config={"eos_token_id": opens})
+    (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "error")
+    for part in (str(folder), "ends an assistant turn with ['<end>']", "a rollout stops at ['<user>']",
+                 "ends no turn", "Fix: set eos_token '<end>'", "eos_token_id 2"):  # fmt: skip
+        assert part in error
+
+
+def test_the_end_token_of_a_base_model(compose_config, model):
+    """As <|endoftext|> beside ChatML's <|im_end|>: the trainer ends teacher answers where rollouts stop."""
+    pad = 0
+    folder = model("base", tokenizer_config={"eos_token": "<pad>"}, generation_config={"eos_token_id": pad})
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}")
+    assert messages(check_end_token, config, "error") == []
+    (warning,) = messages(check_end_token, config, "warning")
+    for part in ("ends an assistant turn with ['<end>']", "given the end ['<pad>']", "Fix: set eos_token '<end>'",
+                 "tokenizer_config.json", "eos_token_id 2", "generation_config.json"):  # fmt: skip
+        assert part in warning
+    template = folder / "chat_template.jinja"
+    template.write_text("<pad> " + template.read_text())  # eos opens the whole, as a bos token
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}")
+    doctor._tokenizer.cache_clear()
+    assert [finding.level for finding in run_checks(config, [check_end_token])] == ["warning"]
+
+
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        ({"tokenizer_config": {"eos_token": "<user>"}}, "tokenizer.eos_token is '<user>', but a turn ends"),
+        ({"generation_config": {"eos_token_id": [4]}}, "generation_config.eos_token_id is [4] (['<user>'])"),
+    ],
+)
+def test_an_end_token_that_one_of_both_names(compose_config, model, files, part):
+    config = compose_config(*WARMUP, f"{MODEL}.path={model('one', **files)}")
+    (warning,) = messages(check_end_token, config, "warning")
+    assert part in warning and "Fix: " in warning
+    assert messages(check_end_token, config, "error") == []
+
+
+def test_turns_without_an_end(compose_config, model):
+    folder = model("plain")
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} um {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    (warning,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "warning")
+    assert "ends an assistant turn with ['um']" in warning and "a template that ends its turns" in warning
+    refusing = model("refusing")
+    (refusing / "chat_template.jinja").write_text("{{ raise_exception('no turns here') }}")
+    (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={refusing}"), "error")
+    assert "no turns here" in error and "Fix: " in error
+    (warning,) = messages(check_lengths, compose_config(*WARMUP, f"{MODEL}.path={refusing}"), "warning")
+    assert "no turns here" in warning
+    none = model("none")
+    (none / "chat_template.jinja").unlink()
+    (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={none}"), "error")
+    assert "no chat template" in error
+    custom = f"{MODEL}.custom_chat_template='{{% for m in messages %}}{{{{ m.content }}}} <end> {{% endfor %}}'"
+    config = compose_config(*WARMUP, f"{MODEL}.path={none}")
+    OmegaConf.update(config, f"{MODEL}.custom_chat_template", custom.partition("=")[2].strip("'"))
+    assert messages(check_end_token, config, "error") == []
+
+
+def test_a_broken_tokenizer(compose_config, model):
+    folder = model("broken")
+    (folder / "tokenizer.json").write_text("{")
+    for check in (check_end_token, check_lengths):
+        (error,) = messages(check, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "error")
+        assert f"the tokenizer in {folder} cannot be loaded" in error and "Fix: " in error
+
+
+def test_prompts_that_the_template_refuses(compose_config, model, tmp_path):
+    folder = model("strict")
+    file = folder / "chat_template.jinja"
+    file.write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + file.read_text()
+    )
+    user = {"role": "user", "content": "a"}
+    rows = [
+        {"content": [{"role": "system", "content": "b"}, user] if i < 2 else [user], "teacher_response": "a"}
+        for i in range(8)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}", f"data.train_files={tmp_path}/rows.parquet")
+    (warning,) = messages(check_lengths, config, "warning")
+    assert (
+        "2 rows cannot be used" in warning
+        and "refuses the prompt: no system turn" in warning
+        and "all 8 rows" in warning
+    )
+
+
+def test_a_critic_with_another_template(compose_config, model):
+    critic = model("critic")
+    assert messages(check_chat_ids, compose_config(*WARMUP, f"critic.model.tokenizer_path={critic}"), "warning") == []
+    other = model("other")
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template.replace("<user>", "<assistant>"))
+    (warning,) = messages(check_chat_ids, compose_config(*WARMUP, f"critic.model.tokenizer_path={other}"), "warning")
+    assert str(other) in warning and "Fix: " in warning
+
+
+# ---------------------------------------------------------------------- lengths
+
+
+@pytest.fixture
+def data(compose_config, tmp_path):
+    """Function: configuration of a run whose answers have these numbers of words (one token each, plus <end>)."""
+
+    def data(words: list[int], *overrides: str, prompt_words: int = 2):
+        user = [{"role": "user", "content": " ".join("a" * prompt_words)}]
+        rows = [{"content": user, "teacher_response": " ".join("b" * count)} for count in words]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        files = [f"data.{kind}_files={tmp_path}/rows.parquet" for kind in ("train", "val")]
+        return compose_config(*WARMUP, *files, *overrides)
+
+    return data
+
+
+def test_answers_over_the_limit(data):
+    config = data([5] * 9 + [19], "data.max_response_length=12")  # 9 x 6 + 20 tokens; 8 of 74 behind the limit
+    (warning,) = messages(check_lengths, config, "warning")
+    for part in ("data.train_files (all 10 rows)", "7 tokens on average, longest 20", "10.0% longer than",
+                 "data.max_response_length=12", "cut by data.truncation=right; 10.8%",
+                 "Fix: data.max_response_length=20"):  # fmt: skip
+        assert part in warning
+    assert messages(check_lengths, data([5] * 24 + [19], "data.max_response_length=12"), "warning") == []  # 4 %
+    (error,) = messages(check_lengths, data([5] * 24 + [19], "data.truncation=error"), "error")
+    assert "data.truncation=error stops there" in error
+    assert messages(check_lengths, data([11, 11], "data.truncation=error"), "error") == []
+
+
+def test_prompts_over_the_limit(data):
+    length = 1 + 1 + 6 + 1 + 1  # <bos> <user> words <end> <assistant>
+    config = data([5] * 8, f"data.max_prompt_length={length - 1}", prompt_words=6)
+    (error,) = messages(check_lengths, config, "error")
+    assert "100.0% longer than data.max_prompt_length" in error and f"longest {length}" in error
+    fits = data([5] * 8, f"data.max_prompt_length={length}", prompt_words=6)
+    assert messages(check_lengths, fits, "error") == []
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
+def test_the_sample_is_evenly_spaced(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("recipe.gad.run.data_file.BATCH_ROWS", 7)
+    rows = [{"content": [{"role": "user", "content": str(i)}], "teacher_response": f"t{i}"} for i in range(40)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    total, prompts, answers = sample_rows(tmp_path / name, "content", "teacher_response", 4)
+    assert (total, answers) == (40, ["t0", "t10", "t20", "t30"])
+    assert [prompt[0]["content"] for prompt in prompts] == ["0", "10", "20", "30"]
+    assert len(sample_rows(tmp_path / name, "content", "teacher_response", 100)[1]) == 40
+
+
+def test_a_large_file_is_sampled(data, monkeypatch):
+    monkeypatch.setattr(doctor, "SAMPLE_ROWS", 10)
+    notes = messages(check_lengths, data([5] * 100), "ok")
+    assert "10 of 100 rows, evenly spaced" in notes[0]
+
+
+# ---------------------------------------------------------------------- memory
+
+
+SHAPE = ModelShape(
+    parameters=1000, layers=2, hidden=8, intermediate=16, heads=4, kv_heads=2, head_dim=2, vocabulary=20, tied=False
+)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model(tmp_path, tied):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, num_labels=1,
+    )  # fmt: skip
+    for kind, value_model in ((AutoModelForCausalLM, False), (AutoModelForTokenClassification, True)):
+        model = kind.from_config(config)
+        own, other = tmp_path / f"{value_model}", tmp_path / "lm"
+        model.save_pretrained(own)
+        AutoModelForCausalLM.from_config(config).save_pretrained(other)
+        for folder in (own, other):
+            shape = model_shape(folder, value_model)
+            assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert shape.layer_parameters * 3 + shape.root_parameters <= shape.parameters
+        assert abs(shape.layer_parameters - sum(p.numel() for p in model.model.layers[0].parameters())) < 16
+        (other / "model.safetensors").unlink()  # counted on the meta device
+        if not value_model:
+            assert model_shape(other, value_model).parameters == shape.parameters
+    assert (shape.kv_heads, shape.head_dim, shape.heads, shape.intermediate) == (2, 8, 4, 24)
+
+
+def test_lora_parameters_are_those_of_peft(tiny_problem):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_problem / "model")
+    lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
+    trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
+    assert model_shape(tiny_problem / "model", False).lora_parameters(3) == trained
+
+
+def test_the_formulas_by_hand():
+    memory = role_memory(SHAPE, Training(shards=4, tokens=10))
+    assert (memory.weights, memory.gradients, memory.optimizer) == (1000.0, 1000.0, 2000.0)
+    # per token and layer: two norms 2 x 8 x (4 + 2 x 2), attention 2 x (2 x (4 + 2) x 2), MLP 2 x 4 x 16
+    layer = 128 + 48 + 128
+    assert memory.activations == 10 * (2 * 8 * 2 + layer)
+    assert memory.logits == 2 * 10 * 20 * 2
+    root, one = 2 * 20 * 8, (1000 - 320) // 2
+    assert memory.gathered == 2 * (root + 2 * one) + 2 * root + (2 + 4) * one
+    assert memory.peak == 4000 + memory.gathered + memory.activations + memory.logits
+    assert memory.resident == 3000
+    open_ = role_memory(SHAPE, Training(shards=4, tokens=10, gradient_checkpointing=False, logits=False))
+    assert (open_.activations, open_.logits) == (10 * 2 * layer, 0)
+
+
+def test_offload_lora_and_the_reference_by_hand():
+    run = Training(shards=2, tokens=1, param_offload=True, optimizer_offload=True)
+    assert role_memory(SHAPE, run).resident == 0 and role_memory(SHAPE, run).states == 8000
+    cpu = role_memory(SHAPE, Training(shards=2, tokens=1, cpu_states=True))
+    assert (cpu.states, cpu.step, cpu.resident) == (0, 0, 0)
+    lora = role_memory(SHAPE, Training(shards=1, tokens=1, trainable=100))
+    assert (lora.weights, lora.gradients, lora.optimizer) == (4400, 400, 800)
+    reference = role_memory(SHAPE, Training(shards=1, tokens=10, trainable=0, cpu_states=True))
+    assert reference.states == 0 and reference.logits == 2 * 10 * 20 * 2 and reference.activations == 10 * 304
+
+
+def test_the_activations_that_autograd_keeps():
+    """Bytes that the backward pass of a real layer saves, beside its parameters, against the formula; float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama", vocab_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    tokens = 512
+
+    def saved(layers):
+        config.num_hidden_layers = layers
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        sizes = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+        return sum(size for size, _ in sizes.values())
+
+    measured = (saved(3) - saved(1)) / 2 / tokens
+    shape = ModelShape(0, 1, 64, 160, 4, 2, 16, 8, True)
+    assert measured == pytest.approx(shape.layer_activation_bytes(4), rel=0.02)
+
+
+def test_settings_come_from_the_configuration(compose_config):
+    config = compose_config(
+        "trainer.n_gpus_per_node=4", f"{ACTOR}.fsdp_config.fsdp_size=2", "critic.fsdp.param_offload=True",
+        "critic.fsdp.ulysses_sequence_parallel_size=2", f"{ACTOR}.ppo_max_token_len_per_gpu=100",
+        "critic.ppo_max_token_len_per_gpu=200", f"{ROLLOUT}.tensor_model_parallel_size=2",
+    )  # fmt: skip
+    assert [role for role, _ in roles(config)] == [ACTOR, "critic", "actor_rollout_ref.ref"]
+    actor, critic, reference = (training(config, role, SHAPE) for role, _ in roles(config))
+    assert (actor.shards, actor.tokens, actor.logits, actor.param_offload) == (2, 100, True, False)
+    assert (critic.shards, critic.tokens, critic.logits, critic.param_offload) == (4, 200, False, True)
+    assert (reference.trainable, reference.cpu_states) == (0, True)
+    fixed = compose_config(
+        "critic.use_dynamic_bsz=False", "critic.ppo_micro_batch_size_per_gpu=5",
+        "critic.fsdp.ulysses_sequence_parallel_size=2", f"{MODEL}.lora_rank=4",
+    )  # fmt: skip
+    assert training(fixed, "critic", SHAPE).tokens == 5 * 28 // 2
+    assert training(fixed, ACTOR, SHAPE).trainable == SHAPE.lora_parameters(4)
+    # 2 kv heads on 2 GPUs: 2 x 2 layers x 1 head x 2 x 8 bytes (float64) per token; half of the weights on each GPU
+    assert kv_tokens(config, SHAPE, 4000 + 640) == 640 // 64
+
+
+def test_a_run_against_a_gpu(compose_config):
+    config = compose_config("trainer.device=cuda", "data.max_prompt_length=16")
+
+    def levels(gib, *changes):
+        for key, value in changes:
+            OmegaConf.update(config, key, value)
+        found = list(memory_messages(config, gib * GIB))
+        return [type(message).__name__ for message in found], "\n".join(found)
+
+    kinds, text = levels(80.0)
+    assert set(kinds) == {"Note"} and "22,624 parameters over 1 GPUs" in text, text
+    kinds, text = levels(0.0001)  # 107 KB: less than the states of one role
+    assert "str" in kinds and "weights, gradients and Adam alone take" in text and "Fix: " in text
+    kinds, text = levels(0.05)  # the states fit, the activations of 32768 tokens do not
+    assert kinds.count("Warn") >= 1 and "a smaller critic.ppo_max_token_len_per_gpu" in text
+    kinds, text = levels(80.0, (f"{ROLLOUT}.gpu_memory_utilization", 1e-9))
+    assert kinds.count("str") == 1 and "room for 0 tokens, and prompt + response = 28" in text
+    kinds, text = levels(80.0, (f"{ROLLOUT}.gpu_memory_utilization", 1.0))
+    assert kinds.count("str") == 1 + 3 and "Fix: actor_rollout_ref.rollout.gpu_memory_utilization=0.99 or less" in text
+
+
+def test_without_a_gpu_the_estimate_is_not_compared(compose_config, monkeypatch):
+    monkeypatch.setattr(doctor, "this_gpu_bytes", lambda: None)
+    found = list(memory_messages(compose_config("trainer.device=cuda"), None))
+    assert "Fix: --gpu_memory_gb N" in found[-1] and [type(m).__name__ for m in found] == ["Note"] * 3 + ["Warn"]
+
+
+def test_heads_that_do_not_split(compose_config):
+    (error,) = messages(check_rollout_heads, compose_config(f"{ROLLOUT}.tensor_model_parallel_size=4"), "error")
+    assert "does not divide the model's 2 attention heads" in error and "=1 or 2" in error
+
+
+# ---------------------------------------------------------------------- disk
+
+
+def test_a_small_disk(compose_config, tmp_path, monkeypatch):
+    parameters = 22_624, 22_624 - 31 * 32 + 33  # the critic has a score head in the language model's place
+    needed = sum(3 * 16 * count for count in parameters)  # 3 kept; float32 weights twice and two moments
+    folder = f"trainer.default_local_dir={tmp_path}/a/b"
+    monkeypatch.setattr(doctor, "free_bytes", lambda path: needed - 1)
+    (error,) = messages(check_disk, compose_config(*WARMUP, folder), "error")
+    assert f"{tmp_path}/a/b" in error and "Fix: a smaller trainer.max_actor_ckpt_to_keep" in error
+    monkeypatch.setattr(doctor, "free_bytes", lambda path: needed)
+    assert messages(check_disk, compose_config(*WARMUP, folder), "error") == []
+    all_kept = compose_config(*WARMUP, folder, "trainer.max_actor_ckpt_to_keep=null")
+    (warning,) = messages(check_disk, all_kept, "warning")
+    assert "trainer.max_actor_ckpt_to_keep=None: every checkpoint is kept" in warning
+    assert "no checkpoint" in messages(check_disk, compose_config("trainer.save_freq=-1"), "ok")[0]
+
+
+def test_free_space_of_a_folder_that_is_not_made_yet(tmp_path):
+    assert doctor.free_bytes(tmp_path / "a" / "b") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 5])
+def test_checkpoints_at_once_are_those_of_verls_manager(tmp_path, keep):
+    from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
+
+    manager = object.__new__(BaseCheckpointManager)
+    manager.previous_saved_paths, most = [], 0
+    for step in range(6):
+        manager.ensure_checkpoint_capacity(keep)
+        (tmp_path / str(step)).mkdir()
+        most = max(most, len(list(tmp_path.iterdir())))
+        manager.register_checkpoint(str(tmp_path / str(step)), keep)
+    assert checkpoints_on_disk(None, keep) == checkpoints_on_disk(6, keep) == most
+    assert checkpoints_on_disk(1, keep) == 1 and checkpoints_on_disk(6, None) == 6
+
+
+# ---------------------------------------------------------------------- packages
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Function: pretend that packages have these versions (None: not installed)."""
+
+    def installed(**versions):
+        def version(name):
+            if name in versions and versions[name] is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions.get(name) or importlib.metadata.version(name)
+
+        monkeypatch.setattr(doctor, "version", version)
+
+    return installed
+
+
+def test_versions(compose_config, installed):
+    engine = compose_config(f"{ROLLOUT}.name=vllm")
+    installed(vllm="0.24.0", torch="2.11.0+cu130", transformers="5.9.0")
+    assert [finding.level for finding in run_checks(engine, [check_versions])] == ["ok"]
+    installed(vllm="0.24.0", torch="2.12.0", transformers="5.9.0")
+    (warning,) = messages(check_versions, engine, "warning")
+    assert "torch 2.12.0 is installed" in warning and "==2.11.0" in warning and "'.[vllm]'" in warning
+    installed(vllm=None, torch="2.11.0", transformers="5.11.0")
+    missing, too_new = sorted(messages(check_versions, engine, "error"), reverse=True)
+    assert "vllm is not installed" in missing and "transformers 5.11.0" in too_new
+    assert messages(check_versions, compose_config(), "warning") == [], "the hf rollout pins nothing"
+
+
+def test_a_package_without_metadata(compose_config, installed, tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(vllm=None, torch="2.11.0", transformers="5.9.0")
+    engine = compose_config(f"{ROLLOUT}.name=vllm")
+    assert messages(check_versions, engine, "error") == []
+    (warning,) = messages(check_versions, engine, "warning")
+    assert "vllm can be imported" in warning and "asks for ==" in warning
+
+
+def test_what_the_doctor_needs_are_checks(overrides):
+    base = {finding.check for finding in diagnose(overrides)}
+    assert all(wants.needs <= base for wants in doctor.doctor_checks(None))

@@ -1,0 +1,244 @@
+"""recipe/gad/monitor/rules.py: every verdict from hand-made curves, and none on healthy ones."""
+
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+
+from recipe.gad.monitor import rules as health
+from recipe.gad.monitor.rules import Curve, diagnose, passed_verdicts
+
+
+def curve(values) -> Curve:
+    values = np.array(values, dtype=float)
+    return Curve(np.arange(1, len(values) + 1), values)
+
+
+def noisy(values, scale=0.05, seed=0) -> Curve:
+    rng = random.Random(seed)
+    return curve([value + rng.uniform(-scale, scale) for value in values])
+
+
+def healthy_metrics(steps=120) -> dict:
+    """A GAD stage like the quickstart's: d_acc 1 -> 0.6, gap 6 -> 0.3, ROUGE-L up, KL growing to 1, lengths alike."""
+    rng = random.Random(1)
+    metrics = {0: {"val-aux/toy/rouge_l/mean@1": 0.44}}
+    for step in range(1, steps + 1):
+        t = step / steps
+        metrics[step] = {
+            "critic/d_acc": min(1.0, 1.0 - 0.4 * t + rng.uniform(-0.08, 0.08)),
+            "critic/score_gap": 6 * (1 - t) + 0.3 + rng.uniform(-0.5, 0.5),
+            "critic/lr": 1e-6,
+            "critic/grad_norm": rng.uniform(0.3, 9.0),
+            "actor/pg_loss": rng.uniform(-0.03, 0.03),
+            "actor/pg_clipfrac": 0.0,
+            "actor/ppo_kl": 0.0,
+            "actor/kl_loss": t + rng.uniform(0, 0.05),
+            "actor/entropy": 0.95 - 0.1 * t + rng.uniform(-0.02, 0.02),
+            "response_length/mean": 10 + rng.uniform(-0.8, 0.8),
+            "teacher_response_length/mean": 10 + rng.uniform(-0.3, 0.3),
+            "response_length/cut_ratio": rng.uniform(0, 0.14),
+            "teacher_response_length/cut_ratio": 0.0,
+            "gad/missing_rollouts": 0.0,
+        }
+        if step % 10 == 0:
+            metrics[step]["val-aux/toy/rouge_l/mean@1"] = 0.44 + 0.15 * t + rng.uniform(-0.02, 0.02)
+    return metrics
+
+
+def answers(n=64) -> list[dict]:
+    rng = random.Random(2)
+    words = ["well", "um", "then", "and", "plus", "right", "see", "a", "b", "c"]
+    return [{key: f"{i} " + " ".join(rng.choices(words, k=10)) for key in ("input", "output", "gts")} for i in range(n)]
+
+
+@pytest.mark.parametrize("steps", range(1, 121, 7))
+def test_a_healthy_run_gives_no_alarm_at_any_time(steps):
+    metrics = {step: row for step, row in healthy_metrics().items() if step <= steps}
+    verdicts, looked_at = diagnose(metrics, answers())
+    assert verdicts == []
+    assert {"critic/d_acc", "actor/entropy", "validation samples", "gad/missing_rollouts"} <= set(looked_at)
+
+
+def test_warmup_may_have_a_certain_discriminator():
+    metrics = {
+        step: {"critic/d_acc": 1.0, "actor/sft_loss": 1.5, "actor/entropy": 2.0 / step} for step in range(1, 101)
+    }
+    verdicts, looked_at = diagnose(metrics)
+    assert verdicts == [] and "actor/entropy" not in looked_at  # the rule on entropy is for policy steps
+
+
+def test_saturated_discriminator():
+    verdict = health.saturated_discriminator(curve([0.7] * 10 + [0.99] * 50))
+    assert verdict.level == "warning" and "0.99 (mean of steps 11-60)" in verdict.evidence
+    assert "critic.optim.lr" in verdict.advice
+    assert health.saturated_discriminator(curve([0.99] * 49)) is None
+    assert health.saturated_discriminator(curve([1.0] * 25 + [0.95] * 25)) is None  # it falls
+    assert health.saturated_discriminator(curve([0.94] * 60)) is None
+
+
+def test_guessing_discriminator():
+    verdict = health.guessing_discriminator(noisy([0.5] * 40, scale=0.1))
+    assert "from the start" in verdict.evidence and "trainer.critic_warmup" in verdict.advice
+    assert health.guessing_discriminator(noisy([0.5] * 29)) is None
+    assert health.guessing_discriminator(curve([0.98] * 10 + [0.5] * 100)) is None  # it has learnt once
+
+
+def test_fooled_discriminator():
+    assert "0.3 (mean of steps 41-60)" in health.fooled_discriminator(curve([0.9] * 40 + [0.3] * 20)).evidence
+    assert health.fooled_discriminator(noisy([0.5] * 60)) is None
+    assert health.fooled_discriminator(curve([0.06] + [0.98] * 10)) is None  # a new D may start below
+
+
+def test_frozen_discriminator():
+    assert "steps 11-30" in health.frozen_discriminator(curve([0.0] * 30)).evidence
+    assert health.frozen_discriminator(curve([1e-6] * 29 + [0.0])) is None  # the end of a decay
+
+
+def test_collapsed_entropy():
+    verdict = health.collapsed_entropy(curve([0.8] * 5 + [0.4] * 20 + [0.02] * 5))
+    assert verdict.level == "problem"
+    assert "0.8 (mean of steps 1-5) to 0.02 (mean of steps 26-30)" in verdict.evidence
+    assert health.collapsed_entropy(curve([0.8] * 20 + [0.17] * 5)) is None
+    assert health.collapsed_entropy(curve([0.8] * 5 + [0.01] * 4)) is None  # too short
+
+
+def test_reward_hacking_needs_both_curves():
+    rouge = Curve(np.array([0, 10, 20, 30, 40]), np.array([0.3, 0.5, 0.45, 0.3, 0.2]))
+    closing, opening = curve(np.linspace(5, 1, 40)), curve(np.linspace(1, 5, 40))
+    verdict = health.falling_validation(rouge, closing)
+    assert verdict.level == "problem" and "reward hacking" in verdict.title
+    assert "0.5 (step 10) to 0.2 (step 40)" in verdict.evidence
+    assert "kl_loss_coef" in verdict.advice
+    assert health.falling_validation(rouge, opening).title == "Validation gets worse"
+    rouge.values[-1] = 0.48
+    assert health.falling_validation(rouge, closing) is None  # a single bad validation
+    assert health.falling_validation(curve([0.1, 0.2]), closing) is None
+
+
+def test_clip_fraction():
+    assert health.clip_fraction(curve([0.5] * 20)).level == "warning"
+    assert health.clip_fraction(curve([0.01] * 20)).level == "note"
+    assert health.clip_fraction(curve([0.2] * 20)) is None
+    assert health.clip_fraction(curve([0.0] * 200)) is None  # one update per batch: nothing can be clipped
+
+
+def test_kl():
+    assert "before: 0.1" in health.kl_blow_up(curve([0.1] * 20 + [1.5] * 5)).evidence
+    assert health.kl_blow_up(curve([6.0] * 40)).level == "problem"
+    assert health.kl_blow_up(curve(np.linspace(0, 1.5, 100))) is None
+    assert health.kl_blow_up(curve([0.001] * 20 + [0.5] * 5)) is None
+    assert "0.2 (mean" in health.large_policy_steps(curve([0.2] * 20)).evidence
+    assert health.large_policy_steps(curve([-0.2] * 20)) is not None
+    assert health.large_policy_steps(curve([0.02] * 20)) is None
+
+
+def test_length_drift():
+    teacher = curve([100] * 40)
+    verdict = health.length_drift(curve([100] * 10 + [300] * 30), teacher)
+    assert "too long" in verdict.title and "from 1 (mean of steps 1-5) to 3 (mean of steps 21-40)" in verdict.evidence
+    assert "too short" in health.length_drift(curve([100] * 10 + [20] * 30), teacher).title
+    assert health.length_drift(curve(np.linspace(30, 60, 40)), teacher) is None  # on its way to the teacher
+    assert health.length_drift(curve([130] * 40), teacher) is None
+    # the sides are compared step by step: D alone trained in the first 20 steps and logged no student
+    late = Curve(np.arange(21, 41), np.full(20, 300.0))
+    assert health.length_drift(late, teacher) is None
+
+
+def test_swinging_lengths():
+    teacher = curve([50] * 90)
+    down_and_up = curve([50] * 30 + [38] * 30 + [50] * 30)
+    verdict = health.swinging_lengths(down_and_up, teacher)
+    assert verdict.title == "The length of the student's answers swings"
+    numbers = r": 1\.00 \(steps (\d+)-\d+\), {} \(steps (\d+)-(\d+)\), 1\.00 \(steps (\d+)-\d+\)\."
+    before, first, last, after = map(int, re.search(numbers.format("0\\.76"), verdict.evidence).groups())
+    assert before <= 21 and 31 <= first <= last - 9 <= 51 and 61 <= after
+    up_and_down = health.swinging_lengths(curve([50] * 30 + [75] * 30 + [50] * 30), teacher)
+    assert re.search(numbers.format("1\\.50"), up_and_down.evidence)
+    assert health.swinging_lengths(curve([50] * 30 + [41] * 30 + [50] * 30), teacher) is None  # by less than a quarter
+    assert health.swinging_lengths(curve(np.linspace(150, 50, 90)), teacher) is None  # on its way
+    assert health.swinging_lengths(curve([100] * 30 + [45] * 30 + [50] * 30), teacher) is None  # overshoots a little
+    assert health.swinging_lengths(noisy([50] * 90, scale=15), teacher) is None
+    assert health.swinging_lengths(down_and_up, down_and_up) is None  # the data's own lengths
+    long_ago = curve([50] * 30 + [38] * 30 + [50] * 130)
+    assert health.swinging_lengths(long_ago, curve([50] * 190)) is None
+
+
+def test_cut_answers():
+    assert "the teacher's is 0.1" in health.cut_answers(curve([0.6] * 20), curve([0.1] * 20)).evidence
+    assert health.cut_answers(curve([0.6] * 20), curve([0.5] * 20)) is None  # the limit is tight for both
+
+
+def test_missing_rollouts():
+    verdict = health.missing_rollouts(curve([0, 3, 0, 2]))
+    assert "5 samples in 2 of 4 steps, first in step 2, last in step 4" in verdict.evidence
+    assert health.missing_rollouts(curve([0] * 9)) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite(value):
+    metrics = healthy_metrics(10)
+    metrics[4]["actor/grad_norm"] = metrics[7]["actor/grad_norm"] = value
+    (verdict,), _ = diagnose(metrics)
+    assert verdict.level == "problem" and "actor/grad_norm in 2 steps, first 4, last 7" in verdict.evidence
+    metrics = healthy_metrics(10)
+    metrics[4]["perf/mfu/actor"] = value  # not a number that training hangs on
+    assert diagnose(metrics)[0] == []
+
+
+def test_looping_answers():
+    teacher = ["The quick brown fox jumps over the lazy dog, and then goes home to sleep for a while."] * 20
+    fine, loop = teacher[0].upper(), "I am sorry. " * 30
+    verdict = health.looping_answers([fine] * 17 + [loop] * 3, teacher)
+    assert "3 of 20" in verdict.evidence and "I am sorry." in verdict.evidence
+    assert health.looping_answers([fine] * 19 + [loop], teacher) is None
+    assert health.looping_answers([loop] * 20, [loop.lower()] * 20) is None  # so does the teacher
+    assert health.looping_answers(["好的。" * 40] * 20, teacher) is not None  # no words needed
+    assert health.looping_answers(["", "\ud800"], ["", "a"]) is None
+
+
+def test_same_answers():
+    prompts = [str(i) for i in range(20)]
+    various = [f"answer {i}" for i in range(20)]
+    verdict = health.same_answers(prompts, ["yes"] * 5 + various[5:], various)
+    assert verdict.level == "problem" and "5 of 20" in verdict.evidence and "'yes'" in verdict.evidence
+    assert health.same_answers(prompts, ["yes"] * 5 + various[5:], ["yes"] * 4 + various[4:]) is None
+    # eight samples of one prompt may well agree
+    assert health.same_answers(["p"] * 8 + prompts, ["yes"] * 8 + various, various[:8] + various) is None
+
+
+def test_worst_first_and_missing_metrics_are_no_error():
+    metrics = {step: {"actor/pg_loss": 0.0, "gad/missing_rollouts": 1.0} for step in range(1, 4)}
+    metrics[2]["actor/pg_loss"] = math.nan
+    verdicts, looked_at = diagnose(metrics)
+    assert [verdict.level for verdict in verdicts] == ["problem", "warning"]
+    assert "critic/d_acc" not in looked_at
+
+
+def test_several_validation_sets_count_as_their_mean():
+    metrics = {1: {"val-aux/a/rouge_l/mean@1": 0.2, "val-aux/b/rouge_l/mean@1": 0.4}, 2: {}}
+    steps, values = health.curve(metrics, health.ROUGE_L)
+    assert steps.tolist() == [1] and values.tolist() == pytest.approx([0.3])
+
+
+def test_what_was_wrong_and_passed_is_told_with_its_steps():
+    metrics = healthy_metrics()
+    assert passed_verdicts(metrics, []) == []
+    for step in range(40, 61):
+        metrics[step]["response_length/mean"] = 3.0
+    verdicts, _ = diagnose(metrics)
+    assert [verdict.title for verdict in verdicts] == ["The length of the student's answers swings"]
+    (passed,) = passed_verdicts(metrics, verdicts)
+    assert passed.verdict.title == "The student's answers grow too short"
+    # means of 20 steps are below 10 / 1.5 from 10 short answers in 20 on: steps 49 to 70, seen at every fifth
+    assert passed.when() == "steps 49 to 69"
+    assert passed_verdicts(metrics, [*verdicts, passed.verdict]) == [], "it is told once"
+
+
+def test_a_long_run_is_looked_at_so_many_times_only(monkeypatch):
+    looks = []
+    monkeypatch.setattr(health, "diagnose", lambda metrics: (looks.append(len(metrics)), ([], []))[1])
+    passed_verdicts({step: {} for step in range(1000)}, [], looks=10)
+    assert looks == list(range(100, 1000, 100))

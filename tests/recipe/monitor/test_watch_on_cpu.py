@@ -1,0 +1,167 @@
+"""gad watch: the state of a run in the terminal."""
+
+import json
+import math
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recipe.gad.cli import main
+from recipe.gad.monitor.watch import RunState, duration, sparkline
+
+ROOT = Path(__file__).parents[3]
+
+
+def add_step(run: Path, step: int, **data) -> None:
+    data = {"critic/d_acc": 0.75, "timing_s/gen": 1.5, "timing_s/step": 2.0} | {
+        k.replace("__", "/"): v for k, v in data.items()
+    }
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "data": data}) + "\n")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of 10 steps, three of which are done, and a line that is being written."""
+    (tmp_path / "gad/hydra/.hydra").mkdir(parents=True)
+    (tmp_path / "gad/hydra/.hydra/config.yaml").write_text("trainer:\n  total_training_steps: 10\n")
+    for step in (1, 2, 3):
+        add_step(tmp_path / "gad", step)
+    return tmp_path / "gad"
+
+
+def start(run: Path, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "recipe.gad.cli", "watch", str(run), "--interval", "0.1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+
+    def hear_ctrl_c() -> None:  # a suite that was started in the background ignores it, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=hear_ctrl_c, **options)
+
+
+def test_sparkline():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0, 0, 7, 7], width=2) == "▁█"
+    assert sparkline([3, 3]) == "▁▁" and sparkline([]) == ""
+    assert sparkline([0, math.nan, 1]) == "▁×█" and sparkline([math.nan]) == "×"
+
+
+def test_duration():
+    assert [duration(s) for s in (4.4, 59.9, 90, 3600, 11100)] == ["4 s", "60 s", "2 min", "1 h 00 min", "3 h 05 min"]
+
+
+def test_once_on_a_growing_file(run, capsys):
+    def printed() -> str:
+        with pytest.raises(SystemExit) as exit:
+            main(["watch", str(run), "--once"])
+        assert exit.value.code == 0
+        return capsys.readouterr().out
+
+    text = printed()
+    assert "gad  step 3/10  2 s per step  14 s left" in text
+    assert re.search(r"critic/d_acc +▁▁▁ +0.75 +0.75", text)
+    assert "gen 1.5s" in text and "other 0.5s" in text
+    assert "Nothing wrong was found." in text
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "da')
+    assert "step 3/10" in printed()
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('ta": {"critic/d_acc": null}}\n')
+    text = printed()
+    assert "step 4/10" in text and "problem: NaN or infinite numbers" in text and "×" in text
+
+
+def test_total_is_unknown(run):
+    (run / "hydra/.hydra/config.yaml").write_text("trainer:\n  total_training_steps: null\n")
+    state = RunState(run)
+    assert state.update() and not state.update()
+    assert state.headline() == "gad  step 3  2 s per step" and not state.finished
+
+
+def test_silence(run):
+    old = time.time() - 600
+    os.utime(run / "metrics.jsonl", (old, old))
+    state = RunState(run)
+    state.update()
+    assert state.headline().endswith("silent for 10 min: has it stopped?")
+    for step in range(4, 11):
+        add_step(run, step)
+    os.utime(run / "metrics.jsonl", (old, old))
+    state.update()
+    assert state.headline() == "gad  step 10/10  2 s per step  finished"
+
+
+def test_bad_input_exits_with_2(run, capsys):
+    (run / "fresh").mkdir()
+    for folder, message in (
+        (run / "none", "no folder"),
+        (run / "fresh", "nothing is logged yet"),
+        (run.parent, f"watch one of its stages: {run}"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(["watch", str(folder), "--once"])
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_lines_until_the_last_step(run):
+    """Not a terminal: one line per growth, a verdict once, and the end with the run's last step."""
+    process = start(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = [process.stdout.readline()]
+    for step in range(4, 11):
+        add_step(run, step, gad__missing_rollouts=2.0)
+        lines.append(process.stdout.readline())
+        if step == 4:
+            lines.append(process.stdout.readline())
+    rest, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and rest == ""
+    assert lines[0].startswith("gad  step 3/10") and "critic/d_acc 0.75" in lines[0]
+    assert [f"step {step}/10" in line for step, line in zip((4, None, 5), lines[1:4], strict=True) if step] == [
+        True,
+        True,
+    ]
+    assert [line.startswith("warning: Rollouts are missing.") for line in lines].count(True) == 1
+    assert "step 10/10" in lines[-1] and "finished" in lines[-1]
+
+
+def test_ctrl_c_ends_it_cleanly_before_the_first_step(tmp_path):
+    process = start(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    add_step(tmp_path, 1)
+    assert "step 1" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_terminal_is_refreshed_in_place(run):
+    ours, theirs = pty.openpty()
+    process = start(run, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal shown
+        deadline = time.monotonic() + 20
+        while text not in shown:
+            assert select.select([ours], [], [], max(0, deadline - time.monotonic()))[0], shown[-2000:]
+            shown += os.read(ours, 65536)
+
+    read_until(b"step 3/10")
+    add_step(run, 4)
+    read_until(b"step 4/10")
+    assert b"\x1b[1A" in shown  # the cursor goes up again
+    assert "▁".encode() in shown
+    process.send_signal(signal.SIGINT)
+    read_until(b"\x1b[?25h")  # the cursor is visible again
+    assert process.wait(timeout=20) == 0
+    os.close(ours)

@@ -1,0 +1,69 @@
+"""Files that are written whole or line by line, and read back."""
+
+import json
+import os
+
+import pytest
+
+from recipe.gad.run.atomic_io import JsonLog, read_object, write_atomically
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    write_atomically(path, "é \ud83d")
+    assert path.read_bytes() == b"\xc3\xa9 \\ud83d"
+    write_atomically(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff" and os.listdir(path.parent) == ["a.txt"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder, expected a file: '.*/folder'"):
+        write_atomically(tmp_path / "folder", "text")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "new"], "no temporary file is left"
+
+
+def test_objects_of_json_files(tmp_path):
+    path = tmp_path / "a.json"
+    for text, message in [
+        ("[1]", "holds a list, expected a JSON object. Fix: x"),
+        ("{", "not valid JSON .*cut off.*x"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_object(path, ". Fix: x")
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match="a.json is not valid JSON"):
+        read_object(path)
+    path.write_text('{"a": 1}')
+    assert read_object(path) == {"a": 1}
+
+
+def records(path, *keys):
+    with JsonLog(path, "gad test") as log:
+        return list(log.records(*keys))
+
+
+def test_a_log_that_stays_empty_leaves_no_file(tmp_path):
+    assert records(tmp_path / "log.jsonl") == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_log_keeps_whole_lines(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    with JsonLog(path, "gad test") as log:
+        log.append({"id": 1, "text": "line\u2028\ud83d"})
+        assert json.loads(path.read_text()) == {"id": 1, "text": "line\u2028\ud83d"}, "written at once"
+        log.append({"id": 2})
+        with pytest.raises(ValueError, match="another gad test writes to .*log.jsonl"):
+            JsonLog(path, "gad test")
+    whole = path.read_bytes()
+    for cut in (1, 4):
+        path.write_bytes(whole[:-cut])
+        assert [record["id"] for record in records(path, "id")] == [1]
+        assert path.read_bytes() == whole[: whole.index(b"\n") + 1]
+
+
+@pytest.mark.parametrize("text", ['{"other": 1}', '{"id": 1}\n{"other": 1}', '{"id": 1}\n[]\n', "no JSON\n"])
+def test_a_foreign_file_is_not_cut(tmp_path, text):
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"log.jsonl, row \d: not written by gad test"):
+        records(path, "id")
+    assert path.read_text() == text

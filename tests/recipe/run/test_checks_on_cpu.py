@@ -1,0 +1,739 @@
+"""recipe/gad/run/checks.py: every bad input gets one error that names the key or row, the value and the fix."""
+
+import copy
+import importlib.metadata
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+from safetensors.numpy import load_file, save_file
+
+from recipe.gad import plugin
+from recipe.gad.run import checks as check
+from recipe.gad.run.checkpoint import TRACKER, claim_folder
+from recipe.gad.run.checks import check_config, main, required_ray_cpus
+from recipe.gad.run.data_file import check_data_file, teacher_text
+from recipe.gad.run.findings import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+ROLLOUT, ACTOR, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "actor_rollout_ref.model"
+USER = [{"role": "user", "content": "c a f"}]
+
+
+@pytest.fixture(scope="module")
+def base(compose_config):
+    return compose_config("gad.stage=warmup", "gad.actor_objective=imitation")
+
+
+@pytest.fixture
+def config(base, tmp_path, monkeypatch):
+    """Function: the configuration of a warmup run that passes, with keys changed."""
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "VERL_USE_EXTERNAL_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def config(changes: dict | None = None):
+        changed = copy.deepcopy(base)
+        for key, value in {"trainer.default_local_dir": str(tmp_path / "run"), **(changes or {})}.items():
+            OmegaConf.update(changed, key, value, force_add=True)
+        return changed
+
+    return config
+
+
+@pytest.fixture
+def gpu(config, monkeypatch):
+    """The same for a run on GPUs."""
+    monkeypatch.delenv("VERL_PLATFORM")
+    settings = {"trainer.device": "cuda", "ray_kwargs.ray_init.num_cpus": 1000, "trainer.n_gpus_per_node": 8}
+    return lambda changes=None: config({**settings, **(changes or {})})
+
+
+@pytest.fixture(scope="module")
+def critic(tiny_problem, tmp_path_factory):
+    """The tiny model with a score head."""
+    folder = tmp_path_factory.mktemp("critic") / "huggingface"
+    shutil.copytree(tiny_problem / "model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "score.weight": np.zeros((1, 32), np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def errors_of(config) -> list[str]:
+    try:
+        check_config(config)
+    except ConfigError as error:
+        assert all(message in str(error) for message in error.errors)
+        return error.errors
+    return []
+
+
+def expect(config, *parts: str) -> None:
+    """Exactly one error, with all of ``parts`` in it, and a fix."""
+    (error,) = errors_of(config)
+    assert "Fix: " in error
+    for part in parts:
+        assert part in error
+
+
+# ---------------------------------------------------------------------- the whole
+
+
+def test_a_good_run_passes_and_its_config_is_left_alone(config):
+    good = config()
+    before = OmegaConf.to_yaml(good)
+    assert check_config(good) == []
+    assert OmegaConf.to_yaml(good) == before
+
+
+def test_a_good_gad_run_passes(config, critic):
+    stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
+    assert check_config(config(stage)) == []
+
+
+def test_a_good_seqkd_run_passes(config):
+    assert check_config(config({"gad.stage": "seqkd", "critic.enable": False})) == []
+
+
+def test_all_errors_are_listed_at_once(config):
+    bad = config({"trainer.use_v1": False, f"{ROLLOUT}.temperature": 0, "data.teacher_key": None})
+    with pytest.raises(
+        ValueError, match="cannot start:\n- trainer.use_v1=False.*\n- .*temperature=0.*\n- data.teacher_key"
+    ):
+        check_config(bad)
+
+
+def test_errors_travel_between_processes():
+    error = pickle.loads(pickle.dumps(ConfigError(["one", "two"], ["three"])))
+    assert (error.errors, error.warnings, str(error)) == (
+        ["one", "two"], ["three"], "this GAD run cannot start:\n- one\n- two"
+    )  # fmt: skip
+
+
+def test_a_reference_to_a_missing_key(config):
+    (error,) = errors_of(config({"data.seed": "${no.such.key}"}))
+    assert "does not resolve" in error and "no.such.key" in error
+
+
+def test_numbers_that_are_none(config):
+    expect(config({"data.train_batch_size": "many"}), "data.train_batch_size=many", "whole number of at least 1")
+    expect(config({f"{ROLLOUT}.n": 0}), f"{ROLLOUT}.n=0", "whole number of at least 1")
+    expect(config({"trainer.nnodes": None}), "trainer.nnodes=None")
+
+
+# ---------------------------------------------------------------------- 1. plugin
+
+
+def test_plugin_kept_from_loading(config, monkeypatch):
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    expect(config(), "VERL_USE_EXTERNAL_PLUGINS=none", "unset VERL_USE_EXTERNAL_PLUGINS")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "other, gad")
+    assert errors_of(config()) == []
+
+
+def test_plugin_not_registered(config, monkeypatch):
+    monkeypatch.setattr(check, "entry_points", lambda group: ())
+    expect(config(), "verl.plugins", "recipe.gad.plugin", "pip install -e .")
+
+
+def test_overlay_not_active(config, monkeypatch):
+    monkeypatch.setattr(plugin, "installed", lambda: False)
+    expect(config(), "verl was imported without the GAD plugin", "pip install -e .")
+
+
+def test_another_verl(config, monkeypatch):
+    monkeypatch.setattr(check, "version", lambda name: "0.8.0")
+    expect(config(), "verl 0.8.0 is installed", f"pip install verl=={plugin.VERL_VERSION}")
+
+
+def test_no_verl(config, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.delitem(sys.modules, "recipe.gad.plugin")
+    monkeypatch.delattr("recipe.gad.plugin")
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "OverlayFinder"])
+    expect(config(), "the package verl is not installed", "pip install")
+
+
+# ---------------------------------------------------------------------- 2. data
+
+
+@pytest.fixture
+def data(config, tmp_path):
+    """Function: the configuration of a run on these training rows (rows, bytes, or None for no file)."""
+
+    def data(rows, name="train.parquet", changes=None):
+        file = tmp_path / name
+        if isinstance(rows, bytes):
+            file.write_bytes(rows)
+        elif isinstance(rows, pa.Table):
+            pq.write_table(rows, file)
+        elif rows is not None and file.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        elif rows is not None:
+            file.write_text("\n".join(json.dumps(row) for row in rows))
+        return config({"data.train_files": str(file), "data.train_batch_size": 8, **(changes or {})})
+
+    return data
+
+
+def rows_with(bad: dict, at: int = 3) -> list[dict]:
+    rows = [{"content": USER, "teacher_response": "well c a f"} for _ in range(8)]
+    return [{**row, **bad} if i == at else row for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (None, "no such file"),
+        (b"", "0 bytes"),
+        (b"no parquet" * 20, "not a readable parquet file"),
+        (pa.table({"content": pa.array([], pa.string()), "teacher_response": pa.array([], pa.string())}), "0 rows"),
+        ([{"prompt": USER, "teacher_response": "x"}], "no column 'content'; it has 'prompt', 'teacher_response'"),
+        ([{"content": USER, "answer": "x"}], "no column 'teacher_response'; it has 'content', 'answer'"),
+    ],
+)
+def test_bad_files(data, rows, expected):
+    expect(data(rows), "data.train_files", "train.parquet", expected)
+
+
+TEACHERS = [
+    (None, "is null"),
+    ("", "is empty"),
+    (" \n\t", "holds only whitespace"),
+    ({"role": "assistant", "content": None}, "is null"),
+]
+PROMPTS = [
+    (None, "is null"),
+    ([], "is an empty list"),
+    ([{"role": "user", "content": None}], "(number 0) without content"),
+    ([{"role": None, "content": "x"}], "(number 0) without role"),
+    ([*USER, {"role": "assistant", "content": "x"}], "ends with a message of role 'assistant'"),
+    ([{"role": "system", "content": "x"}], "ends with a message of role 'system'"),
+]
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+@pytest.mark.parametrize(("value", "expected"), TEACHERS[:3])
+def test_bad_teacher_answers(data, name, value, expected):
+    expect(data(rows_with({"teacher_response": value}), name), f"{name}, row 3: column 'teacher_response' {expected}")
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+@pytest.mark.parametrize(("value", "expected"), PROMPTS)
+def test_bad_prompts(data, name, value, expected):
+    expect(data(rows_with({"content": value}), name), f"{name}, row 3: column 'content'", expected, "chat messages")
+
+
+def test_teacher_answers_as_chat_messages(data):
+    rows = [{"content": USER, "teacher_response": {"role": "assistant", "content": "c a f"}} for _ in range(8)]
+    assert errors_of(data(rows)) == []
+    rows[5] = {"content": USER, "teacher_response": TEACHERS[3][0]}
+    expect(data(rows), "row 5: column 'teacher_response' is null")
+
+
+def test_teacher_answers_that_are_no_text(data):
+    rows = [{"content": USER, "teacher_response": 5} for _ in range(8)]
+    expect(data(rows), "row 0: column 'teacher_response' is of type int, not text (8 such rows)")
+    expect(
+        data([{"content": USER, "teacher_response": {"text": "x"}}] * 8), "a message without content (keys ['text'])"
+    )
+
+
+def test_prompts_that_are_no_messages(data):
+    expect(
+        data([{"content": "c a f", "teacher_response": "x"}] * 8), "row 0: column 'content' is of type str, not a list"
+    )
+    expect(data([{"content": ["c"], "teacher_response": "x"}] * 8), "row 0", "(number 0) of type str")
+    expect(data([{"content": [{"text": "c"}], "teacher_response": "x"}] * 8), "row 0", "(number 0) without role")
+
+
+def test_prompts_may_end_with_a_tool_message_and_hold_parts(data):
+    tool = [*USER, {"role": "assistant", "content": "x"}, {"role": "tool", "content": "y"}]
+    assert errors_of(data(rows_with({"content": tool}))) == []
+    parts = [{"role": "user", "content": [{"type": "text", "text": "c a f"}]}]
+    assert errors_of(data([{"content": parts, "teacher_response": "x"}] * 8)) == []
+
+
+def test_rows_are_counted_over_row_groups(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipe.gad.run.data_file.BATCH_ROWS", 3)
+    expect(data(rows_with({"teacher_response": ""}, at=7)), "row 7: column 'teacher_response' is empty")
+
+
+def test_a_file_that_breaks_off_in_its_data(data, tmp_path):
+    rows = rows_with({})
+    data(rows)
+    raw = bytearray((tmp_path / "train.parquet").read_bytes())
+    raw[4:60] = b"\xff" * 56  # the first pages; the footer stays readable
+    expect(data(bytes(raw)), "train.parquet: is not a readable parquet file")
+
+
+def test_json_lines(data):
+    expect(data(b'{"content": 1,\n', "train.jsonl"), "train.jsonl: row 0 is not valid JSON")
+    expect(data(b"[1, 2]", "train.json"), "train.json: row 0 is of type int, not an object")
+    assert errors_of(data(json.dumps(rows_with({})).encode(), "train.json")) == []
+    expect(data(b"x", "train.csv"), "unknown ending '.csv'", ".parquet, .json or .jsonl")
+
+
+def test_validation_files_and_lists_of_files(data, config, tiny_problem, tmp_path):
+    good = str(tiny_problem / "train.parquet")
+    data(rows_with({"teacher_response": ""}), "bad.parquet")
+    expect(config({"data.val_files": [good, str(tmp_path / "bad.parquet")]}), "data.val_files", "bad.parquet, row 3")
+    expect(config({"data.val_files": None}), "data.val_files=None: no file")
+    expect(config({"data.val_files": str(tmp_path)}), "is a folder")
+
+
+def test_home_folder_is_not_expanded_by_verl(config, tiny_problem, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_problem))
+    expect(config({"data.val_files": "~/val.parquet"}), "does not expand ~", f"Fix: {tiny_problem}/val.parquet")
+
+
+def test_data_keys(config):
+    expect(config({"data.teacher_key": None}), "data.teacher_key=null", "Fix: data.teacher_key=teacher_response")
+    expect(config({"data.truncation": "middle"}), "data.truncation=middle", "error, left or right")
+
+
+def test_too_few_rows_for_one_step(config, data):
+    rows = [{"content": USER, "teacher_response": "x"}] * 5
+    expect(data(rows), "data.train_batch_size=8", "5 rows", "Fix: data.train_batch_size=5 or less")
+    expect(config({"data.train_max_samples": 4}), "data.train_batch_size=8", "4 rows")
+
+
+def test_large_files_are_read_in_seconds(tmp_path):
+    size = 50_000
+    table = pa.table({"content": [USER] * size, "teacher_response": ["well c a f " * 20] * size, "other": ["x"] * size})
+    pq.write_table(table, tmp_path / "large.parquet")
+    start = time.perf_counter()
+    assert check_data_file(tmp_path / "large.parquet", "content", "teacher_response") == size
+    assert time.perf_counter() - start < 10
+
+
+def test_teacher_text():
+    assert teacher_text("a") == "a" and teacher_text({"role": "assistant", "content": "b"}) == "b"
+    with pytest.raises(ValueError, match="is empty"):
+        teacher_text("")
+
+
+def test_check_data_file_without_teacher(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"prompt": USER}]), tmp_path / "plain.parquet")
+    assert check_data_file(tmp_path / "plain.parquet", "prompt", None) == 1
+    with pytest.raises(ValueError, match=r"plain.parquet: has no column 'content' and 'teacher_response'"):
+        check_data_file(tmp_path / "plain.parquet", "content", "teacher_response")
+
+
+# ---------------------------------------------------------------------- 3. models and tokenizers
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no_such", "~/no_such", "no_such", "a/b/c"])
+def test_model_folders_that_do_not_exist(config, path):
+    expect(config({f"{MODEL}.path": path}), f"{MODEL}.path={path}: no such folder", "organisation/name")
+
+
+def test_a_model_folder_without_config(config, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("")
+    expect(config({"critic.model.path": str(tmp_path / "model")}), "critic.model.path", "no config.json", "notes.txt")
+
+
+def test_a_model_with_broken_weights(config, critic, tmp_path):
+    shutil.copytree(critic, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    expect(
+        config({"critic.model.path": str(tmp_path / "model")}), "critic.model.path", "is truncated", "save the model"
+    )
+    weights.unlink()
+    expect(config({"critic.model.path": str(tmp_path / "model")}), "holds no weights")
+
+
+def test_paths_that_verl_does_not_take(config, tiny_problem, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_problem))
+    exact = f"Fix: {MODEL}.path={tiny_problem}/model"
+    for path in ("~/model", f"{tiny_problem}/model/"):
+        expect(config({f"{MODEL}.path": path}), f"{MODEL}.path={path}", exact)
+
+
+def test_hub_models(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    hub = config({f"{MODEL}.path": "some-org/some-model"})
+    assert check_config(hub) == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "not in the Hugging Face cache" in check_config(hub)[0]
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
+
+
+def test_vocabularies_must_be_the_same(config, critic, tiny_problem, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(critic, other)
+    changes = {"critic.model.path": str(other)}
+    assert check_config(config(changes)) == []
+    settings = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(settings, indent=1))
+    assert check_config(config(changes)) == []  # other bytes, same vocabulary
+    write_tokenizer(other, ["<unk>", "a", "b"])
+    ours = len(json.loads((tiny_problem / "model" / "tokenizer.json").read_text())["model"]["vocab"])
+    expect(config(changes), "critic.model.path", "another vocabulary", f"3 and {ours} tokens", "'<end>' 2 / None")
+    (other / "tokenizer.json").write_text("{")
+    expect(config(changes), str(other), "cannot be loaded", "Fix: copy or save it again")
+    for file in other.glob("*token*"):
+        file.unlink()
+    (warning,) = check_config(config(changes))
+    assert "no local tokenizer to compare" in warning
+
+
+def test_tokenizer_paths(config, tmp_path):
+    expect(config({f"{MODEL}.tokenizer_path": "/no/such"}), f"{MODEL}.tokenizer_path=/no/such: no such folder")
+    write_tokenizer(tmp_path / "words", ["<unk>", "a"])
+    expect(
+        config({"critic.model.tokenizer_path": str(tmp_path / "words")}), "critic.model.tokenizer_path", "another vocab"
+    )
+
+
+@pytest.mark.parametrize("key", ["lora_rank", "lora.rank"])
+def test_lora_on_the_discriminator(config, key):
+    expect(config({f"critic.model.{key}": 8}), "the LoRA rank is 8", f"critic.model.{key}=0")
+    assert errors_of(config({f"critic.model.{key}": 8, "gad.stage": "seqkd", "critic.enable": False})) == []
+
+
+# ---------------------------------------------------------------------- 4. and 10. stage and sampling
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gad.stage": "sft"}, ["gad.stage=sft", "seqkd, warmup, gad"]),
+        ({"gad.actor_objective": "ppo"}, ["gad.actor_objective=ppo", "policy_gradient or imitation"]),
+        ({"critic.enable": False}, ["critic.enable=False", "critic.enable=True"]),
+        ({"critic.enable": None}, ["critic.enable=None", "critic.enable=True"]),
+        ({"gad.stage": "seqkd"}, ["critic.enable=True", "Fix: critic.enable=False"]),
+        (
+            {"gad.stage": "seqkd", "critic.enable": False, "gad.actor_objective": "policy_gradient"},
+            ["gad.actor_objective=policy_gradient", "seqkd only imitates"],
+        ),
+        ({"trainer.v1.trainer_mode": "sync"}, ["trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode=gad"]),
+        ({"trainer.use_v1": False}, ["trainer.use_v1=False"]),
+        ({"gad.poll_interval": 0}, ["gad.poll_interval=0"]),
+        ({f"{ROLLOUT}.temperature": 0}, [f"{ROLLOUT}.temperature=0", "the same text"]),
+        ({f"{ROLLOUT}.temperature": -1}, [f"{ROLLOUT}.temperature=-1", "above 0"]),
+        ({f"{ROLLOUT}.temperature": None}, [f"{ROLLOUT}.temperature=None", "above 0"]),
+    ],
+)
+def test_stage_and_sampling(config, changes, parts):
+    expect(config(changes), *parts)
+
+
+def test_grpo_needs_two_samples(config, critic):
+    stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
+    expect(config({**stage, f"{ROLLOUT}.n": 1}), f"{ROLLOUT}.n=1", "at least 2")
+    assert errors_of(config({f"{ROLLOUT}.n": 1, f"{ROLLOUT}.temperature": 0})) == []  # imitation compares nothing
+
+
+def test_the_gad_stage_needs_a_trained_head(config, critic, tmp_path):
+    stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient"}
+    expect(config(stage), "critic.model.path", "no score head", "critic/huggingface", "--warmup_dir")
+    folder = tmp_path / "run"
+    claim_folder(folder, "gad")
+    for role in ("actor", "critic"):
+        (folder / "global_step_5" / role).mkdir(parents=True)
+    (folder / "global_step_5" / "data.pt").write_bytes(b"")
+    (folder / TRACKER).write_text("5")
+    expect(config(stage), "no score head")  # a resumed run too
+    assert errors_of(config({**stage, "critic.model.path": str(critic)})) == []
+
+
+def test_warnings(config):
+    (warning,) = check_config(config({"gad.actor_objective": "policy_gradient"}))
+    assert "gad.actor_objective=policy_gradient in stage warmup: the paper uses imitation" in warning
+    (warning,) = check_config(config({"trainer.save_freq": -1}))
+    assert "trainer.save_freq=-1" in warning
+    (warning,) = check_config(config({"critic.checkpoint.save_contents": ["model"]}))
+    assert "critic.checkpoint.save_contents lacks hf_model" in warning
+
+
+# ---------------------------------------------------------------------- 5. batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (
+            {f"{ACTOR}.ppo_mini_batch_size": 3, "trainer.n_gpus_per_node": 1},
+            [f"{ACTOR}.ppo_mini_batch_size=3", "data.train_batch_size=8", "Fix: data.train_batch_size=6 or 9"],
+        ),
+        (
+            {"critic.ppo_mini_batch_size": 16},
+            ["critic.ppo_mini_batch_size=16", "Fix: data.train_batch_size=16, or critic.ppo_mini_batch_size=8"],
+        ),
+        (
+            {"critic.ppo_mini_batch_size": 4},
+            ["critic.ppo_mini_batch_size=4", "8 data-parallel ranks", "Fix: critic.ppo_mini_batch_size=8"],
+        ),
+        (
+            {f"{ACTOR}.ppo_mini_batch_size": 20, "data.train_batch_size": 40},
+            [f"{ACTOR}.ppo_mini_batch_size=20", "8 data-parallel ranks", "16 or 24", "=32 or 48, or 5 GPUs"],
+        ),
+        ({f"{ROLLOUT}.tensor_model_parallel_size": 3}, [f"{ROLLOUT}.tensor_model_parallel_size=3", "1 or 2 or 4 or 8"]),
+        (
+            {f"{ACTOR}.ulysses_sequence_parallel_size": 3},
+            [ACTOR, "takes 3 GPUs", "does not divide the 8", "6 or 9 GPUs"],
+        ),
+    ],
+)
+def test_batch_arithmetic(gpu, changes, parts):
+    expect(gpu(changes), *parts)
+
+
+def test_sequence_parallelism_lowers_the_number_of_ranks(gpu):
+    small = {"data.train_batch_size": 4}
+    assert len(errors_of(gpu(small))) == 2  # actor and critic
+    expect(gpu({**small, f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size": 2}), "critic.ppo_mini_batch_size=4")
+    sequence = {
+        f"{ACTOR}.ulysses_sequence_parallel_size": 2,
+        "critic.fsdp.ulysses_sequence_parallel_size": 2,
+    }
+    assert errors_of(gpu({**small, **sequence})) == []
+    (warning,) = check_config(gpu({"critic.ulysses_sequence_parallel_size": 2}))
+    assert "is not read by verl" in warning
+
+
+def test_megatron_ranks(gpu):
+    megatron = {
+        f"{role}.{key}": value
+        for role in (ACTOR, "critic")
+        for key, value in {
+            "strategy": "megatron",
+            "megatron.tensor_model_parallel_size": 2,
+            "megatron.pipeline_model_parallel_size": 2,
+            "megatron.context_parallel_size": 1,
+        }.items()
+    }
+    assert errors_of(gpu({**megatron, "data.train_batch_size": 2})) == []
+    messages = errors_of(gpu({**megatron, "data.train_batch_size": 3}))
+    assert len(messages) == 2 and all(
+        "2 data-parallel ranks" in message and "2 or 4" in message for message in messages
+    )
+
+
+# ---------------------------------------------------------------------- 6. token limits
+
+
+@pytest.mark.parametrize(
+    ("key", "needed"),
+    [
+        ("critic.ppo_max_token_len_per_gpu", 5 * 28),
+        ("critic.forward_max_token_len_per_gpu", 28),
+        (f"{ACTOR}.ppo_max_token_len_per_gpu", 28),
+        (f"{ROLLOUT}.log_prob_max_token_len_per_gpu", 28),
+        ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu", 28),
+        (f"{ROLLOUT}.max_model_len", 28),
+    ],
+)
+def test_token_limits(config, key, needed):
+    followers = {  # keys that follow the one under test by default
+        "critic.forward_max_token_len_per_gpu": 1000,
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": 1000,
+        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 1000,
+    }
+    assert errors_of(config({**followers, key: needed})) == []
+    expect(config({**followers, key: needed - 1}), f"{key}={needed - 1}", f"= {needed} tokens", f"Fix: {key}={needed}")
+
+
+def test_the_paper_barely_fits_the_default(gpu):
+    paper = {"data.max_prompt_length": 2048, "data.max_response_length": 1536, f"{ROLLOUT}.n": 8}
+    assert errors_of(gpu(paper)) == []
+    expect(gpu({**paper, f"{ROLLOUT}.n": 9}), "critic.ppo_max_token_len_per_gpu=32768", "(n + 1) x", "35840 or more")
+    shared = {"critic.fsdp.ulysses_sequence_parallel_size": 2}
+    assert errors_of(gpu({**paper, **shared, f"{ROLLOUT}.n": 9})) == []
+    expect(gpu({**paper, **shared, f"{ROLLOUT}.n": 20}), "32768 x 2 GPUs", "75264", "37632 or more")
+
+
+def test_the_reference_counts_only_when_it_runs(config):
+    key = "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"
+    assert errors_of(config({key: 1, f"{ACTOR}.use_kl_loss": False})) == []
+
+
+def test_fixed_micro_batches(config):
+    fixed = {
+        f"{ACTOR}.use_dynamic_bsz": False,
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu": 2,
+        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": 2,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 2,
+        "critic.ppo_micro_batch_size_per_gpu": 5,
+    }
+    assert errors_of(config(fixed)) == []
+    small = {**fixed, "critic.ppo_micro_batch_size_per_gpu": 4}
+    expect(
+        config(small),
+        "critic.ppo_micro_batch_size_per_gpu=4",
+        "never split",
+        "Fix: critic.ppo_micro_batch_size_per_gpu=5",
+    )
+    for key in list(fixed)[1:4]:
+        expect(config({**fixed, key: None}), f"{key}=None")
+    expect(config({**fixed, f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}), "log_prob_use_dynamic_bsz", "must equal")
+
+
+# ---------------------------------------------------------------------- 7. output folder
+
+
+def test_output_folder(config, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "global_step_5").mkdir(parents=True)
+    expect(config(), str(folder), "of an unknown run", "trainer.default_local_dir")
+    (folder / "gad_stage.json").write_text('{"stage": "seqkd"}')
+    for mode in ("auto", "disable"):
+        expect(config({"trainer.resume_mode": mode}), "of stage seqkd, and this run is of stage warmup")
+    (folder / "gad_stage.json").write_text('{"stage": "warmup"}')
+    (folder / TRACKER).write_text("5")
+    expect(config(), "names step 5, which is not complete", "actor is missing", "Fix: delete")
+    assert errors_of(config({"trainer.resume_mode": "disable"})) == []
+    expect(config({"trainer.resume_mode": "always"}), "trainer.resume_mode=always", "auto, disable or resume_path")
+    expect(config({"trainer.default_local_dir": "~/run"}), "does not expand ~")
+
+
+def test_resume_from_a_path(config, tmp_path):
+    mode = {"trainer.resume_mode": "resume_path"}
+    key = "trainer.resume_from_path"
+    step = tmp_path / "earlier" / "global_step_5"
+    expect(config(mode), f"{key}=None", "global_step_N")
+    expect(config({**mode, key: str(step)}), "no such folder")
+    for role in ("actor", "critic"):
+        (step / role).mkdir(parents=True)
+    expect(config({**mode, key: str(step)}), "is not complete", "data.pt is missing")
+    (step / "data.pt").write_bytes(b"")
+    assert errors_of(config({**mode, key: str(step)})) == []
+    (step.parent / "gad_stage.json").write_text('{"stage": "gad"}')
+    expect(config({**mode, key: str(step)}), "is of stage gad, and this run is of stage warmup")
+
+
+# ---------------------------------------------------------------------- 8. Ray
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, 1 + 1 + 3 + 1),
+        ({"transfer_queue.backend.SimpleStorage.num_data_storage_units": 8}, 1 + 8 + 3 + 1),
+        ({"trainer.n_gpus_per_node": 8, "trainer.nnodes": 2}, 1 + 1 + 48 + 1),
+        ({"transfer_queue.backend.storage_backend": "MooncakeStore"}, 1 + 3 + 1),
+        ({"reward.reward_manager.name": "remote", "reward.num_workers": 4}, 1 + 1 + 3 + 16 + 1),
+        (
+            {
+                "reward.reward_model.enable_resource_pool": True,
+                "reward.reward_model.nnodes": 1,
+                "reward.reward_model.n_gpus_per_node": 2,
+            },
+            1 + 1 + 9 + 1,
+        ),
+    ],
+)
+def test_required_ray_cpus(config, changes, needed):
+    assert required_ray_cpus(config(changes)) == needed
+
+
+def test_too_few_ray_cpus(config, monkeypatch):
+    units = {"transfer_queue.backend.SimpleStorage.num_data_storage_units": 8}
+    few = config({**units, "ray_kwargs.ray_init.num_cpus": 12})
+    expect(few, "12 logical CPUs", "needs 13", "ray_kwargs.ray_init.num_cpus=13", "num_data_storage_units (now 8)")
+    assert errors_of(config({**units, "ray_kwargs.ray_init.num_cpus": 13})) == []
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(check, "RAY_STARTED", Path("/nowhere"))
+    expect(config({"ray_kwargs.ray_init.num_cpus": None}), "4 logical CPUs", "this machine's cores", "needs 6")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert errors_of(few) == []
+
+
+# ---------------------------------------------------------------------- 9. devices
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({f"{ROLLOUT}.name": "vllm"}, [f"{ROLLOUT}.name=vllm", f"Fix: {ROLLOUT}.name=hf"]),
+        ({"critic.strategy": "fsdp"}, ["critic.strategy=fsdp", "Fix: critic.strategy=fsdp2"]),
+        ({"actor_rollout_ref.ref.strategy": "fsdp"}, ["ref.strategy=fsdp", "ref.strategy=fsdp2"]),
+        (
+            {"critic.model.override_config": {"attn_implementation": "flash_attention_2"}},
+            ["critic.model.override_config.attn_implementation", "=sdpa"],
+        ),
+        (
+            {"critic.model.override_config.attn_implementation": None},
+            ["critic.model.override_config.attn_implementation", "=sdpa"],
+        ),
+        ({"ray_kwargs.ray_init.num_gpus": 0}, ["ray_kwargs.ray_init.num_gpus=0", "++ray_kwargs.ray_init.num_gpus=1"]),
+        ({f"{MODEL}.lora_rank": 8}, [f"{MODEL}.lora.merge=False", f"Fix: {MODEL}.lora.merge=True"]),
+    ],
+)
+def test_cpu_runs(config, changes, parts):
+    expect(config(changes), *parts)
+
+
+def test_lora_that_is_merged(config):
+    assert errors_of(config({f"{MODEL}.lora.rank": 8, f"{MODEL}.lora.merge": True})) == []
+
+
+def test_environment(config, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    expect(config(), "CUDA_VISIBLE_DEVICES is the empty string", "unset CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    expect(config({"trainer.device": "cuda"}), "VERL_PLATFORM=cpu", "trainer.device=cuda")
+    monkeypatch.delenv("VERL_PLATFORM")
+    expect(config(), "VERL_PLATFORM=is not set", "export VERL_PLATFORM=cpu")
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def test_command_line(tiny_problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    overrides = [
+        "--config-name", "gad_trainer", "device=cpu", "gad.stage=warmup", "data.train_batch_size=8",
+        f"actor_rollout_ref.model.path={tiny_problem}/model", f"data.train_files={tiny_problem}/train.parquet",
+        f"data.val_files={tiny_problem}/val.parquet", f"trainer.default_local_dir={tmp_path}/run",
+        f"hydra.run.dir={tmp_path}/run/hydra",
+        f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='{tmp_path}/run/metrics.jsonl'",
+    ]  # fmt: skip
+    assert main(overrides) == 0
+    assert capsys.readouterr().out.startswith("warning: gad.actor_objective=policy_gradient in stage warmup")
+    assert (
+        main([*overrides, "data.train_batch_size=7", "data.train_files=/no/such.parquet", "critic.enable=False"]) == 2
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["warning", "error", "error"]
+    assert "critic.enable=False" in lines[1] and "/no/such.parquet: no such file" in lines[2]
+    assert not (tmp_path / "run").exists()
+    assert main(["device=cpu", "--print-config"]) == 0
+    assert OmegaConf.create(capsys.readouterr().out).trainer.v1.trainer_mode == "gad"
+
+
+@pytest.mark.parametrize("override", ["gad.stagee=gad", "gad.stage=[", "device=tpu", "data.seed=${no.key}"])
+def test_overrides_that_do_not_compose(override, capsys):
+    assert main([override]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("error: ") and len(captured.out.splitlines()) == 1
+    assert "Traceback" not in captured.out + captured.err
+
+
+def test_importing_the_checks_imports_no_torch():
+    script = "import sys, recipe.gad.run.checks; assert not {'torch', 'transformers', 'verl'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
