@@ -262,7 +262,7 @@ def test_a_tracker_that_names_an_incomplete_checkpoint(warmup, part):
 
 def test_checkpoints_without_a_tracker(warmup):
     (warmup / TRACKER).unlink()
-    with pytest.raises(ValueError, match=rf"no {TRACKER}: verl would write over them. Fix: write 10 into"):
+    with pytest.raises(ValueError, match=rf"no {TRACKER}: verl would overwrite them. Fix: write 10 into"):
         check_folder(warmup, "warmup")
     for step in (5, 10):  # a first save that was cut off: the run simply starts again
         (warmup / f"global_step_{step}" / "data.pt").unlink()
