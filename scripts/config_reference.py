@@ -33,7 +33,7 @@ too and has verl's default. Keys are overridden behind the flags of a launch scr
 `--dry-run`. The whole configuration, verl's keys included:
 
 ```bash
-python -m recipe.gad.run.checks --print-config device=gpu
+gad doctor --print_config device=gpu
 ```
 """
 

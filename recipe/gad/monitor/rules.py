@@ -153,8 +153,8 @@ def fooled_discriminator(d_acc: Curve) -> Finding | None:
         return None
     return warning(
         "The student has outrun the discriminator",
-        evidence=f"critic/d_acc is {window.show()}, below a coin toss: the discriminator prefers the student's answers to the "
-        "teacher's, and its reward no longer points to the teacher.",
+        evidence=f"critic/d_acc is {window.show()}, below a coin toss: the discriminator prefers the student's answers "
+        "to the teacher's, and its reward no longer points to the teacher.",
         fix="Raise critic.optim.lr, or slow the student: lower actor_rollout_ref.actor.optim.lr, raise "
         "actor_rollout_ref.actor.kl_loss_coef. An earlier checkpoint may be the better one.",
     )
@@ -212,7 +212,8 @@ def falling_validation(rouge_l: Curve, score_gap: Curve) -> Finding | None:
             evidence=f"{fall}, while critic/score_gap shrank from {since[:START].mean():.3g} to "
             f"{since[-START:].mean():.3g}: the discriminator sees the student come closer, but its answers get worse.",
             fix="Inspect the samples that the discriminator scores highest. Keep the checkpoint of the best ROUGE-L. "
-            "Then raise actor_rollout_ref.actor.kl_loss_coef or critic.optim.lr, or lower actor_rollout_ref.actor.optim.lr.",
+            "Then raise actor_rollout_ref.actor.kl_loss_coef or critic.optim.lr, or lower "
+            "actor_rollout_ref.actor.optim.lr.",
         )
     return warning(
         "Validation gets worse",
@@ -376,9 +377,9 @@ def not_finite(metrics: Metrics) -> Finding | None:
     return error(
         "NaN or infinite numbers",
         evidence=f"{shown}.",
-        fix="If it is a single step of actor/grad_norm or critic/grad_norm alone, do nothing: the optimizer skipped that "
-        "step. Otherwise go back to the checkpoint before the first, and lower optim.lr and optim.clip_grad of the "
-        "side that broke (actor_rollout_ref.actor or critic).",
+        fix="If it is a single step of actor/grad_norm or critic/grad_norm alone, do nothing: the optimizer skipped "
+        "that step. Otherwise go back to the checkpoint before the first, and lower optim.lr and optim.clip_grad of "
+        "the side that broke (actor_rollout_ref.actor or critic).",
     )
 
 
