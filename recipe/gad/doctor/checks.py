@@ -414,7 +414,7 @@ def this_gpu_bytes() -> float | None:
 
 
 def memory_findings(config: DictConfig, gpu_memory: float | None) -> Findings:
-    """The estimate of docs/memory.md for every role, and whether it fits ``gpu_memory`` bytes (None: of this GPU)."""
+    """The estimate of docs/memory.md for every role, and whether it fits ``gpu_memory`` bytes (None: this GPU's)."""
     if get(config, "trainer.device") == "cpu":
         yield note("no GPU: trainer.device=cpu")
         return

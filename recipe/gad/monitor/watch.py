@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 class RunState:
-    """What is known of a run folder now; :meth:`update` reads on."""
+    """The state of a run folder; :meth:`update` reads what was added since."""
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
@@ -87,7 +87,11 @@ class RunState:
         self.findings: list[Finding] = []
 
     def update(self) -> bool:
-        """Whether there is anything new. ValueError: a complete line of a file is not what it should be."""
+        """Read what is new; returns whether there was anything.
+
+        Raises:
+            ValueError: a complete line of a file is not one that the run writes.
+        """
         if not self.log.update():
             return False
         self.total_steps = total_training_steps(self.run_dir)
@@ -210,7 +214,7 @@ def _looks(state: RunState, interval: float) -> Iterator[bool]:
 
 
 def _print_lines(state: RunState, interval: float) -> None:
-    """A line for every look that found the log grown, and every finding when it first comes up."""
+    """Print a line whenever the log has grown, and every finding when it is first made."""
     told: set[str] = set()
     for has_grown in _looks(state, interval):
         if has_grown and state.log.metrics:

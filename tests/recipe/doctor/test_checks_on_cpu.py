@@ -274,7 +274,7 @@ def data(compose_config, tmp_path):
 
 
 def test_answers_over_the_limit(data):
-    config = data([5] * 9 + [19], "data.max_response_length=12")  # 9 x 6 + 20 tokens; 8 of 74 behind the limit
+    config = data([5] * 9 + [19], "data.max_response_length=12")  # 9 x 6 + 20 tokens; 8 of 74 beyond the limit
     (warning,) = messages(check_lengths, config, "warning")
     for part in ("data.train_files (all 10 rows)", "7 tokens on average, longest 20", "10.0% longer than",
                  "data.max_response_length=12", "cut by data.truncation=right; 10.8%",

@@ -99,7 +99,7 @@ def test_damage_is_named(tmp_path, damage, expected):
     assert expected in "\n".join(verify_hf_folder(folder))
 
 
-def test_file_with_bytes_behind_its_tensors(tmp_path):
+def test_file_with_bytes_after_its_tensors(tmp_path):
     folder = write_hf_folder(tmp_path / "m")
     with (folder / "model.safetensors").open("ab") as stream:
         stream.write(b"xx")
