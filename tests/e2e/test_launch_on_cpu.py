@@ -17,32 +17,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_FREQ = 5, 3
 TIMEOUT = 420  # seconds; a hang must not hold the suite
-SMALL = [
-    "data.train_batch_size=8",
-    "data.max_prompt_length=16",
-    "data.max_response_length=12",
-    "actor_rollout_ref.rollout.n=4",
-    "actor_rollout_ref.actor.optim.lr=1e-3",
-    "critic.optim.lr=1e-3",
-    "gad.poll_interval=0.02",
-    "trainer.logger=[file]",
-    f"trainer.total_training_steps={STEPS}",
-    f"trainer.save_freq={SAVE_FREQ}",
-    f"trainer.test_freq={STEPS}",
-]
 NOT_REPEATABLE = ("timing", "perf/", "critic/perf", "actor/perf")  # clocks and memory
 
 
 @pytest.fixture(scope="module")
-def runner(tiny_problem, tmp_path_factory):
-    return Runner(tiny_problem, tmp_path_factory.mktemp("runs"))
+def runner(tiny_problem, tiny_overrides, tmp_path_factory):
+    small = [
+        *tiny_overrides,
+        "trainer.logger=[file]",
+        f"trainer.total_training_steps={STEPS}",
+        f"trainer.save_freq={SAVE_FREQ}",
+        f"trainer.test_freq={STEPS}",
+    ]
+    return Runner(tiny_problem, small, tmp_path_factory.mktemp("runs"))
 
 
 class Runner:
     """Starts launch scripts, each with a Ray cluster of its own, and never leaves a process behind."""
 
-    def __init__(self, problem: Path, base: Path):
+    def __init__(self, problem: Path, small: list[str], base: Path):
         self.problem = problem
+        self.small = small
         self.base = base
 
     def command(self, stage: str, out: Path, *arguments: str) -> list[str]:
@@ -51,7 +46,7 @@ class Runner:
             (overrides if "=" in argument else flags).append(argument)
         data = ["--train_files", f"{self.problem}/train.parquet", "--val_files", f"{self.problem}/val.parquet"]
         start = ["bash", str(ROOT / "examples/gad" / script), "--device", "cpu", "--output_dir", str(out), *data]
-        return [*start, *flags, *SMALL, *overrides]
+        return [*start, *flags, *self.small, *overrides]
 
     def run(self, command: list[str], env: dict | None = None, kill_when=None) -> subprocess.CompletedProcess:
         """Run to the end, or until ``kill_when()`` is true: then every process of the run gets SIGKILL."""
@@ -276,7 +271,7 @@ def test_stock_grpo_with_the_plugin_logs_what_stock_verl_logs(runner, cpu_only_p
             f"reward.custom_reward_function.path={ROOT}/recipe/gad/reward.py",
             f"actor_rollout_ref.model.path={runner.problem}/model", f"data.train_files={data}",
             f"data.val_files={data}",
-            f"trainer.default_local_dir={tmp_path}/{name}", *SMALL, "trainer.total_training_steps=2",
+            f"trainer.default_local_dir={tmp_path}/{name}", *runner.small, "trainer.total_training_steps=2",
             "trainer.test_freq=-1",
             "trainer.val_before_train=False", "trainer.save_freq=-1", f"hydra.run.dir={tmp_path}/hydra-{name}",
         ]  # fmt: skip
