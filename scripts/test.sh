@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Lint, type check and the CPU test-suite, in an environment of its own:
+# Lint, type check and the CPU test suite, in their own environment:
 #
-#   bash scripts/test.sh                     everything, cheap layers first; stops after a layer that fails
-#   bash scripts/test.sh --fast              checks and unit tests that need no Ray: under a minute
-#   bash scripts/test.sh --fast monitor      the same and one wing: any folder of tests/recipe, or several
-#   bash scripts/test.sh -k overlay -x       other arguments go to pytest, after --fast too
+#   bash scripts/test.sh [ARGUMENT ...]                 everything, cheap layers first; stops after a layer that fails
+#   bash scripts/test.sh --fast [WING ...] [-ARGUMENT ...]
+#
+#   --fast     lint, types, and the unit tests that are neither slow nor start Ray: under a minute on two cores
+#   WING       a folder of tests/recipe, such as monitor: its tests too, under the same condition
+#   ARGUMENT   goes to pytest: tests/unit, -k overlay, -x
+#
+# It prints the time of each layer and the total.
 #
 # The first run makes .venv-test in the checkout (about 2 GB: torch, verl, ray) and takes some minutes; later runs reuse
 # it until pyproject.toml or scripts/constraints-cpu.txt change.

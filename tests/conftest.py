@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 import pytest
 
-LAYERS = ("unit", "recipe", "docs", "examples", "packaging", "integration", "e2e", "gpu")
+LAYERS = ("unit", "docs", "examples", "packaging", "recipe", "integration", "e2e", "gpu")
 """The folders of tests/, in order of cost: a layer runs only if the layers before it passed."""
 MARKERS = {"packaging": ["slow"], "integration": ["slow", "ray"], "e2e": ["slow", "ray"], "gpu": ["slow", "ray"]}
 """Markers of every test of a layer; those of single tests stand at the test."""
