@@ -14,10 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
     del os.environ["CUDA_VISIBLE_DEVICES"]  # an empty string stops Ray
 
-# Ray starts a Python process for every logical CPU in advance. None of ours has the environment that verl's actors ask
-# for, so all of them would be started for nothing.
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-
 import pytest
 
 LAYERS = ("unit", "docs", "examples", "packaging", "recipe", "integration", "e2e", "gpu")
