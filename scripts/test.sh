@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Lint, type check and the CPU test-suite, in an environment of its own:
+# Lint, type check and the CPU test suite, in their own environment:
 #
-#   bash scripts/test.sh                  everything
-#   bash scripts/test.sh -k overlay -x    arguments go to pytest
+#   bash scripts/test.sh [ARGUMENT ...]                 everything, cheap layers first; stops after a layer that fails
+#   bash scripts/test.sh --fast [WING ...] [-ARGUMENT ...]
+#
+#   --fast     lint, types, and the unit tests that are neither slow nor start Ray: under a minute on two cores
+#   WING       a folder of tests/recipe, such as monitor: its tests too, under the same condition
+#   ARGUMENT   goes to pytest: tests/unit, -k overlay, -x
+#
+# It prints the time of each layer and the total.
 #
 # The first run makes .venv-test in the checkout (about 2 GB: torch, verl, ray) and takes some minutes; later runs reuse
 # it until pyproject.toml or scripts/constraints-cpu.txt change.
@@ -16,6 +22,21 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     exit 0
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+pytest_arguments=()
+if [[ "${1:-}" == "--fast" ]]; then
+    shift
+    pytest_arguments=(-m "not slow and not ray" tests/unit tests/recipe/test_wings_on_cpu.py)
+    while [[ $# -gt 0 && "$1" != -* ]]; do
+        if [[ ! -d "tests/recipe/$1" ]]; then
+            wings="$(cd tests/recipe && echo */)"
+            echo "error: no wing $1 in tests/recipe. Fix: name one of: ${wings//\/}" >&2
+            exit 2
+        fi
+        pytest_arguments+=("tests/recipe/$1")
+        shift
+    done
+fi
 
 # An environment that knows no GPU, no hub and no user settings. Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES.
 if [[ -z "${CUDA_VISIBLE_DEVICES-unset}" ]]; then unset CUDA_VISIBLE_DEVICES; fi
@@ -43,7 +64,18 @@ else
     fi
 fi
 
-"$python" -m ruff check .
-"$python" -m mypy
-"$python" scripts/show_delta.py
-exec "$python" -m pytest "$@"
+# layer NAME COMMAND...: run the command and print its time; a failure ends the script with the command's exit code.
+layer() {
+    local name="$1" start="$EPOCHREALTIME"
+    shift
+    "$@"
+    awk -v "name=$name" -v "start=$start" -v "end=$EPOCHREALTIME" 'BEGIN { printf "%7.1f s  %s\n", end - start, name }'
+}
+
+export GAD_TEST_START="$EPOCHREALTIME" # tests/conftest.py prints the times of the test layers, and the total
+layer "ruff check" "$python" -m ruff check .
+layer "ruff format --check" "$python" -m ruff format --check .
+layer "show_delta" "$python" scripts/show_delta.py
+layer "mypy" "$python" -m mypy
+layer "mypy verl" "$python" -m mypy verl
+exec "$python" -m pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"} "$@"

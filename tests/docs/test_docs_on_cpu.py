@@ -20,6 +20,8 @@ from recipe.gad.run.config import compose_config
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "AGENTS.md",
     ROOT / "CHANGELOG.md",
     ROOT / "DELTA.md",
     *sorted(ROOT.glob("docs/*.md")),

@@ -1,5 +1,6 @@
 """End to end through the real launch scripts: stages, hand-over, world sizes, SIGKILL and resume, stock verl."""
 
+import inspect
 import json
 import os
 import shutil
@@ -8,41 +9,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_FREQ = 5, 3
 TIMEOUT = 420  # seconds; a hang must not hold the suite
-SMALL = [
-    "data.train_batch_size=8",
-    "data.max_prompt_length=16",
-    "data.max_response_length=12",
-    "actor_rollout_ref.rollout.n=4",
-    "actor_rollout_ref.actor.optim.lr=1e-3",
-    "critic.optim.lr=1e-3",
-    "gad.poll_interval=0.02",
-    "trainer.logger=[file]",
-    f"trainer.total_training_steps={STEPS}",
-    f"trainer.save_freq={SAVE_FREQ}",
-    f"trainer.test_freq={STEPS}",
-]
 NOT_REPEATABLE = ("timing", "perf/", "critic/perf", "actor/perf")  # clocks and memory
 
 
 @pytest.fixture(scope="module")
-def runner(tiny_problem, tmp_path_factory):
-    return Runner(tiny_problem, tmp_path_factory.mktemp("runs"))
+def runner(tiny_problem, tiny_overrides, tmp_path_factory):
+    small = [
+        *tiny_overrides,
+        "trainer.logger=[file]",
+        f"trainer.total_training_steps={STEPS}",
+        f"trainer.save_freq={SAVE_FREQ}",
+        f"trainer.test_freq={STEPS}",
+    ]
+    return Runner(tiny_problem, small, tmp_path_factory.mktemp("runs"))
 
 
 class Runner:
     """Starts launch scripts, each with a Ray cluster of its own, and never leaves a process behind."""
 
-    def __init__(self, problem: Path, base: Path):
+    def __init__(self, problem: Path, small: list[str], base: Path):
         self.problem = problem
+        self.small = small
         self.base = base
 
     def command(self, stage: str, out: Path, *arguments: str) -> list[str]:
@@ -51,7 +50,7 @@ class Runner:
             (overrides if "=" in argument else flags).append(argument)
         data = ["--train_files", f"{self.problem}/train.parquet", "--val_files", f"{self.problem}/val.parquet"]
         start = ["bash", str(ROOT / "examples/gad" / script), "--device", "cpu", "--output_dir", str(out), *data]
-        return [*start, *flags, *SMALL, *overrides]
+        return [*start, *flags, *self.small, *overrides]
 
     def run(self, command: list[str], env: dict | None = None, kill_when=None) -> subprocess.CompletedProcess:
         """Run to the end, or until ``kill_when()`` is true: then every process of the run gets SIGKILL."""
@@ -93,6 +92,44 @@ class Runner:
         assert result.returncode == 0, result.stdout[-4000:]
         return out
 
+    def killed_and_resumed(self, stage: str, name: str, *arguments: str) -> tuple[Path, str, int]:
+        """Kill a run one step after a checkpoint, then rerun its command: (folder, checkpoint and step it died at)."""
+        out = self.base / name
+        command, log = self.command(stage, out, *arguments), out / "metrics.jsonl"
+
+        def step_after_the_checkpoint_is_logged() -> bool:
+            return log.exists() and f'{{"step":{SAVE_FREQ + 1},' in log.read_text()
+
+        self.run(command, kill_when=step_after_the_checkpoint_is_logged)
+        died_at = (out / "latest_checkpointed_iteration.txt").read_text(), max(metrics(out))
+        result = self.run(command)
+        assert result.returncode == 0, result.stdout[-4000:]
+        return out, *died_at
+
+    def stock_grpo(self, name: str, env: dict[str, str]) -> list[dict]:
+        """Logged steps of two steps of stock GRPO in an environment."""
+        out = self.base / name
+        out.mkdir()
+        rows = pq.read_table(self.problem / "train.parquet").to_pylist()
+        for row in rows:
+            row["reward_model"] = {"style": "rule", "ground_truth": row.pop("teacher_response")}
+        data, log = out / "stock.parquet", out / "metrics.jsonl"
+        pq.write_table(pa.Table.from_pylist(rows), data)
+        command = [
+            sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", "pkg://recipe.gad.config",
+            "--config-name", "gad_trainer", "device=cpu", "trainer.v1.trainer_mode=sync", "critic.enable=False",
+            "data.teacher_key=null",
+            f"reward.custom_reward_function.path={ROOT}/recipe/gad/reward.py",
+            f"actor_rollout_ref.model.path={self.problem}/model", f"data.train_files={data}",
+            f"data.val_files={data}",
+            f"trainer.default_local_dir={out}/checkpoints", *self.small, "trainer.total_training_steps=2",
+            "trainer.test_freq=-1",
+            "trainer.val_before_train=False", "trainer.save_freq=-1", f"hydra.run.dir={out}/hydra",
+        ]  # fmt: skip
+        result = self.run(command, env={**env, "VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"})
+        assert result.returncode == 0, result.stdout[-4000:]
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
 
 def metrics(out: Path) -> dict[int, dict[str, float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -103,14 +140,110 @@ def metrics(out: Path) -> dict[int, dict[str, float]]:
     }
 
 
+# ------------------------------------------------------------------ runs, two at a time
+
+
+JOBS: dict[str, Callable] = {}
+"""Name of a fixture -> the runs that make its value, in the order in which they start."""
+
+
+def in_background(job: Callable) -> Callable:
+    """Fixture with what ``job(runner, *values)`` returns; its further parameters name jobs that must end before it."""
+    JOBS[job.__name__] = job
+
+    @pytest.fixture(scope="module", name=job.__name__)
+    def value(futures):
+        return futures[job.__name__].result()
+
+    return value
+
+
 @pytest.fixture(scope="module")
+def futures(request, runner):
+    """The jobs that the selected tests ask for, and those that they build on.
+
+    Two run at a time: a run mostly waits for processes that start one after the other, so it leaves a core idle.
+    """
+    started: dict[str, Future] = {}
+
+    def start(name: str) -> Future:
+        if name not in started:
+            earlier = [start(needed) for needed in list(inspect.signature(JOBS[name]).parameters)[1:]]
+            started[name] = pool.submit(lambda: JOBS[name](runner, *(future.result() for future in earlier)))
+        return started[name]
+
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    with ThreadPoolExecutor(max_workers=2) as pool:  # first in, first out: what a job waits for has a thread already
+        for name in JOBS:
+            if name in wanted:
+                start(name)
+        yield started
+        for future in started.values():
+            future.cancel()
+
+
+@in_background
 def warmup(runner):
     return runner.stage("warmup", "warmup", "--model", f"{runner.problem}/model", "trainer.critic_warmup=2")
 
 
-@pytest.fixture(scope="module")
+@in_background
+def seqkd(runner):
+    return runner.stage("seqkd", "seqkd", "--model", f"{runner.problem}/model")
+
+
+@in_background
 def gad(runner, warmup):
     return runner.stage("gad", "gad", "--warmup_dir", str(warmup))
+
+
+@in_background
+def gad_on_two_ranks(runner, warmup):
+    return runner.stage("gad", "gad-2", "--warmup_dir", str(warmup), "trainer.n_gpus_per_node=2")
+
+
+@in_background
+def killed_warmup(runner):
+    arguments = ["--model", f"{runner.problem}/model", "trainer.critic_warmup=2"]
+    return runner.killed_and_resumed("warmup", "killed-warmup", *arguments)
+
+
+@in_background
+def killed_gad(runner, warmup):
+    return runner.killed_and_resumed("gad", "killed-gad", "--warmup_dir", str(warmup))
+
+
+@in_background
+def two_ranks_from_two_ranks(runner):
+    model = ["--model", f"{runner.problem}/model"]
+    out = runner.stage("warmup", "warmup-2", *model, "trainer.n_gpus_per_node=2", "trainer.critic_warmup=2")
+    return runner.stage("gad", "gad-from-2", "--warmup_dir", str(out), "trainer.n_gpus_per_node=2")
+
+
+@in_background
+def lora(runner, warmup):
+    return runner.stage(
+        "gad",
+        "lora",
+        "--warmup_dir",
+        str(warmup),
+        "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.model.lora.merge=True",
+        "actor_rollout_ref.rollout.load_format=auto",
+    )
+
+
+@in_background
+def stock_with_the_plugin(runner):
+    return runner.stock_grpo("stock-with", {"VERL_PLATFORM": "cpu"})
+
+
+@in_background
+def stock_without_the_plugin(runner):
+    return runner.stock_grpo("stock-without", cpu_only_plugin(runner.base / "site"))
+
+
+# ------------------------------------------------------------------ stages
 
 
 def test_warmup_then_gad_through_the_launch_scripts(warmup, gad):
@@ -143,23 +276,12 @@ def test_hand_over_takes_actor_and_critic_of_the_warmup(runner, warmup, gad):
 
 
 @pytest.mark.parametrize("stage", ["warmup", "gad"])
-def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(runner, warmup, gad, stage):
-    out = runner.base / f"killed-{stage}"
-    source = {
-        "warmup": ["--model", f"{runner.problem}/model", "trainer.critic_warmup=2"],
-        "gad": ["--warmup_dir", str(warmup)],
-    }
-    command = runner.command(stage, out, *source[stage])
-    log = out / "metrics.jsonl"
-
-    def fourth_step_is_logged() -> bool:
-        return log.exists() and f'{{"step":{SAVE_FREQ + 1},' in log.read_text()
-
-    runner.run(command, kill_when=fourth_step_is_logged)
-    assert (out / "latest_checkpointed_iteration.txt").read_text() == str(SAVE_FREQ)
-    assert max(metrics(out)) == SAVE_FREQ + 1, "the run was over before it could be killed"
-    result = runner.run(command)
-    assert result.returncode == 0, result.stdout[-4000:]
+def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(
+    warmup, gad, killed_warmup, killed_gad, stage
+):
+    out, last_checkpoint, last_step = killed_warmup if stage == "warmup" else killed_gad
+    assert last_checkpoint == str(SAVE_FREQ)
+    assert last_step == SAVE_FREQ + 1, "the run was over before it could be killed"
     expected, got = metrics(warmup if stage == "warmup" else gad), metrics(out)
     assert sorted(got) == sorted(expected)
     for step in range(1, STEPS + 1):
@@ -168,8 +290,7 @@ def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metric
         assert got[step] == expected[step] | means, f"step {step}"
 
 
-def test_two_ranks_do_what_one_does(runner, warmup, gad):
-    two = runner.stage("gad", "gad-2", "--warmup_dir", str(warmup), "trainer.n_gpus_per_node=2")
+def test_two_ranks_do_what_one_does(gad, gad_on_two_ranks):
     names = [
         "critic/d_loss",
         "critic/d_acc",
@@ -178,43 +299,25 @@ def test_two_ranks_do_what_one_does(runner, warmup, gad):
         "actor/grad_norm",
         "critic/score_gap",
     ]
-    one_log, two_log = metrics(gad), metrics(two)
+    one_log, two_log = metrics(gad), metrics(gad_on_two_ranks)
     for step in range(1, STEPS + 1):
         for name in names:
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
 
 
-def test_warmup_on_two_ranks_hands_over_to_two_ranks(runner):
-    out = runner.stage(
-        "warmup",
-        "warmup-2",
-        "--model",
-        f"{runner.problem}/model",
-        "trainer.n_gpus_per_node=2",
-        "trainer.critic_warmup=2",
-    )
-    two = runner.stage("gad", "gad-from-2", "--warmup_dir", str(out), "trainer.n_gpus_per_node=2")
-    assert metrics(two)[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+def test_warmup_on_two_ranks_hands_over_to_two_ranks(two_ranks_from_two_ranks):
+    assert metrics(two_ranks_from_two_ranks)[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_seqkd_trains_on_the_teacher_alone(runner):
-    log = metrics(runner.stage("seqkd", "seqkd", "--model", f"{runner.problem}/model"))
+def test_seqkd_trains_on_the_teacher_alone(seqkd):
+    log = metrics(seqkd)
     assert log[STEPS]["actor/sft_loss"] < log[1]["actor/sft_loss"]
     assert not any(key.startswith("critic/") for key in log[STEPS])
     assert any(key.startswith("val-aux/tiny/rouge_l/mean") for key in log[STEPS])
 
 
-def test_lora_actor(runner, warmup):
-    out = runner.stage(
-        "gad",
-        "lora",
-        "--warmup_dir",
-        str(warmup),
-        "actor_rollout_ref.model.lora_rank=4",
-        "actor_rollout_ref.model.lora.merge=True",
-        "actor_rollout_ref.rollout.load_format=auto",
-    )
-    log = metrics(out)
+def test_lora_actor(lora):
+    log = metrics(lora)
     assert log[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)  # adapters start at zero; reference = base weights
     assert log[STEPS]["actor/kl_loss"] > 1e-7
 
@@ -230,12 +333,10 @@ def test_a_gad_run_without_a_trained_score_head_stops_before_anything_is_written
 # ------------------------------------------------------------------ stock verl
 
 
-@pytest.fixture(scope="module")
-def cpu_only_plugin(tmp_path_factory) -> dict[str, str]:
+def cpu_only_plugin(site: Path) -> dict[str, str]:
     """Environment of a plugin with the overlay's CPU parts alone: stock verl does not run on CPUs."""
-    site = tmp_path_factory.mktemp("site")
     package = site / "cpu_only_verl"
-    package.mkdir()
+    package.mkdir(parents=True)
     shutil.copy(ROOT / "recipe/gad/plugin.py", package / "plugin.py")
     (package / "__init__.py").touch()
     cpu_parts = [
@@ -258,32 +359,8 @@ def cpu_only_plugin(tmp_path_factory) -> dict[str, str]:
     return {"PYTHONPATH": str(site), "VERL_USE_EXTERNAL_PLUGINS": "cpu_only", "VERL_PLATFORM": "cpu"}
 
 
-def test_stock_grpo_with_the_plugin_logs_what_stock_verl_logs(runner, cpu_only_plugin, tmp_path):
-    rows = pq.read_table(runner.problem / "train.parquet").to_pylist()
-    for row in rows:
-        row["reward_model"] = {"style": "rule", "ground_truth": row.pop("teacher_response")}
-    data = tmp_path / "stock.parquet"
-    import pyarrow as pa
-
-    pq.write_table(pa.Table.from_pylist(rows), data)
-    logs = []
-    for name, env in (("with", {"VERL_PLATFORM": "cpu"}), ("without", cpu_only_plugin)):
-        log = tmp_path / f"{name}.jsonl"
-        command = [
-            sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", "pkg://recipe.gad.config",
-            "--config-name", "gad_trainer", "device=cpu", "trainer.v1.trainer_mode=sync", "critic.enable=False",
-            "data.teacher_key=null",
-            f"reward.custom_reward_function.path={ROOT}/recipe/gad/reward.py",
-            f"actor_rollout_ref.model.path={runner.problem}/model", f"data.train_files={data}",
-            f"data.val_files={data}",
-            f"trainer.default_local_dir={tmp_path}/{name}", *SMALL, "trainer.total_training_steps=2",
-            "trainer.test_freq=-1",
-            "trainer.val_before_train=False", "trainer.save_freq=-1", f"hydra.run.dir={tmp_path}/hydra-{name}",
-        ]  # fmt: skip
-        result = runner.run(command, env={**env, "VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"})
-        assert result.returncode == 0, result.stdout[-4000:]
-        logs.append([json.loads(line) for line in log.read_text().splitlines()])
-    with_plugin, without_plugin = logs
+def test_stock_grpo_with_the_plugin_logs_what_stock_verl_logs(stock_with_the_plugin, stock_without_the_plugin):
+    with_plugin, without_plugin = stock_with_the_plugin, stock_without_the_plugin
     assert len(with_plugin) == len(without_plugin) == 2
     for ours, stock in zip(with_plugin, without_plugin, strict=True):
         assert set(ours["data"]) == set(stock["data"])

@@ -340,7 +340,7 @@ def test_the_pipeline_runs_its_stages_in_order_and_stops_at_the_first_failure(fa
     assert done.returncode == 0, done.stderr
     trained = [re.search(r"gad\.stage=(\w+)", call)[1] for call in calls if "main_ppo" in call]
     assert trained == STAGES
-    assert any(re.search(r"recipe\.gad\.checkpoint resolve \S*out/warmup", call) for call in calls)
+    assert any(re.search(r"recipe\.gad\.run\.checkpoint resolve \S*out/warmup", call) for call in calls)
     done, calls = fake("run_pipeline.sh", *GOOD, FAKE_CHECK="1")
     assert done.returncode == 1
     assert not any("gad.stage=warmup" in call for call in calls)

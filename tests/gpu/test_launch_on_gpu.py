@@ -48,29 +48,18 @@ def problem(tmp_path_factory):
     """model/, discriminator/ (the same with a score head), train.parquet, val.parquet; sizes that flash-attn takes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+    from transformers import LlamaForCausalLM, LlamaForTokenClassification
 
-    from recipe.gad.quickstart.problem import build_tokenizer
+    from recipe.gad.quickstart.problem import build_tokenizer, tiny_llama
 
     folder = tmp_path_factory.mktemp("problem")
     tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="bfloat16",
-    )
+    settings = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings |= {"max_position_embeddings": 128, "dtype": "bfloat16"}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(tiny_llama(tokenizer, **settings)).to(torch.bfloat16)
     model.save_pretrained(folder / "model")
-    discriminator = LlamaForTokenClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1}))
+    discriminator = LlamaForTokenClassification(tiny_llama(tokenizer, **settings, num_labels=1))
     discriminator.model.load_state_dict(model.model.state_dict())
     discriminator.to(torch.bfloat16).save_pretrained(folder / "discriminator")
     words = sorted(word for word in tokenizer.get_vocab() if not word.startswith("<"))

@@ -97,7 +97,7 @@ class LiveTrainer:
         return self.on_workers(collect)
 
 
-@pytest.fixture(scope="module")  # not longer: tests of other folders start from a process without Ray
+@pytest.fixture(scope="package")
 def ray_cluster():
     folder = tempfile.mkdtemp(prefix="gad-ray-", dir="/tmp")
     ray.init(
@@ -113,9 +113,12 @@ def ray_cluster():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def live(ray_cluster, compose_config, tmp_path_factory):
-    """A GAD-stage trainer at world size 1: actor, critic, reference, rollouts."""
+    """A GAD-stage trainer at world size 1: actor, critic, reference, rollouts.
+
+    All modules share it: a test finishes the steps it begins and restores the keys it sets.
+    """
     folder = tmp_path_factory.mktemp("live")
     (folder / "reward.py").write_text("def compute_score(**_):\n    raise AssertionError('D scores these rows')\n")
     config = compose_config(

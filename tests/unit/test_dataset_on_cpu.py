@@ -204,6 +204,7 @@ print(json.dumps([{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.
 """
 
 
+@pytest.mark.slow  # imports stock verl in a fresh process
 def test_without_teacher_key_the_class_is_the_stock_one_row_for_row(tokenizer, parquet, tmp_path):
     path = parquet(extra_info=lambda i: {"index": i})
     null = config(tmp_path, teacher_key=None, max_prompt_length=10)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy.special import log_expit
 from tensordict import TensorDict
-from transformers import AutoModelForTokenClassification, LlamaConfig
+from transformers import AutoModelForTokenClassification
 
+from recipe.gad.quickstart.problem import tiny_llama
 from verl.utils.metric import Metric
 from verl.workers.critic.dp_critic import discriminator_loss, largest_divisor, last_token_scores
 from verl.workers.rollout.teacher_trajectory import (
@@ -125,18 +126,9 @@ def test_a_micro_batch_of_fillers_adds_nothing():
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(byte_tokenizer):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_labels=1,
-        initializer_range=0.3,
-    )
+    config = tiny_llama(byte_tokenizer(), num_attention_heads=4, num_labels=1, initializer_range=0.3)
     return AutoModelForTokenClassification.from_config(config, attn_implementation="sdpa").eval()
 
 

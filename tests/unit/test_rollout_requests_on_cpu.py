@@ -1,18 +1,12 @@
-"""What the single-turn agent loop asks of each rollout engine, and the job's name that sockets on a machine carry."""
+"""What the single-turn agent loop asks of each rollout engine."""
 
 import asyncio
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from verl.experimental.agent_loop import single_turn_agent_loop
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def asked(monkeypatch, rollout: str, trainer_mode: str) -> dict:
@@ -47,35 +41,3 @@ def test_trainers_that_interrupt_answers_do_not(monkeypatch, trainer_mode):
 def test_other_engines_are_not_asked_for_what_they_do_not_know(monkeypatch):
     assert asked(monkeypatch, "sglang", "gad") == {}
     assert list(asked(monkeypatch, "hf", "gad")) == ["seed"]
-
-
-SCRIPT = """
-import ray, sys
-from recipe.gad.run.job_id import unique_job_id
-ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[1], log_to_driver=False)
-print(unique_job_id(), ray.get(ray.remote(unique_job_id).remote()), flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
-
-
-def test_a_job_has_one_name_in_all_processes_and_no_other_cluster_of_the_machine_has_it():
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # a short path: it holds Ray's sockets
-        clusters = [
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, f"{folder}/{i}"],
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for i in range(2)
-        ]
-        names = [cluster.stdout.readline().split() for cluster in clusters]  # both clusters are up
-        for cluster in clusters:
-            cluster.communicate("", timeout=60)
-    (driver, worker), (other, _) = names
-    assert driver == worker
-    assert driver != other
-    assert driver.startswith("01000000-") and other.startswith("01000000-")
-    assert len(f"/tmp/rl-colocate-zmq-{driver}-replica-100-rank-7.sock") < 108  # longest path of a Unix socket

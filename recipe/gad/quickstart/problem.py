@@ -116,25 +116,32 @@ def build_tokenizer():
     )
 
 
+def tiny_llama(tokenizer, **sizes):
+    """LlamaConfig of a two-layer model with the vocabulary and special tokens of ``tokenizer``; ``sizes`` overrides."""
+    from transformers import LlamaConfig
+
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaConfig(**{**settings, **sizes})
+
+
 def train_base_student(tokenizer, prompts: Sequence[str], seed: int, steps: int = 300, lr: float = 5e-3):
     """LlamaForCausalLM (84K parameters, fp32) trained on the base style of ``prompts``; 10-20 s on one core."""
     import torch
     from tqdm import trange
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = tiny_llama(tokenizer, hidden_size=64, intermediate_size=128, tie_word_embeddings=True)
     rng = random.Random(f"base {seed}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums in the same order on every machine size

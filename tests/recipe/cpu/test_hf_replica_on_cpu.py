@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from recipe.gad.cpu.hf_replica import HFServer, SeededSampling
+from recipe.gad.quickstart.problem import tiny_llama
 from verl.workers.config import HFModelConfig, RolloutConfig
 
 LOGITS = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5, 9.0, 9.0], dtype=torch.float64)
@@ -76,17 +77,14 @@ def model_dir(byte_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = tiny_llama(
+        tokenizer,
         vocab_size=len(tokenizer) + 22,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.5,
     )
     model = LlamaForCausalLM(config)
