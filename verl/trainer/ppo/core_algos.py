@@ -1,10 +1,10 @@
 """Extends stock ``verl.trainer.ppo.core_algos`` with the losses of GAD.
 
-Paper: "Black-Box On-Policy Distillation of Large Language Models", arXiv 2511.10643. The discriminator D gives one
-score to a whole response; a loss here takes tensors and returns ``(loss, metrics)``, and each metric carries its
-reduction.
+They stand beside verl's losses, where readers and engines look for them. The discriminator D gives one score to a whole
+response. A loss takes tensors and returns ``(loss, metrics)``; each metric carries its reduction.
 
 Suffixes: B responses, T response tokens, P prompts, N student samples of one prompt.
+Goes when: verl has a pairwise discriminator loss, or the losses move to ``recipe/gad``.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """Extends stock ``verl.utils.dataset.rl_dataset``: ``RLHFDataset`` loads the teacher's answer beside the prompt.
 
-Active when ``data.teacher_key`` names a column (recipe/gad/config/gad_trainer.yaml does); without the key the class is
-the stock one, row for row.
+The answer has to be read, checked, tokenized and cut once, with the prompts. Active when ``data.teacher_key`` names a
+column (recipe/gad/config/gad_trainer.yaml does); without the key the class is the stock one, row for row.
+Goes when: ``data.custom_cls`` is enough for the users of this project.
 """
 
 import datasets
@@ -10,6 +11,8 @@ import torch
 from recipe.gad.run.data_file import check_data_file, find_teacher, teacher_text
 from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
 from verl.workers.rollout.teacher_trajectory import (
+    TEACHER_IDS,
+    TEACHER_TEXT,
     build_prompt_ids,
     cut_teacher,
     end_of_turn_ids,
@@ -19,6 +22,8 @@ from verl.workers.rollout.teacher_trajectory import (
 )
 
 __all__ = ["RLHFDataset"]
+
+LENGTH = "teacher_response_length"  # uncut; a column while answers are tokenized
 
 
 class RLHFDataset(_StockRLHFDataset):
@@ -65,9 +70,9 @@ class RLHFDataset(_StockRLHFDataset):
                 except ValueError as error:
                     raise ValueError(f"{find_teacher(files, key, text)}: {error}") from None
             return {
-                "teacher_response": texts,
-                "teacher_response_ids": ids,
-                "teacher_response_length": [len(answer) for answer in uncut],
+                TEACHER_TEXT: texts,
+                TEACHER_IDS: ids,
+                LENGTH: [len(answer) for answer in uncut],
             }
 
         dataframe = dataframe.map(
@@ -77,19 +82,19 @@ class RLHFDataset(_StockRLHFDataset):
             load_from_cache_file=False,
             desc="Tokenizing teacher answers",
         )
-        lengths = torch.tensor(dataframe["teacher_response_length"][:])
+        lengths = torch.tensor(dataframe[LENGTH][:])
         n_cut = int((lengths > max_length).sum())
         print(
             f"teacher answers: {len(lengths)}, mean {lengths.float().mean():.1f} tokens, longest {int(lengths.max())}; "
             f"{n_cut} longer than data.max_response_length={max_length}, cut by data.truncation={truncation}"
         )
-        return dataframe.remove_columns("teacher_response_length")
+        return dataframe.remove_columns(LENGTH)
 
     def __getitem__(self, item):
         row = super().__getitem__(item)
         if self.teacher_key is not None:
             if row.get("reward_model") is None:
-                row["reward_model"] = {"style": "teacher", "ground_truth": row["teacher_response"]}
+                row["reward_model"] = {"style": "teacher", "ground_truth": row[TEACHER_TEXT]}
             if row.get("data_source") is None:
                 row["data_source"] = "gad"
         return row
@@ -98,4 +103,4 @@ class RLHFDataset(_StockRLHFDataset):
         """teacher_input_ids, teacher_attention_mask, teacher_position_ids of row ``item``, (prompt + answer,) each."""
         row = self[item]
         prompt_ids = build_prompt_ids(self.tokenizer, row["raw_prompt"], self.apply_chat_template_kwargs)
-        return teacher_tensors(torch.tensor(prompt_ids), torch.tensor(row["teacher_response_ids"]))
+        return teacher_tensors(torch.tensor(prompt_ids), torch.tensor(row[TEACHER_IDS]))

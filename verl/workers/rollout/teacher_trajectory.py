@@ -1,7 +1,9 @@
-"""New: the teacher's answer as token ids and as a trajectory beside the student's rollouts.
+"""New: the teacher's answer as token ids and as a trajectory beside the student's rollouts, and the names of GAD's
+rows and fields in TransferQueue.
 
-vLLM, SGLang and the Hugging Face replica share this code: none of them is involved in building the teacher's side,
-which depends only on the prompt ids that the student really got and on the teacher's token ids.
+vLLM, SGLang and the Hugging Face replica need the same teacher trajectory, and no engine should know about it: it
+depends only on the prompt ids that the student really got and on the teacher's token ids.
+Goes when: verl can insert a given response as a rollout.
 """
 
 import logging
@@ -12,7 +14,28 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+TEACHER_TEXT, TEACHER_IDS = "teacher_response", "teacher_response_ids"
+"""Fields of a prompt, and of each of its student rows: the teacher's answer as text and as token ids."""
+PAIR_WEIGHT, ROW_NUMBER = "pair_weight", "row"
+"""Fields of a row in D's update: its weight in the loss, and the number under which its score comes back."""
+
 _PROBE = "xyzzy"  # in no name of a special token (Gemma: "<end_of_turn>")
+
+
+def split_key(key: str) -> tuple[str, int, int]:
+    """(uid of the prompt, sample, output) of a student row's key, which stock verl writes."""
+    uid, sample, output = key.rsplit("_", 2)
+    return uid, int(sample), int(output)
+
+
+def teacher_key(uid: str) -> str:
+    """Key of the teacher's row of a prompt."""
+    return f"{uid}_teacher_0"
+
+
+def filler_key(uid: str, i: int) -> str:
+    """Key of the row that replaces the i-th missing student of a prompt."""
+    return f"{uid}_filler_{i}"
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
