@@ -29,11 +29,7 @@ def load_valuehead_model(
 ) -> PreTrainedModel:
     """A token-classification model with one label (or, for flash attention, what stock verl falls back to).
 
-    Args:
-        local_path: model folder.
-        torch_dtype: dtype of the weights.
-        model_config: Hugging Face config; its attention implementation and ``float32_score_head`` are used.
-        trust_remote_code: as in ``from_pretrained``.
+    ``model_config`` is a Hugging Face config; its attention implementation and ``float32_score_head`` are used.
     """
     attention = getattr(model_config, "_attn_implementation", None) or "flash_attention_2"
     if attention == "flash_attention_2":

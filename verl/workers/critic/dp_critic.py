@@ -105,8 +105,6 @@ class DataParallelPPOCritic:
         """Data-parallel ranks that D runs on."""
         return data_parallel_size(self.critic_wg, "train")
 
-    # ------------------------------------------------------------------ scoring
-
     def compute_values(self, batch: KVBatchMeta) -> torch.Tensor:
         """D's scores of ``batch.keys``, (R,) in float32. The trainer calls it if scores get their own forward pass."""
         return self._forward_micro_batch(batch, compute_teacher=False)
@@ -115,9 +113,7 @@ class DataParallelPPOCritic:
         """D's scores of one batch: only the value of the last response token is kept.
 
         Args:
-            batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt). The
-                workers split them into micro-batches by critic.forward_micro_batch_size_per_gpu or, with dynamic
-                batches, by critic.forward_max_token_len_per_gpu.
+            batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt).
             compute_teacher: score the teachers' rows instead. Called by tests and by
                 :meth:`_forward_batch_teacher_forcing_grpo`; the trainer has no use for it.
 
@@ -140,23 +136,14 @@ class DataParallelPPOCritic:
     def _forward_batch_teacher_forcing_grpo(self, batch: KVBatchMeta, teacher_repeat: int) -> torch.Tensor:
         """Scores of teacher responses used as ``teacher_repeat`` rollouts of their prompt. Called by tests only.
 
-        Repeats of one text have one score, so GRPO's group normalisation would divide zero by zero. Within every group
-        the scores are therefore D's score plus 0, 1, ..., teacher_repeat - 1: increasing, and equal spread in all
-        groups.
-
-        Args:
-            batch: as in :meth:`_forward_micro_batch`.
-            teacher_repeat: copies of every teacher response.
-
-        Returns:
-            (P * teacher_repeat,) float32, the copies of one prompt side by side.
+        Repeats of one text have one score, so GRPO's group normalisation would divide zero by zero. The copies of a
+        prompt therefore get D's score plus 0, 1, ..., teacher_repeat - 1. (P * teacher_repeat,) float32, copies side
+        by side; ``batch`` as in :meth:`_forward_micro_batch`.
         """
         if teacher_repeat < 1:
             raise ValueError(f"teacher_repeat must be at least 1, got {teacher_repeat}")
         scores_P = self._forward_micro_batch(batch, compute_teacher=True)
         return (scores_P.unsqueeze(-1) + torch.arange(teacher_repeat)).flatten()
-
-    # ------------------------------------------------------------------ update
 
     def update_critic(self, batch: KVBatchMeta) -> tuple[dict[str, float], torch.Tensor]:
         """Optimizer steps over the batch, ``ppo_epochs`` times. The trainer calls it with teacher data.
@@ -172,14 +159,9 @@ class DataParallelPPOCritic:
         if "group_size" not in batch.extra_info:
             return self.update_on_returns(batch), torch.empty(0)
         self._set_loss(discriminator_loss, group_size=self.group_size)
-        metrics = self._train(
-            batch,
-            self.group_size,
-            fields=[*SCORING_FIELDS, PAIR_WEIGHT, ROW_NUMBER],
-            force_group_size=self.group_size,
-            # groups must stay whole: the trainer shuffles them, the engine's row-wise shuffle stays off
-            dataloader_kwargs={"shuffle": False},
-        )
+        fields = [*SCORING_FIELDS, PAIR_WEIGHT, ROW_NUMBER]
+        # groups must stay whole: the trainer shuffles them, the engine's row-wise shuffle stays off
+        metrics = self._train(batch, self.group_size, fields, shuffle=False, force_group_size=self.group_size)
         row_scores: dict[int, float] = {}
         for row, score in metrics.pop("critic/row_scores"):  # in the order of the optimizer steps
             row_scores.setdefault(row, score)
@@ -189,13 +171,10 @@ class DataParallelPPOCritic:
         """Metrics of stock's value loss on rows without a teacher. No stage has such rows: called by tests."""
         config: CriticConfig = omega_conf_to_dataclass(self.config)
         self._set_loss(value_loss, config=config)
-        shuffle = {"shuffle": self.config.shuffle}
-        return reduce_metrics(self._train(batch, self.rollout_n, dataloader_kwargs=shuffle))
+        return reduce_metrics(self._train(batch, self.rollout_n, None, shuffle=self.config.shuffle))
 
-    def _train(
-        self, batch: KVBatchMeta, rows_per_prompt: int, fields: list[str] | None = None, **extra_info: Any
-    ) -> dict[str, Any]:
-        """Metrics of the optimizer steps, under "critic/", not yet reduced."""
+    def _train(self, batch: KVBatchMeta, rows_per_prompt: int, fields: list[str] | None, shuffle: bool, **extra_info):
+        """Metrics of the optimizer steps, under "critic/", not yet reduced; ``fields`` None: all that the rows have."""
         mini_batch_size = self.config.ppo_mini_batch_size * rows_per_prompt
         rows_per_rank = mini_batch_size // self.data_parallel_size()
         extra_info |= {
@@ -203,12 +182,11 @@ class DataParallelPPOCritic:
             "mini_batch_size": mini_batch_size,
             "epochs": self.config.ppo_epochs,
             "seed": self.config.data_loader_seed,
+            "dataloader_kwargs": {"shuffle": shuffle},
             "temperature": 1.0,
             **self._micro_batches(rows_per_rank, extra_info.get("force_group_size", 1)),
         }
-        rows = KVBatchMeta(
-            partition_id=batch.partition_id, keys=batch.keys, tags=batch.tags, fields=fields, extra_info=extra_info
-        )
+        rows = KVBatchMeta(batch.keys, batch.tags, batch.partition_id, fields, extra_info)
         output = self.critic_wg.train_mini_batch(rows).get()
         metrics = rename_dict(output["metrics"], "critic/")
         metrics["perf/mfu/critic"] = metrics.pop("critic/mfu")
@@ -218,8 +196,6 @@ class DataParallelPPOCritic:
         if loss is not self._loss:
             self.critic_wg.set_loss_fn(partial(loss, **arguments))
             self._loss = loss
-
-    # ------------------------------------------------------------------ micro-batches
 
     def _micro_batches(self, rows_per_rank: int, group_size: int = 1, forward: bool = False) -> dict[str, Any]:
         """The critic's own micro-batch keys as per-call engine arguments (stock wires only one of them)."""

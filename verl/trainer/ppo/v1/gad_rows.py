@@ -16,7 +16,8 @@ import torch
 from omegaconf import DictConfig
 
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
-from verl.workers.rollout.teacher_trajectory import build_teacher_trajectory, filler_key, split_key, teacher_key
+from verl.workers.rollout import teacher_trajectory as names
+from verl.workers.rollout.teacher_trajectory import build_teacher_trajectory, split_key
 
 Trajectory = dict[str, torch.Tensor]
 
@@ -42,11 +43,11 @@ class Group:
 
     @property
     def teacher(self) -> Row:
-        return Row(teacher_key(self.uid), self.teacher_tokens)
+        return Row(names.teacher_key(self.uid), self.teacher_tokens)
 
     def rows(self) -> list[Row]:
         """n + 1 rows, the teacher first."""
-        fillers = [Row(filler_key(self.uid, i), 2) for i in range(self.n - len(self.students))]
+        fillers = [Row(names.filler_key(self.uid, i), 2) for i in range(self.n - len(self.students))]
         return [self.teacher, *self.students, *fillers]
 
 
@@ -60,13 +61,8 @@ def group_rows(students: Sequence[Row], submitted: Iterable[str], n: int, n_prom
     """Groups of a step, ``n_prompts`` at most. A prompt whose rollouts all failed is a group of fillers, at the end.
 
     Args:
-        students: student rows in the order of the data.
+        students: student rows in the order of the data, at most ``n`` per prompt (else ValueError).
         submitted: uids of the prompts sent to the rollout.
-        n: samples per prompt.
-        n_prompts: ``data.train_batch_size``.
-
-    Raises:
-        ValueError: a prompt has more than n student rows.
     """
     groups: dict[str, Group] = {}
     for row in students:
@@ -83,6 +79,12 @@ def group_rows(students: Sequence[Row], submitted: Iterable[str], n: int, n_prom
     for uid in submitted:
         groups.setdefault(uid, Group(uid, n))
     return list(groups.values())[:n_prompts]
+
+
+def teacher_rows(uids: Iterable[str], prompts: Iterable, teacher_ids: Iterable) -> dict[str, Trajectory]:
+    """Key -> trajectory of the teacher's row of every prompt, from the ids of prompt (a tensor) and answer (a list)."""
+    columns = zip(uids, prompts, teacher_ids, strict=True)
+    return {names.teacher_key(uid): build_teacher_trajectory(ids, torch.tensor(answer)) for uid, ids, answer in columns}
 
 
 def filler(eos_token_id: int) -> Trajectory:
@@ -133,6 +135,11 @@ def pair_weights(groups: Sequence[Group], ranks: list[list[list[int]]]) -> dict[
     return weights
 
 
+def update_fields(weights: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Fields of the rows of D's update, in the order of :func:`pair_weights`."""
+    return {names.PAIR_WEIGHT: torch.tensor(list(weights.values())), names.ROW_NUMBER: torch.arange(len(weights))}
+
+
 def teacher_length_metrics(teachers: dict[str, Trajectory], limit: int) -> dict[str, float]:
     """Mean, max, min of the teachers' answers in tokens, and the share that reached ``limit`` tokens."""
     lengths = np.array([row["responses"].numel() for row in teachers.values()])
@@ -144,10 +151,7 @@ def teacher_length_metrics(teachers: dict[str, Trajectory], limit: int) -> dict[
 def score_length_correlation(scores: torch.Tensor, lengths: torch.Tensor, uids: Sequence[str]) -> float | None:
     """Pearson correlation of D's scores with the answers' lengths among the answers to one prompt, over all prompts.
 
-    Args:
-        scores: (rows,).
-        lengths: (rows,), tokens.
-        uids: prompt of each row.
+    Args: scores, lengths in tokens, and prompts of the rows, (rows,) each.
 
     Returns:
         in [-1, 1]; near 1 (or -1) the policy is mainly rewarded for longer (shorter) answers. None if the scores or the

@@ -3,12 +3,9 @@
 One step, stock unless marked *:
     rollout -> * rows in order, * teacher trajectories -> old_log_prob -> ref -> * scores of D -> advantage (GRPO)
     -> * update of D on [teacher, s_1..s_n] -> from trainer.critic_warmup on: update of the actor
-:class:`PPOTrainerGAD` is stage gad; the classes of the other stages override what they do differently. gad_rows.py is
-the bookkeeping of a step's rows.
-
-When a batch is one optimizer step, two passes would find numbers that an update finds anyway, and are left out: scores
-of D (``gad.score_in_update``: they come from the update's forward pass) and old_log_prob (``gad.skip_old_log_prob``).
-
+:class:`PPOTrainerGAD` is stage gad; the classes of the other stages override what they do differently. When a batch is
+one optimizer step, an update finds the numbers of two passes, which are left out: scores of D (``gad.score_in_update``)
+and old_log_prob (``gad.skip_old_log_prob``).
 Teacher rows are in TransferQueue too, but never in the batch that stock code sees; they are cleared after the step.
 Goes when: verl ships a GAD trainer.
 """
@@ -40,15 +37,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.actor.dp_actor import imitation_loss, on_policy_loss
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, data_parallel_size, largest_divisor
-from verl.workers.rollout.teacher_trajectory import (
-    PAIR_WEIGHT,
-    ROW_NUMBER,
-    TEACHER_IDS,
-    build_prompt_ids,
-    build_teacher_trajectory,
-    split_key,
-    teacher_key,
-)
+from verl.workers.rollout.teacher_trajectory import TEACHER_IDS, build_prompt_ids
 from verl.workers.utils.losses import ppo_loss
 
 __all__ = ["PPOTrainerGAD", "PPOTrainerSeqKD", "PPOTrainerWarmup"]
@@ -64,12 +53,10 @@ class PPOTrainerGAD(PPOTrainerSync):
     """Stage gad: D learns on fresh samples, and the actor follows its scores by policy gradient.
 
     Args:
-        config: recipe/gad/config/gad_trainer.yaml composed with overrides; ``gad.stage`` and ``gad.actor_objective``
-            choose the class of the object.
+        config: recipe/gad/config/gad_trainer.yaml with overrides; ``gad`` chooses the class (:func:`stage_class`).
 
     Raises:
-        ValueError: the configuration, the data or the folders do not fit a GAD run (recipe/gad/run/checks.py);
-            before any model is loaded.
+        ValueError: configuration, data or folders do not fit a GAD run (recipe/gad/run/checks.py); no model is loaded.
     """
 
     # stock code compares trainer_mode with "sync" in several places; GAD keeps every sync semantic
@@ -127,10 +114,8 @@ class PPOTrainerGAD(PPOTrainerSync):
             self._extra_keys = []
         super().on_step_end()
 
-    def _compute_metrics(
-        self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int
-    ) -> None:
-        super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)
         # D's score sits on one token of a row, so stock statistics over all tokens of `values` mean nothing here
         for name in [name for name in metrics if name.startswith(("critic/values/", "critic/vf_"))]:
             del metrics[name]
@@ -149,23 +134,16 @@ class PPOTrainerGAD(PPOTrainerSync):
         The number of groups never changes: a missing student is a filler row of weight 0, and a prompt whose rollouts
         all failed is a whole group of them.
         """
-        data_config = self.config.data
+        limit, n_prompts = self.config.data.max_response_length, self.config.data.train_batch_size
         students = [Row(key, tag["seq_len"]) for key, tag in zip(batch.keys, batch.tags, strict=True)]
-        self._groups = gad_rows.group_rows(students, self._submitted, self.rollout_n, data_config.train_batch_size)
+        self._groups = gad_rows.group_rows(students, self._submitted, self.rollout_n, n_prompts)
         answered = [group for group in self._groups if group.students]
-        data = tq.kv_batch_get(
-            keys=[group.students[0].key for group in answered],
-            partition_id=batch.partition_id,
-            select_fields=["prompts", TEACHER_IDS],
-        )
-        rows: dict[str, Trajectory] = {}
-        for group, prompt_ids, teacher_ids in zip(
-            answered, data["prompts"].unbind(), list(data[TEACHER_IDS]), strict=True
-        ):
-            trajectory = build_teacher_trajectory(prompt_ids, torch.tensor(teacher_ids))
-            group.teacher_tokens = trajectory["input_ids"].numel()
-            rows[group.teacher.key] = trajectory
-        limit = data_config.max_response_length
+        keys, fields = [group.students[0].key for group in answered], ["prompts", TEACHER_IDS]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        uids = [group.uid for group in answered]
+        rows = gad_rows.teacher_rows(uids, data["prompts"].unbind(), list(data[TEACHER_IDS]))
+        for group in answered:
+            group.teacher_tokens = rows[group.teacher.key]["input_ids"].numel()
         metrics.update(gad_rows.teacher_length_metrics(rows, limit))
         metrics["response_length/cut_ratio"] = float(np.mean([tag["response_len"] >= limit for tag in batch.tags]))
         metrics["gad/missing_rollouts"] = len(self._groups) * self.rollout_n - len(batch)
@@ -252,7 +230,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         offsets = data["response_mask"].offsets()
         lengths = offsets.diff()
         real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]) & (lengths > 0)
-        uids = [split_key(key)[0] for key, is_real in zip(batch.keys, real.tolist(), strict=True) if is_real]
+        uids = [gad_rows.split_key(key)[0] for key, is_real in zip(batch.keys, real.tolist(), strict=True) if is_real]
         correlation = gad_rows.score_length_correlation(scores[real], lengths[real], uids)
         if correlation is not None:
             metrics["critic/score_length_corr"] = correlation
@@ -263,8 +241,6 @@ class PPOTrainerGAD(PPOTrainerSync):
         dtype = data["values"].dtype if "values" in data else nested.dtype
         fields = TensorDict({"values": nested.to(dtype), "rm_scores": nested}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
-
-    # ------------------------------------------------------------------ updates
 
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self._scores_in_update():  # else D has been updated by _score_by_updating
@@ -281,12 +257,12 @@ class PPOTrainerGAD(PPOTrainerSync):
         n_ranks = self.discriminator.data_parallel_size()
         ranks = gad_rows.spread(sizes, self.config.critic, n_ranks, self.global_steps)
         weights = gad_rows.pair_weights(self._groups, ranks)
-        fields = {PAIR_WEIGHT: torch.tensor(list(weights.values())), ROW_NUMBER: torch.arange(len(weights))}
-        tq.kv_batch_put(keys=list(weights), partition_id=partition_id, fields=TensorDict(fields, len(weights)))
-        rows = self._view(list(weights), group_size=self.discriminator.group_size)
+        keys, fields = list(weights), TensorDict(gad_rows.update_fields(weights), batch_size=len(weights))
+        tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=fields)
+        rows = self._view(keys, group_size=self.discriminator.group_size)
         update_metrics, scores = self.discriminator.update_critic(rows)
         metrics.update(update_metrics)
-        return dict(zip(weights, scores.tolist(), strict=True))
+        return dict(zip(keys, scores.tolist(), strict=True))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Stock, with the loss that fits the passes of this step."""
@@ -315,10 +291,8 @@ class PPOTrainerWarmup(PPOTrainerGAD):
         return batch
 
     def _imitate(self, teachers: list[Row], n_real: int, metrics: dict) -> None:
-        """Next-token loss on one teacher row per prompt, ``n_real`` of them no fillers.
-
-        At temperature 1: the text was not sampled from the student.
-        """
+        """Next-token loss on one teacher row per prompt, ``n_real`` of them no fillers. The text was not sampled from
+        the student, so the temperature is 1."""
         self._set_actor_loss(imitation_loss)
         actor = self.config.actor_rollout_ref.actor
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
@@ -353,21 +327,16 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
         self.on_sample_end()  # the rollout engine sleeps until the weights are sent to it again
         data, config = self._next_train_batch(sample_batch_size), self.config.data
         template_kwargs = config.get("apply_chat_template_kwargs", {})
-        rows = {}
-        for uid, messages, teacher_ids in zip(
-            list(data["uid"]), list(data["raw_prompt"]), list(data[TEACHER_IDS]), strict=True
-        ):
-            prompt_ids = build_prompt_ids(self.tokenizer, messages, template_kwargs)[-config.max_prompt_length :]
-            rows[teacher_key(uid)] = build_teacher_trajectory(torch.tensor(prompt_ids), torch.tensor(teacher_ids))
+        prompts = [build_prompt_ids(self.tokenizer, messages, template_kwargs) for messages in list(data["raw_prompt"])]
+        prompts = [torch.tensor(ids[-config.max_prompt_length :]) for ids in prompts]
+        rows = gad_rows.teacher_rows(list(data["uid"]), prompts, list(data[TEACHER_IDS]))
         self._put_rows("train", rows)
         metrics.update(gad_rows.teacher_length_metrics(rows, config.max_response_length))
         with marked_timer("update_actor", timing_raw, color="red"):
             self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], len(rows), metrics)
         return self._view(list(rows))
 
-    def _compute_metrics(
-        self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int
-    ) -> None:
+    def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
 
