@@ -221,7 +221,7 @@ def load_rows(settings: Settings) -> Rows:
     import recipe.gad.plugin  # noqa: F401  (activates the overlay)
     from verl.utils import hf_tokenizer
     from verl.utils.dataset.rl_dataset import RLHFDataset
-    from verl.workers.rollout.teacher_trajectory import build_prompt_ids, stop_token_ids
+    from verl.workers.rollout.teacher_trajectory import TEACHER_IDS, build_prompt_ids, stop_token_ids
 
     tokenizer = hf_tokenizer(settings.model)
     config = OmegaConf.create(
@@ -240,7 +240,7 @@ def load_rows(settings: Settings) -> Rows:
     rows = [
         {
             "prompt_ids": build_prompt_ids(tokenizer, row["raw_prompt"], settings.chat_template_kwargs),
-            "teacher_ids": row["teacher_response_ids"],
+            "teacher_ids": row[TEACHER_IDS],
             "messages": row["raw_prompt"],
             "data_source": row["data_source"],
         }
