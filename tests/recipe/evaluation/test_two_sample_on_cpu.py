@@ -2,11 +2,14 @@
 
 import itertools
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.evaluation.two_sample import (
     Pair,
     TwoSampleSettings,
@@ -19,7 +22,7 @@ from recipe.gad.evaluation.two_sample import (
     score,
     tokenize_pairs,
 )
-from recipe.gad.quickstart.problem import LETTERS, answer
+from recipe.gad.quickstart.problem import LETTERS, STYLES, answer
 
 PROMPTS = [" ".join(letters) for letters in itertools.permutations(LETTERS, 3)]
 BATCH = 16
@@ -91,7 +94,45 @@ def test_same_seed_same_numbers_and_the_spread_is_over_seeds(model):
     assert first["accuracy"]["value"] == pytest.approx(np.mean(values))
     assert first["accuracy"]["low"] <= first["accuracy"]["value"] <= first["accuracy"]["high"]
     assert first["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
+    wins = np.array(first["wins"])  # one pair per prompt: the wins are the verdicts
+    assert wins.shape == (3, 40) and wins.mean(axis=1) == pytest.approx(values)
+    assert first["accuracy"] == asdict(cross_fitted_mean(wins, null=0.5))
     assert len(set(values)) > 1
+
+
+def test_wins_of_one_prompt_are_averaged(model):
+    answers = [{**line, "index": line["index"] // 2} for line in answers_of("base", "teacher", 20)]
+    for even, odd in zip(answers[::2], answers[1::2], strict=True):
+        odd["messages"] = even["messages"]
+    result = run(answers, model, seeds=(0,))
+    [wins] = result["wins"]
+    assert len(wins) == 10 and set(wins) <= {0.0, 0.5, 1.0}
+    assert result["accuracy"]["value"] == pytest.approx(np.mean(wins))
+    assert 0 <= result["accuracy"]["low"] and result["accuracy"]["high"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("student", "truth"), [("teacher", 0.5), ("near", None)])
+def test_the_interval_holds_the_truth(model, monkeypatch, student, truth):
+    """40 data sets; the bound is the 1 % quantile of a binomial with probability 0.95, which 0.82 would miss."""
+    mixed = {
+        slot: [0.8 * t + 0.2 * b for t, b in zip(STYLES["teacher"][slot], STYLES["base"][slot], strict=True)]
+        for slot in ("opener", "joiner", "filler", "closer")
+    }
+    monkeypatch.setitem(STYLES, "near", {**mixed, "in_order": 0.93})
+    found = []
+    for data_set in range(40):
+        rng = random.Random(data_set)
+        rows = [
+            row(index, prompt, answer(prompt, student, rng), answer(prompt, "teacher", rng))
+            for index, prompt in enumerate(rng.sample(PROMPTS, 60))
+        ]
+        found.append(run(rows, model)["accuracy"])
+    mean = np.mean([accuracy["value"] for accuracy in found])
+    assert mean == pytest.approx(truth or 0.66, abs=0.03)  # three standard errors: 0.063 / sqrt(40) each
+    truth = truth or mean
+    held = sum(accuracy["low"] <= truth <= accuracy["high"] for accuracy in found)
+    assert held >= stats.binom.ppf(0.01, len(found), 0.95)
 
 
 def test_scores_depend_neither_on_padding_nor_on_neighbours(model):
