@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipe.gad.evaluation.intervals import cross_fitted_mean, mean_by_prompt, paired_difference
+from recipe.gad.evaluation.intervals import cross_fitted_mean, paired_difference
 from recipe.gad.evaluation.judge import RESULTS, JudgeSettings, against, judge, left_out
 from recipe.gad.evaluation.sampling import ANSWERS, IDENTITY, differences, read_answers, read_settings
 from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
@@ -57,7 +57,7 @@ def text_section(answers: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]
 def _two_sample(scores: dict[str, Any]) -> dict[str, Any] | None:
     """The section ``two_sample``; None if it is missing, or without wins: its interval is then too narrow."""
     section = scores.get("two_sample", {})
-    return section if "wins" in section else None
+    return section if "wins_by_seed" in section else None
 
 
 # ---------------------------------------------------------------------- tables
@@ -163,20 +163,20 @@ def add_differences(comparison: dict[str, dict[str, Any]], seed: int) -> None:
         seed: of the bootstrap and of the permutations.
     """
 
-    def rouge(entry: dict[str, Any]) -> list[float]:
-        answers = read_answers(entry["folder"])
-        means = mean_by_prompt([answer["index"] for answer in answers], [(rouge_l(answer),) for answer in answers])
-        return [mean for [mean] in means]
-
     first, *others = comparison.values()
-    of_first = rouge(first)
+    of_first = read_answers(first["folder"])
+    prompts = [answer["index"] for answer in of_first]
+    rouge_of_first = [rouge_l(answer) for answer in of_first]
     for entry in others:
-        found = {"rouge_l": asdict(paired_difference(of_first, rouge(entry), seed))}
+        gains = [
+            rouge_l(answer) - other for answer, other in zip(read_answers(entry["folder"]), rouge_of_first, strict=True)
+        ]
+        found = {"rouge_l": asdict(paired_difference(prompts, gains, seed))}
         before, after = _two_sample(first["scores"]), _two_sample(entry["scores"])
         if before is not None and after is not None:
-            by_seed = zip(before["wins"], after["wins"], strict=True)
-            gains = [[b - a for a, b in zip(*wins, strict=True)] for wins in by_seed]
-            found["two_sample"] = asdict(cross_fitted_mean(gains, null=0.0))
+            by_seed = zip(before["wins_by_seed"], after["wins_by_seed"], strict=True)
+            changes = [[b - a for a, b in zip(*wins, strict=True)] for wins in by_seed]
+            found["two_sample"] = asdict(cross_fitted_mean(prompts, changes, null=0.0))
         entry["difference_to_first"] = found
 
 

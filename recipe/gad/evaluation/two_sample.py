@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from recipe.gad.evaluation.intervals import cross_fitted_mean, mean_by_prompt
+from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.run.checkpoint import actor_folder, has_score_head
 
 WARMUP_SHARE = 0.1
@@ -88,9 +88,9 @@ def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSe
     Returns:
         ``accuracy`` (mean over prompts and seeds, with its 95 % interval kept within [0, 1], and the two-sided p-value
         of accuracy 0.5), ``auc`` (mean over seeds), ``accuracy_std`` and ``auc_std`` (sample standard deviations over
-        seeds, 0 for one seed), ``by_seed``, ``pairs``, the ``settings``, and ``wins`` (per seed a list over prompts, in
-        the order in which they first appear: share of the prompt's pairs in which the teacher's answer scored higher,
-        a tie counting one half).
+        seeds, 0 for one seed), ``by_seed``, ``pairs``, the ``settings``, ``wins_by_seed``
+        (per seed a list over ``answers``: 1 where the teacher's answer scored higher, 0.5 for a tie, else 0), and
+        ``wins`` (their mean over seeds).
 
     Raises:
         ValueError: fewer than two different prompts, or the base model has no chat template.
@@ -101,12 +101,12 @@ def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSe
     if len({pair.prompt for pair in pairs}) < 2:
         raise ValueError("the two-sample test needs at least two different prompts: one to learn from, one to hold out")
     base = load_base(settings.model)
-    wins, by_seed = [], []
+    prompts, wins, by_seed = [pair.prompt for pair in pairs], [], []
     for seed in tqdm(settings.seeds, desc="two-sample test", unit=" seeds", disable=None):
         correct, auc = _held_out(base, pairs, settings, seed)
         by_seed.append({"seed": seed, "accuracy": statistics.fmean(correct), "auc": auc})
-        wins.append([win for [win] in mean_by_prompt([pair.prompt for pair in pairs], [(c,) for c in correct])])
-    accuracy = cross_fitted_mean(wins, null=0.5)
+        wins.append(correct)
+    accuracy = cross_fitted_mean(prompts, wins, null=0.5)
     return {
         "accuracy": asdict(replace(accuracy, low=max(accuracy.low, 0.0), high=min(accuracy.high, 1.0))),
         "accuracy_std": _spread([row["accuracy"] for row in by_seed]),
@@ -115,7 +115,8 @@ def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSe
         "by_seed": by_seed,
         "pairs": len(pairs),
         "settings": asdict(settings),
-        "wins": wins,
+        "wins": [statistics.fmean(column) for column in zip(*wins, strict=True)],
+        "wins_by_seed": wins,
     }
 
 

@@ -27,20 +27,20 @@ def test_bootstrap_is_seeded():
 def test_one_prompt_has_no_spread():
     [estimate] = bootstrap_means([[2.0]])
     assert (estimate.value, estimate.low, estimate.high) == (2.0, 2.0, 2.0)
-    assert paired_difference([1.0], [2.0], seed=0).p_value == 1.0
+    assert paired_difference([0], [2.0], seed=0).p_value == 1.0
 
 
 def test_a_paired_difference_agrees_with_the_paired_t_test():
     rng = np.random.default_rng(0)
     first = rng.normal(size=200)
     second = first + rng.normal(0.05, 0.3, size=200)
-    found = paired_difference(first, second, seed=0)
+    found = paired_difference(range(200), second - first, seed=0)
     expected = stats.ttest_rel(second, first)
     interval = expected.confidence_interval()
     assert found.value == pytest.approx((second - first).mean())
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.01)
     assert found.p_value == pytest.approx(expected.pvalue, abs=0.02)
-    assert found == paired_difference(first, second, seed=0)
+    assert found == paired_difference(range(200), second - first, seed=0)
 
 
 # ---------------------------------------------------------------------- halves that judge each other
@@ -83,7 +83,7 @@ def test_the_interval_of_cross_fitted_wins_holds_the_truth(favour, accuracy):
     [wins] = linear_discriminator_wins(np.random.default_rng(0), favour)
     truth = 0.5 if favour == 0 else wins.mean()
     assert truth == pytest.approx(accuracy, abs=0.015)
-    found = [cross_fitted_mean(table, null=0.5) for table in wins]
+    found = [cross_fitted_mean(range(PROMPTS), table, null=0.5) for table in wins]
     assert 0.93 <= np.mean([estimate.low <= truth <= estimate.high for estimate in found]) <= 0.97
     # the interval and the p-value agree
     assert all((e.p_value < 0.05) == (not e.low <= 0.5 <= e.high) for e in found)
@@ -96,24 +96,32 @@ def test_the_interval_of_cross_fitted_wins_holds_the_truth(favour, accuracy):
 def test_the_interval_of_the_difference_of_two_models_holds_zero():
     """Two students of one quality; it errs on the wide side."""
     first, second = linear_discriminator_wins(np.random.default_rng(2), 0.7, 0.7)
-    found = [cross_fitted_mean(table, null=0.0) for table in second - first]
+    found = [cross_fitted_mean(range(PROMPTS), table, null=0.0) for table in second - first]
     assert 0.94 <= np.mean([estimate.low <= 0 <= estimate.high for estimate in found]) <= 0.99
 
 
 def test_easy_prompts_count_once_and_one_seed_is_the_widest():
     rng = np.random.default_rng(0)
     easy = np.tile((rng.random(200) < 0.8).astype(float), (3, 1))  # every discriminator says the same
-    found = cross_fitted_mean(easy, null=0.5)
+    found = cross_fitted_mean(range(200), easy, null=0.5)
     t = stats.t(199).ppf(0.975)
     error = easy[0].std(ddof=1) / 200**0.5
     assert found.value == pytest.approx(easy.mean())
     assert found.high - found.value == pytest.approx(t * error)
     assert found.p_value == pytest.approx(stats.ttest_1samp(easy[0], 0.5).pvalue)
-    alone = cross_fitted_mean(easy[:1], null=0.5)
+    alone = cross_fitted_mean(range(200), easy[:1], null=0.5)
     assert alone.high - alone.value == pytest.approx(t * error * 2**0.5)
+
+
+def test_rows_of_one_prompt_count_as_one():
+    wins = np.random.default_rng(0).integers(0, 2, size=(3, 40)).astype(float)
+    prompts = np.arange(40) // 2
+    means = wins.reshape(3, 20, 2).mean(axis=2)
+    assert cross_fitted_mean(prompts, wins, null=0.5) == cross_fitted_mean(range(20), means, null=0.5)
+    assert paired_difference(prompts, wins[0], seed=0) == paired_difference(range(20), means[0], seed=0)
 
 
 @pytest.mark.parametrize(("win", "p_value"), [(0.5, 1.0), (1.0, 0.0)])
 def test_equal_wins_have_no_spread(win, p_value):
-    found = cross_fitted_mean([[win] * 4] * 3, null=0.5)
+    found = cross_fitted_mean(range(4), [[win] * 4] * 3, null=0.5)
     assert (found.value, found.low, found.high, found.p_value) == (win, win, win, p_value)

@@ -94,21 +94,22 @@ def test_same_seed_same_numbers_and_the_spread_is_over_seeds(model):
     assert first["accuracy"]["value"] == pytest.approx(np.mean(values))
     assert first["accuracy"]["low"] <= first["accuracy"]["value"] <= first["accuracy"]["high"]
     assert first["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
-    wins = np.array(first["wins"])  # one pair per prompt: the wins are the verdicts
+    wins = np.array(first["wins_by_seed"])
     assert wins.shape == (3, 40) and wins.mean(axis=1) == pytest.approx(values)
-    assert first["accuracy"] == asdict(cross_fitted_mean(wins, null=0.5))
+    assert first["accuracy"] == asdict(cross_fitted_mean(range(40), wins, null=0.5))
+    assert first["wins"] == pytest.approx(wins.mean(axis=0))
     assert len(set(values)) > 1
 
 
-def test_wins_of_one_prompt_are_averaged(model):
-    answers = [{**line, "index": line["index"] // 2} for line in answers_of("base", "teacher", 20)]
-    for even, odd in zip(answers[::2], answers[1::2], strict=True):
-        odd["messages"] = even["messages"]
-    result = run(answers, model, seeds=(0,))
-    [wins] = result["wins"]
-    assert len(wins) == 10 and set(wins) <= {0.0, 0.5, 1.0}
-    assert result["accuracy"]["value"] == pytest.approx(np.mean(wins))
-    assert 0 <= result["accuracy"]["low"] and result["accuracy"]["high"] <= 1
+def test_rows_of_one_prompt_count_as_one(model):
+    """Every answer twice: the same verdicts, and no narrower interval than one verdict per prompt gives."""
+    once = answers_of("base", "teacher", 20)
+    result = run([line for line in once for _ in range(2)], model, seeds=(0, 1), lr=3e-4, epochs=1)
+    wins = np.array(result["wins_by_seed"])
+    assert wins.shape == (2, 40) and (wins[:, ::2] == wins[:, 1::2]).all()
+    expected = cross_fitted_mean(range(20), wins[:, ::2], null=0.5)
+    assert result["accuracy"]["p_value"] == pytest.approx(expected.p_value)
+    assert result["accuracy"]["high"] == pytest.approx(min(expected.high, 1))
 
 
 @pytest.mark.slow
