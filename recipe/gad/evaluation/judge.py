@@ -29,6 +29,9 @@ PROMPT_VERSION = 1
 """Rises with every change of the prompts below: replies to other versions do not count."""
 SHOWN_FAILURES = 3
 RESULTS = ("win", "tie", "lose")
+DEFAULT_EXTRA = {"temperature": 0}
+CONCURRENCY = 16
+"""Requests to the judge at a time, unless the caller says otherwise."""
 
 PAIRWISE_PROMPT = """\
 Two assistants, A and B, answered the last message of the conversation below. Decide which answer serves the user \
@@ -86,14 +89,14 @@ class JudgeSettings:
     """Name of the judge at the API."""
     mode: str = "both"
     """pairwise | score | both"""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=DEFAULT_EXTRA.copy)
     """More fields of the request body."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"judge mode {self.mode!r}: expected one of {', '.join(MODES)}")
 
-    def asks(self, mode: str) -> bool:
+    def uses(self, mode: str) -> bool:
         return self.mode in (mode, "both")
 
     def record(self) -> dict[str, Any]:
@@ -199,16 +202,16 @@ def judge(
     """
     questions: list[str] = []
     for c in candidates:
-        if settings.asks("pairwise") and c.first != c.second:
+        if settings.uses("pairwise") and c.first != c.second:
             questions += c.in_both_orders()
-        if settings.asks("score"):
+        if settings.uses("score"):
             questions += c.one_by_one()
     questions = list(dict.fromkeys(questions))
     replies = asyncio.run(_ask(questions, client, settings, Path(folder) / REPLIES, concurrency))
     result: dict[str, Any] = {"settings": settings.record()}
-    if settings.asks("pairwise"):
+    if settings.uses("pairwise"):
         result["pairwise"] = _pairwise_result(candidates, replies, seed)
-    if settings.asks("score"):
+    if settings.uses("score"):
         result["score"] = _score_result(candidates, replies, seed)
     return result
 

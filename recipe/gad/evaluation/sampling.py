@@ -26,7 +26,7 @@ from typing import Any
 
 from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.checkpoint import TOKENIZER_FILES, actor_folder
-from recipe.gad.run.data_file import json_rows
+from recipe.gad.run.log import recorded_config
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
@@ -83,10 +83,43 @@ class Settings:
         }
 
 
-IDENTITY = ("model", "model_written")
+RUN_KEYS = {
+    "temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
+    "max_prompt_length": "data.max_prompt_length",
+    "max_response_length": "data.max_response_length",
+    "prompt_key": "data.prompt_key",
+    "teacher_key": "data.teacher_key",
+    "chat_template_kwargs": "data.apply_chat_template_kwargs",
+}
+"""Setting -> key of a run's configuration that decides it in the run's own validation."""
+MODEL_SETTINGS = ("model", "model_written")
 """Settings in which two models differ; all others must agree before their answers are compared."""
-NO_MATTER = ("val_files",)
+PATH_SETTINGS = ("val_files",)
 """Settings without influence on the answers: paths of data that is known by its hash."""
+
+
+def recorded_settings(model: str) -> tuple[Path | None, dict[str, Any]]:
+    """Settings that the run recorded which trained the model, by :data:`RUN_KEYS`.
+
+    Args:
+        model: as in :class:`Settings`. A run is recognised by its folder or any folder of a checkpoint in it.
+
+    Returns:
+        The run's folder, and the settings that its configuration sets; None and {} for any other model.
+
+    Raises:
+        ValueError: the recorded configuration cannot be read.
+    """
+    from omegaconf import OmegaConf
+
+    folder = Path(os.path.abspath(Path(model).expanduser()))
+    for run in (folder, *folder.parents[:3]):  # RUN/global_step_N/actor/huggingface
+        if values := recorded_config(run):
+            config = OmegaConf.create(values)
+            found = {name: OmegaConf.select(config, key) for name, key in RUN_KEYS.items()}
+            plain = {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in found.items()}
+            return run, {name: value for name, value in plain.items() if value is not None}
+    return None, {}
 
 
 def default_backend() -> str:
@@ -102,7 +135,7 @@ def differences(first: dict[str, Any], second: dict[str, Any], ignore: Iterable[
     return [
         f"{name}: {first.get(name)!r} and {second.get(name)!r}"
         for name in names
-        if name not in {*ignore, *NO_MATTER} and first.get(name) != second.get(name)
+        if name not in {*ignore, *PATH_SETTINGS} and first.get(name) != second.get(name)
     ]
 
 
@@ -124,6 +157,8 @@ def read_answers(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is missing, empty or not JSON.
     """
+    from recipe.gad.run.data_file import json_rows
+
     path = Path(folder) / ANSWERS
     if not path.is_file():
         raise ValueError(f"{folder} has no {ANSWERS}. Fix: run gad eval first")
@@ -186,7 +221,7 @@ def make_answers(
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenizedRows:
     """Validation rows as token ids: dicts of prompt_ids, teacher_ids, messages, data_source."""
 
     rows: list[dict[str, Any]]
@@ -214,7 +249,7 @@ class Rows:
         }
 
 
-def load_rows(settings: Settings) -> Rows:
+def load_rows(settings: Settings) -> TokenizedRows:
     """Rows of the validation files by the trainer's dataset class; prompts that are too long are dropped, as there."""
     from omegaconf import OmegaConf
 
@@ -246,7 +281,7 @@ def load_rows(settings: Settings) -> Rows:
         }
         for row in map(dataset.__getitem__, range(len(dataset)))
     ]
-    return Rows(rows, tokenizer, sorted(stop_token_ids(tokenizer)))
+    return TokenizedRows(rows, tokenizer, sorted(stop_token_ids(tokenizer)))
 
 
 # ---------------------------------------------------------------------- sampling

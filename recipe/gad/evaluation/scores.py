@@ -13,7 +13,7 @@ from typing import Any
 
 from recipe.gad.evaluation.intervals import cross_fitted_mean, paired_difference
 from recipe.gad.evaluation.judge import RESULTS, JudgeSettings, against, judge, left_out
-from recipe.gad.evaluation.sampling import ANSWERS, IDENTITY, differences, read_answers, read_settings
+from recipe.gad.evaluation.sampling import ANSWERS, MODEL_SETTINGS, differences, read_answers, read_settings
 from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.run.atomic_io import read_object, write_atomically
@@ -128,7 +128,7 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     for path, settings, prompts, scores in runs:
         if "text" not in scores:
             raise ValueError(f"{path} has no {SCORES} for its answers. Fix: run gad eval on it first")
-        changed = differences(first_settings, settings, ignore=IDENTITY)
+        changed = differences(first_settings, settings, ignore=MODEL_SETTINGS)
         for section in ("two_sample", "judge"):
             if section in scores and section in first_scores:
                 found = differences(first_scores[section]["settings"], scores[section]["settings"], ignore=("mode",))
