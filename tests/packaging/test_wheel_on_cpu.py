@@ -80,7 +80,7 @@ def environment(wheel, tmp_path_factory):
 def test_the_wheel_holds_the_delta_the_configuration_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert sorted(name for name in names if "/_overlay/" in name) == [f"recipe/gad/_overlay/{file}" for file in FILES]
-    others = {"config/gad_trainer.yaml", "plugin.py", "report.html.j2", "cli.py", "commands/eval.py"}
+    others = {"config/gad_trainer.yaml", "plugin.py", "monitor/report.html.j2", "cli.py", "commands/eval.py"}
     assert {f"recipe/gad/{name}" for name in others} <= set(names)
     assert [name for name in names if not name.startswith("recipe/gad/")] == []
 
