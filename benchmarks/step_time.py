@@ -153,7 +153,8 @@ def trainer_class():
     from omegaconf import open_dict
     from tensordict import TensorDict
 
-    from verl.trainer.ppo.v1.trainer_gad import PPOTrainerGAD, _Group
+    from verl.trainer.ppo.v1.gad_rows import Group
+    from verl.trainer.ppo.v1.trainer_gad import PPOTrainerGAD
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
     from verl.workers.critic.dp_critic import SCORING_FIELDS, DataParallelPPOCritic
 
@@ -207,16 +208,16 @@ def trainer_class():
 
         def _pairs(self, groups, partition_id):
             """Every student sample with its own copy of the teacher's row."""
-            keys = [group.teacher[0] for group in groups]
+            keys = [group.teacher.key for group in groups]
             data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=SCORING_FIELDS)
             pairs, rows = [], {}
             for i, group in enumerate(groups):
                 for j, student in enumerate(group.students):
-                    pair = _Group(f"{group.uid}-{j}", 1)
-                    pair.students, pair.teacher = [student], (pair.teacher[0], group.teacher[1])
-                    rows[pair.teacher[0]] = {name: data[name][i] for name in SCORING_FIELDS}
+                    pair = Group(f"{group.uid}-{j}", 1, [student], group.teacher_tokens)
+                    rows[pair.teacher.key] = {name: data[name][i] for name in SCORING_FIELDS}
                     pairs.append(pair)
             self._put_rows(partition_id, rows)
+            self._extra_keys.extend(rows)
             return pairs
 
         def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):

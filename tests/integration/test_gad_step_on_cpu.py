@@ -8,6 +8,9 @@ import torch.nn.functional as F
 import transfer_queue as tq
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
+from verl.trainer.ppo.v1.gad_rows import filler, sample_order
+from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
+
 KL_FORMULAS = {  # float64 estimates of KL(policy || reference) per token
     "kl": lambda gap: gap,
     "mse": lambda gap: 0.5 * gap**2,
@@ -67,7 +70,7 @@ def test_teacher_data_passes_through_the_rollout(live):
     batch = live.trainer._balance_batch(batch, metrics=metrics)
     fields = live.fields(batch.keys)
     tokenizer = live.trainer.tokenizer
-    teachers = {group.uid: group.teacher[0] for group in live.trainer._groups}
+    teachers = {group.uid: group.teacher.key for group in live.trainer._groups}
     assert len(teachers) == live.config.data.train_batch_size
     assert not set(teachers.values()) & set(batch.keys)
     for key, prompt, text in zip(batch.keys, fields["prompts"].unbind(), list(fields["teacher_response"]), strict=True):
@@ -91,9 +94,9 @@ def test_student_scores_equal_huggingface_and_the_same_text_gets_the_same_score(
     for (prompt, response), token_scores in zip(rows(fields), got, strict=True):
         assert token_scores[:-1].abs().sum() == 0
         assert token_scores[-1].item() == pytest.approx(score(critic, prompt, response).item(), abs=2e-5)
-    teacher_keys = [group.teacher[0] for group in live.trainer._groups]
-    view = live.trainer._view(batch.keys, teacher_keys=teacher_keys, values_of="teachers")
-    teacher_scores = live.trainer.discriminator.compute_values(view)
+    teacher_keys = [group.teacher.key for group in live.trainer._groups]
+    view = live.trainer._view(batch.keys, teacher_keys=teacher_keys)
+    teacher_scores = live.trainer.discriminator._forward_micro_batch(view, compute_teacher=True)
     teacher_rows = rows(live.fields(teacher_keys))
     expected = torch.stack([score(critic, prompt, response) for prompt, response in teacher_rows])
     torch.testing.assert_close(teacher_scores.double(), expected, atol=2e-5, rtol=0)
@@ -101,7 +104,7 @@ def test_student_scores_equal_huggingface_and_the_same_text_gets_the_same_score(
     # a student row with the teacher's text: same score, whatever the neighbours and the micro-batches
     prompt, response = teacher_rows[0]
     fake = {
-        **live.trainer._filler(),
+        **filler(live.trainer.tokenizer.eos_token_id),
         "prompts": prompt,
         "responses": response,
         "input_ids": torch.cat([prompt, response]),
@@ -109,6 +112,7 @@ def test_student_scores_equal_huggingface_and_the_same_text_gets_the_same_score(
     fake["position_ids"] = torch.arange(len(fake["input_ids"]))
     fake["response_mask"] = fake["loss_mask"] = torch.ones(len(response), dtype=torch.int64)
     live.trainer._put_rows("train", {"same_0_0": fake})
+    live.trainer._extra_keys.append("same_0_0")
     for limit in (40, 60, 32768):
         live.set(critic__forward_max_token_len_per_gpu=limit)
         scores = live.trainer.discriminator.compute_values(live.trainer._view([*batch.keys, "same_0_0"]))
@@ -119,13 +123,10 @@ def test_student_scores_equal_huggingface_and_the_same_text_gets_the_same_score(
 def test_teacher_forcing_scores_increase_within_a_group(live):
     batch, metrics = live.sample()
     batch = live.trainer._balance_batch(batch, metrics=metrics)
-    teacher_keys = [group.teacher[0] for group in live.trainer._groups]
-    base = live.trainer.discriminator.compute_values(
-        live.trainer._view(batch.keys, teacher_keys=teacher_keys, values_of="teachers")
-    )
-    forced = live.trainer.discriminator.compute_values(
-        live.trainer._view(batch.keys, teacher_keys=teacher_keys, values_of="teacher_forcing", teacher_repeat=3)
-    )
+    teacher_keys = [group.teacher.key for group in live.trainer._groups]
+    view, discriminator = live.trainer._view(batch.keys, teacher_keys=teacher_keys), live.trainer.discriminator
+    base = discriminator._forward_micro_batch(view, compute_teacher=True)
+    forced = discriminator._forward_batch_teacher_forcing_grpo(view, teacher_repeat=3)
     assert torch.equal(forced.view(-1, 3), base.unsqueeze(-1) + torch.tensor([0.0, 1.0, 2.0]))
     live.finish(batch)
 
@@ -150,7 +151,7 @@ def live_groups(live):
     groups = []
     for group in live.trainer._groups:
         if group.students:
-            teacher = rows(live.fields([group.teacher[0]]))[0]
+            teacher = rows(live.fields([group.teacher.key]))[0]
             groups.append((teacher, rows(live.fields([key for key, _ in group.students]))))
     return groups
 
@@ -172,7 +173,7 @@ def live_groups(live):
 def test_grouped_update_equals_the_pairwise_one_over_real_pairs(live, micro_batches, missing):
     live.set(**micro_batches)
     batch, metrics = live.sample()
-    keys = sorted(batch.keys, key=live.trainer._sample_order)
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
     if missing == "one sample":
         batch = drop(batch, keys[1:2])
     elif missing == "a whole prompt":
@@ -470,9 +471,9 @@ def test_imitation_is_the_next_token_loss_on_the_teacher(live):
 
     actor_config = omega_conf_to_dataclass(live.config.actor_rollout_ref.actor)
     live.trainer.actor_rollout_wg.set_loss_fn(partial(imitation_loss, config=actor_config))
-    live.trainer.imitation = True
+    live.trainer.__class__ = PPOTrainerWarmup
     batch, metrics = live.sample()
-    keys = sorted(batch.keys, key=live.trainer._sample_order)
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
     batch = run_from(live, drop(batch, keys[:4]), metrics)  # the first prompt has no rollout: its teacher is left out
     teacher_rows = [teacher for teacher, _ in live_groups(live)]
     assert len(teacher_rows) == 7

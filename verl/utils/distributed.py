@@ -1,6 +1,7 @@
 """Extends stock ``verl.utils.distributed``: on the CPU platform the process group is gloo alone.
 
 Stock asks for "cpu:gloo,<device>:<backend>", which on the CPU platform names the device "cpu" twice and is refused.
+Goes when: the stock string is right on a CPU.
 """
 
 from verl.utils.device import get_device_name

@@ -1,12 +1,11 @@
 """Extends stock ``verl.utils.model``: how a critic is built.
 
-Stock ``load_valuehead_model`` hard-codes flash_attention_2, so without the flash_attn package a critic cannot be built
-even if ``critic.model.override_config.attn_implementation`` asks for another one (the error then asks for trl). Here
-the attention asked for is used; the default stays flash_attention_2.
+Stock ``load_valuehead_model`` hard-codes flash_attention_2: without the flash_attn package no critic can be built. Here
+the one that ``critic.model.override_config.attn_implementation`` names is used; flash_attention_2 stays the default.
 
 With ``critic.model.override_config.float32_score_head=True`` (gad_trainer.yaml sets it) the score head computes in
-float32. In bfloat16, as in stock, scores near 2 come in steps of 1/64: answers that D tells apart get equal rewards,
-and group-normalised advantages magnify the rounding.
+float32, since bfloat16 rounds scores of different answers to the same reward.
+Goes when: the stock function honors ``attn_implementation`` and a dtype for the score head.
 """
 
 import torch
@@ -30,11 +29,7 @@ def load_valuehead_model(
 ) -> PreTrainedModel:
     """A token-classification model with one label (or, for flash attention, what stock verl falls back to).
 
-    Args:
-        local_path: model folder.
-        torch_dtype: dtype of the weights.
-        model_config: Hugging Face config; its attention implementation and ``float32_score_head`` are used.
-        trust_remote_code: as in ``from_pretrained``.
+    ``model_config`` is a Hugging Face config; its attention implementation and ``float32_score_head`` are used.
     """
     attention = getattr(model_config, "_attn_implementation", None) or "flash_attention_2"
     if attention == "flash_attention_2":
@@ -49,5 +44,5 @@ def load_valuehead_model(
         )
     head = getattr(model, "score", None)
     if getattr(model_config, "float32_score_head", False) and isinstance(head, torch.nn.Linear):
-        head.__class__ = _Float32Linear
+        head.__class__ = _Float32Linear  # not a new module: its weights, name and place in the model stay
     return model

@@ -1,6 +1,7 @@
-"""Extends stock ``verl.utils.tracking``: a resumed run continues its metric file instead of emptying it.
+"""Extends stock ``verl.utils.tracking``: a resumed run continues its metric file, which stock verl would empty.
 
 Active with ``VERL_FILE_LOGGER_APPEND=1`` (the launch scripts set it); stock behaviour otherwise.
+Goes when: stock verl's file logger can append.
 """
 
 import json
@@ -18,9 +19,8 @@ class FileLogger(_StockFileLogger):
         self._previous: Path | None = None
         if path is not None and os.getenv("VERL_FILE_LOGGER_APPEND") == "1":
             self._previous = Path(f"{path}.resumed")
-            if (
-                os.path.exists(path) and os.path.getsize(path) > 0
-            ):  # empty: the last attempt stopped before its first line
+            # an empty file: the last attempt stopped before its first line
+            if os.path.exists(path) and os.path.getsize(path) > 0:
                 os.replace(path, self._previous)
         super().__init__(project_name, experiment_name)
 

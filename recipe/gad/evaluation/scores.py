@@ -1,7 +1,7 @@
 """``gad eval``: scores of an evaluation folder (``scores.json``), and the comparison of several folders.
 
-``scores.json`` holds ``text``, ``two_sample`` and ``judge``, each written by the module of that name; the last two are
-there once they were asked for, as long as the answers stay the same.
+``scores.json`` holds ``text``, ``two_sample`` and ``judge``, each written by the module of that name. The last two
+are optional; they stay as long as the answers stay the same.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.evaluation.intervals import cross_fitted_mean, paired_difference
 from recipe.gad.evaluation.judge import RESULTS, JudgeSettings, against, judge, left_out
-from recipe.gad.evaluation.sampling import ANSWERS, IDENTITY, differences, read_answers, read_settings
-from recipe.gad.evaluation.text_metrics import text_metrics
+from recipe.gad.evaluation.sampling import ANSWERS, MODEL_SETTINGS, differences, read_answers, read_settings
+from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.run.atomic_io import read_object, write_atomically
 
@@ -29,7 +30,7 @@ TEXT_COLUMNS = {
 
 
 def read_scores(folder: str | Path) -> dict[str, Any]:
-    """``scores.json`` of an evaluation folder if it belongs to the answers that are there now, else {}."""
+    """``scores.json`` of an evaluation folder; {} if there is none, or if the answers have changed since."""
     path = Path(folder) / SCORES
     if not path.is_file():
         return {}
@@ -42,15 +43,21 @@ def _answers_hash(folder: str | Path) -> str:
 
 
 def update_scores(folder: str | Path, **sections: Any) -> dict[str, Any]:
-    """Add results (text, two_sample, judge) to the scores.json of a folder; earlier ones on the same answers stay."""
+    """Add results (text, two_sample, judge) to scores.json; earlier results for the same answers stay."""
     scores = {**read_scores(folder), "answers_sha256": _answers_hash(folder), **sections}
     write_atomically(Path(folder) / SCORES, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
 def text_section(answers: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """The text metrics as JSON; ``seed`` is the bootstrap's."""
+    """The text metrics as JSON; ``seed`` is for the bootstrap."""
     return {name: {side: asdict(e) for side, e in by.items()} for name, by in text_metrics(answers, seed).items()}
+
+
+def _two_sample(scores: dict[str, Any]) -> dict[str, Any] | None:
+    """The section ``two_sample``; None if it is missing, or without wins: its interval is then too narrow."""
+    section = scores.get("two_sample", {})
+    return section if "wins_by_seed" in section else None
 
 
 # ---------------------------------------------------------------------- tables
@@ -62,9 +69,9 @@ def _cells(scores: dict[str, Any], side: str) -> dict[str, str]:
         title: _interval(scores["text"][name].get(side), 1 if name == "length" else 3)
         for name, title in TEXT_COLUMNS.items()
     }
-    if side == "student" and "two_sample" in scores:
-        test = scores["two_sample"]
-        cells["two-sample acc"] = f"{_interval(test['accuracy'], 3)} ± {test['accuracy_std']:.3f}"
+    test = _two_sample(scores)
+    if side == "student" and test is not None:
+        cells["two-sample acc"] = f"{_tested(test['accuracy'])} ± {test['accuracy_std']:.3f}"
     verdicts = scores.get("judge", {})
     if "score" in verdicts:
         cells["judge 1-10"] = _interval(verdicts["score"]["first" if side == "student" else "second"], 2)
@@ -77,6 +84,12 @@ def _interval(estimate: dict[str, float] | None, digits: int) -> str:
     if estimate is None:
         return "-"
     return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**estimate, d=digits)
+
+
+def _tested(estimate: dict[str, float], sign: str = "") -> str:
+    p = estimate["p_value"]
+    text = "{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]".format(**estimate, sign=sign)
+    return f"{text} p{f'={p:.3f}' if p >= 0.0005 else '<0.001'}"
 
 
 def format_table(rows: dict[str, dict[str, str]]) -> str:
@@ -102,10 +115,10 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     """Scores of several evaluation folders on the same data and settings.
 
     Returns:
-        Folder name -> {"folder", "model", "scores"}; names are the shortest ends of the paths that differ.
+        Folder name -> {"folder", "model", "scores"}; each name is the shortest end of its path that tells it apart.
 
     Raises:
-        ValueError: fewer than two folders, one lacks its scores, or data or settings differ (names what).
+        ValueError: fewer than two folders, missing scores, or different data or settings (named).
     """
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if len(paths) < 2:
@@ -115,13 +128,13 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     for path, settings, prompts, scores in runs:
         if "text" not in scores:
             raise ValueError(f"{path} has no {SCORES} for its answers. Fix: run gad eval on it first")
-        changed = differences(first_settings, settings, ignore=IDENTITY)
+        changed = differences(first_settings, settings, ignore=MODEL_SETTINGS)
         for section in ("two_sample", "judge"):
             if section in scores and section in first_scores:
                 found = differences(first_scores[section]["settings"], scores[section]["settings"], ignore=("mode",))
                 changed += [f"{section} {line}" for line in found]
         if prompts != first_prompts and not changed:
-            changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different ones"]
+            changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different prompts"]
         if changed:
             raise ValueError(
                 f"{first_path} and {path} cannot be compared, they differ in {'; '.join(changed)}. "
@@ -134,8 +147,37 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
 
 
 def _prompts(folder: Path) -> list[tuple[int, int, Any]]:
-    """What the answers of a folder answer. It differs where the models' tokenizers drop different long prompts."""
+    """The prompts that the folder answers. They differ if two tokenizers drop different long prompts."""
     return [(answer["index"], answer["sample"], answer["messages"]) for answer in read_answers(folder)]
+
+
+def add_differences(comparison: dict[str, dict[str, Any]], seed: int) -> None:
+    """Compare every model with the first one, prompt by prompt.
+
+    Adds "difference_to_first" to the entries after the first one: the entry's value minus the first's in ``rouge_l``,
+    and in ``two_sample`` where both have that section, each with its 95 % interval and the two-sided p-value of no
+    difference.
+
+    Args:
+        comparison: of :func:`compare`.
+        seed: of the bootstrap and of the permutations.
+    """
+
+    first, *others = comparison.values()
+    of_first = read_answers(first["folder"])
+    prompts = [answer["index"] for answer in of_first]
+    rouge_of_first = [rouge_l(answer) for answer in of_first]
+    for entry in others:
+        gains = [
+            rouge_l(answer) - other for answer, other in zip(read_answers(entry["folder"]), rouge_of_first, strict=True)
+        ]
+        found = {"rouge_l": asdict(paired_difference(prompts, gains, seed))}
+        before, after = _two_sample(first["scores"]), _two_sample(entry["scores"])
+        if before is not None and after is not None:
+            by_seed = zip(before["wins_by_seed"], after["wins_by_seed"], strict=True)
+            changes = [[b - a for a, b in zip(*wins, strict=True)] for wins in by_seed]
+            found["two_sample"] = asdict(cross_fitted_mean(prompts, changes, null=0.0))
+        entry["difference_to_first"] = found
 
 
 def judge_against_first(
@@ -167,6 +209,9 @@ def comparison_table(comparison: dict[str, dict[str, Any]]) -> str:
     first = next(iter(comparison))
     rows = {name: _cells(entry["scores"], "student") for name, entry in comparison.items()}
     for name, entry in comparison.items():
+        for key, title in (("rouge_l", "ROUGE-L"), ("two_sample", "two-sample acc")):
+            if key in entry.get("difference_to_first", {}):
+                rows[name][f"{title} minus {first}"] = _tested(entry["difference_to_first"][key], "+")
         if "judge_against_first" in entry:
             verdicts = entry["judge_against_first"]["pairwise"]
             rows[name] |= {f"{result} vs {first}": _interval(verdicts[result], 3) for result in RESULTS}

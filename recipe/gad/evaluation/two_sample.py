@@ -1,16 +1,20 @@
 """Classifier two-sample test: can a FRESH discriminator tell the student's answers from the teacher's?
 
-The discriminator of training is no neutral judge, the student was optimised against it. Here a new one starts from a
-base model with a random score head, learns on half of the prompts by the Bradley-Terry loss of training
+The discriminator of training is not a neutral judge: the student was optimized against it. Here a new one starts from
+a base model with a random score head, learns on half of the prompts by the Bradley-Terry loss of training
 
     L_D = -E[ log sigmoid( D(x, y_teacher) - D(x, y_student) ) ]          (arXiv 2511.10643)
 
-and is measured on the pairs of the other half: held-out accuracy 0.5 means that it cannot tell them apart, 1.0 that it
-always can. Then the halves swap, so that every pair is held out once. The halves follow the seed.
+and is measured on the pairs of the other half: a held-out accuracy of 0.5 means that it cannot tell them apart, 1.0
+that it always can. Then the halves swap, so that every pair is held out once. The seed decides the halves.
+
+The interval is for the expected accuracy of a discriminator trained on half as many prompts as there are, over the
+choice of prompts, halves and seeds. It is wider than a bootstrap's, because each half trains the judge of the other:
+:func:`recipe.gad.evaluation.intervals.cross_fitted_mean` holds the formula and its coverage.
 
 D reads prompt and answer as in training: the chat template's prompt, the tokens of the text, and the end token unless
 the answer was cut; its score is the value at the last token. Both sides are tokenized from text by the base model's
-tokenizer, and padding stands behind the last token, so equal texts get equal scores.
+tokenizer, and padding follows the last token, so equal texts get equal scores.
 """
 
 import copy
@@ -18,19 +22,19 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from recipe.gad.evaluation.text_metrics import prompt_means
+from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.run.checkpoint import actor_folder, has_score_head
 
 WARMUP_SHARE = 0.1
-"""Share of the optimizer steps in which the learning rate rises; it falls linearly to 0 in the others."""
+"""Share of the optimizer steps in which the learning rate rises; after them it falls linearly to 0."""
 GRAD_CLIP = 1.0
 HEAD_STD = 0.02
-"""Standard deviation of a new head's weights, transformers' usual initializer_range."""
+"""Standard deviation of a new head's weights: the usual initializer_range of transformers."""
 MAX_BATCH_TOKENS = 16384
-"""Padded tokens in one forward pass; larger optimizer batches accumulate gradients."""
+"""Largest number of padded tokens in a forward pass; larger optimizer batches accumulate gradients."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,12 @@ class TwoSampleSettings:
     """
 
     model: str
-    """Base model (Hugging Face folder or hub id) of every discriminator: the same for all students compared."""
+    """Base model (Hugging Face folder or hub id) of every discriminator; use one for all students you compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
     lr: float = 2e-5
     epochs: int = 3
     batch_pairs: int = 8
-    """Pairs of one optimizer step."""
+    """Pairs per optimizer step."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", actor_folder(self.model))
@@ -56,38 +60,37 @@ class TwoSampleSettings:
         if self.lr <= 0 or self.epochs < 1 or self.batch_pairs < 1:
             raise ValueError(
                 f"two-sample test with lr {self.lr}, {self.epochs} epochs and batches of {self.batch_pairs} pairs: "
-                "expected all of them above 0"
+                "expected all of them to be above 0"
             )
         if has_score_head(self.model):
             raise ValueError(
-                f"{self.model} has a score head: it is a trained discriminator, which is not neutral. "
+                f"{self.model} has a score head, so it is a trained discriminator and not neutral. "
                 "Fix: pass a base model"
             )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids (prompt and answer) of one student answer and of the teacher's; ``prompt`` tells prompts apart."""
+    """Token ids (prompt and answer) of a student's and the teacher's answer; ``prompt`` identifies the prompt."""
 
     prompt: str
     student: list[int]
     teacher: list[int]
 
 
-def run_two_sample_test(
-    answers: Sequence[dict[str, Any]], settings: TwoSampleSettings, bootstrap_seed: int = 0
-) -> dict[str, Any]:
+def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSettings) -> dict[str, Any]:
     """Held-out accuracy and AUC of fresh discriminators on the lines of ``answers.jsonl``.
 
     Args:
         answers: lines of the file.
         settings: base model, seeds and training of the discriminators.
-        bootstrap_seed: of the confidence interval.
 
     Returns:
-        ``accuracy`` (in [0, 1]: value, the mean over seeds, with low and high of its 95 % confidence interval over
-        prompts), ``auc`` (mean over seeds), ``accuracy_std`` and ``auc_std`` (sample standard deviations over seeds,
-        0 for one seed), ``by_seed``, ``pairs``, and the ``settings``.
+        ``accuracy`` (mean over prompts and seeds, with its 95 % interval kept within [0, 1], and the two-sided p-value
+        of accuracy 0.5), ``auc`` (mean over seeds), ``accuracy_std`` and ``auc_std`` (sample standard deviations over
+        seeds, 0 for one seed), ``by_seed``, ``pairs``, the ``settings``, ``wins_by_seed``
+        (per seed a list over ``answers``: 1 where the teacher's answer scored higher, 0.5 for a tie, else 0), and
+        ``wins`` (their mean over seeds).
 
     Raises:
         ValueError: fewer than two different prompts, or the base model has no chat template.
@@ -98,20 +101,22 @@ def run_two_sample_test(
     if len({pair.prompt for pair in pairs}) < 2:
         raise ValueError("the two-sample test needs at least two different prompts: one to learn from, one to hold out")
     base = load_base(settings.model)
-    correct, by_seed = [0.0] * len(pairs), []
+    prompts, wins, by_seed = [pair.prompt for pair in pairs], [], []
     for seed in tqdm(settings.seeds, desc="two-sample test", unit=" seeds", disable=None):
-        values, auc = _held_out(base, pairs, settings, seed)
-        by_seed.append({"seed": seed, "accuracy": statistics.fmean(values), "auc": auc})
-        correct = [total + value / len(settings.seeds) for total, value in zip(correct, values, strict=True)]
-    [accuracy] = prompt_means([pair.prompt for pair in pairs], [(value,) for value in correct], bootstrap_seed)
+        correct, auc = _held_out(base, pairs, settings, seed)
+        by_seed.append({"seed": seed, "accuracy": statistics.fmean(correct), "auc": auc})
+        wins.append(correct)
+    accuracy = cross_fitted_mean(prompts, wins, null=0.5)
     return {
-        "accuracy": asdict(accuracy),
+        "accuracy": asdict(replace(accuracy, low=max(accuracy.low, 0.0), high=min(accuracy.high, 1.0))),
         "accuracy_std": _spread([row["accuracy"] for row in by_seed]),
         "auc": statistics.fmean(row["auc"] for row in by_seed),
         "auc_std": _spread([row["auc"] for row in by_seed]),
         "by_seed": by_seed,
         "pairs": len(pairs),
         "settings": asdict(settings),
+        "wins": [statistics.fmean(column) for column in zip(*wins, strict=True)],
+        "wins_by_seed": wins,
     }
 
 
@@ -120,7 +125,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
-    """Answers as token ids of the base model: prompt, text, and the end of turn unless the answer was cut."""
+    """Tokenize answers for the base model: prompt, text, and the end of turn unless the answer was cut."""
     import recipe.gad.plugin  # noqa: F401  (activates the overlay)
     from verl.utils import hf_tokenizer
     from verl.workers.rollout.teacher_trajectory import (
@@ -146,7 +151,7 @@ def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
 
 
 def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
-    """Positions of the pairs of random halves of the prompts; all pairs of one prompt are in the same half."""
+    """Split the pairs (their positions) into random halves by prompt: all pairs of a prompt are in the same half."""
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(seed).shuffle(prompts)
     first = set(prompts[: len(prompts) // 2])
@@ -155,7 +160,7 @@ def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
 
 
 def area_under_curve(student_scores, teacher_scores) -> float:
-    """Probability that a teacher's answer scores above a student's, whatever their prompts; ties count one half."""
+    """Probability that a teacher's answer scores above a student's of any prompt; ties count one half."""
     import torch
 
     students = student_scores.sort().values
@@ -165,7 +170,7 @@ def area_under_curve(student_scores, teacher_scores) -> float:
 
 
 def _held_out(base, pairs: Sequence[Pair], settings: TwoSampleSettings, seed: int) -> tuple[list[float], float]:
-    """1.0, 0.5 or 0.0 for every pair, by the discriminator that did not see its prompt, and the mean AUC."""
+    """Verdicts (1.0, 0.5 or 0.0) on all pairs by the discriminator that did not see their prompt; and the mean AUC."""
     from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 
     first, second = halves(pairs, seed)
@@ -209,7 +214,7 @@ def fresh_discriminator(base, seed: int):
 
 
 def _last_token_values(model, sequences: Sequence[Sequence[int]]):
-    """Scores (B,) in float32; padded on the right, which a causal model does not see."""
+    """Scores (B,) in float32; padding is on the right, where a causal model does not see it."""
     import torch
 
     width = max(map(len, sequences))
@@ -222,7 +227,7 @@ def _last_token_values(model, sequences: Sequence[Sequence[int]]):
 
 
 def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[range]:
-    """Runs of neighbouring items whose padded size (items x longest) stays within ``max_tokens``; at least one item."""
+    """Runs of neighboring items whose padded size (items x longest) stays within ``max_tokens``; at least one item."""
     start, longest = 0, 0
     for position, length in enumerate(lengths):
         longest = max(longest, length)

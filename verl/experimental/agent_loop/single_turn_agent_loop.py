@@ -2,14 +2,14 @@
 rollout, whole answers from vLLM, and no reward function for answers that D scores.
 
 The Hugging Face replica batches requests as they arrive, so a shared random stream would give every run other samples.
-With a seed that depends on the step, the prompt and the sample's number only, a run repeats itself, and a resumed run
-continues the interrupted one.
+A seed that depends only on step, prompt and sample makes runs repeatable and resumable.
 
-A trainer that waits for all answers of a step has no use for unfinished ones, which other trainers may ask vLLM for
-(see vllm_async_server.py).
+A trainer that waits for all answers of a step (modes gad and sync) has no use for unfinished ones: see
+vllm_async_server.py. This changes stock synchronous runs on vLLM too.
 
-Stock verl sends every answer to a reward process. For training rows of GAD its result, 0, is replaced by D's score, so
-the loop gives 0 itself and spares the round trip.
+Stock verl sends every answer to a reward process. D's score replaces its result in training rows of GAD, so the loop
+returns 0 and skips the round trip.
+Goes when: the engines take a seed per sample and parameters from the configuration, and rewards can be switched off.
 """
 
 import zlib

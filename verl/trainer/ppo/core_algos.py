@@ -1,10 +1,10 @@
 """Extends stock ``verl.trainer.ppo.core_algos`` with the losses of GAD.
 
-Paper: "Black-Box On-Policy Distillation of Large Language Models", arXiv 2511.10643. The discriminator D gives one
-score to a whole response; a loss here takes tensors and returns ``(loss, metrics)``, and each metric carries its
-reduction.
+They stand beside verl's losses, where readers and engines look for them. The discriminator D gives one score to a whole
+response. A loss takes tensors and returns ``(loss, metrics)``; each metric carries its reduction.
 
 Suffixes: B responses, T response tokens, P prompts, N student samples of one prompt.
+Goes when: verl has a pairwise discriminator loss, or the losses move to ``recipe/gad``.
 """
 
 from typing import Any
@@ -40,12 +40,7 @@ def _sequence_scores(vpreds_BT: torch.Tensor, mask_BT: torch.Tensor, name: str) 
 def compute_discriminator_accuracy(student_scores: torch.Tensor, teacher_scores: torch.Tensor) -> torch.Tensor:
     """Share of pairs in which D prefers the teacher; a tie counts one half.
 
-    Args:
-        student_scores: scores of student responses, any shape.
-        teacher_scores: scores of the paired teacher responses, broadcastable to ``student_scores``.
-
-    Returns:
-        1.0, 0.5 or 0.0 for every pair, the shape of ``student_scores``.
+    ``teacher_scores`` broadcast to ``student_scores`` (any shape); 1.0, 0.5 or 0.0 for every pair, of that shape.
     """
     gap = teacher_scores - student_scores
     return (gap > 0).float() + 0.5 * (gap == 0).float()
@@ -105,8 +100,7 @@ def compute_grouped_discriminator_loss(
         The weighted sum over pairs, and the metrics of :func:`compute_discriminator_loss` as partial sums (SUM: they
         add up to the mean over the real pairs).
 
-    Raises:
-        ValueError: shapes do not match.
+    Raises ValueError if shapes do not match.
     """
     if student_scores_PN.dim() != 2 or teacher_scores_P.shape != student_scores_PN.shape[:1]:
         raise ValueError(

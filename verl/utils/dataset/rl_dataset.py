@@ -1,7 +1,8 @@
 """Extends stock ``verl.utils.dataset.rl_dataset``: ``RLHFDataset`` loads the teacher's answer beside the prompt.
 
-Active when ``data.teacher_key`` names a column (recipe/gad/config/gad_trainer.yaml does); without the key the class is
-the stock one, row for row.
+The answer has to be read, checked, tokenized and cut once, with the prompts. Active when ``data.teacher_key`` names a
+column (recipe/gad/config/gad_trainer.yaml does); without the key the class is the stock one, row for row.
+Goes when: ``data.custom_cls`` is enough for the users of this project.
 """
 
 import datasets
@@ -9,16 +10,12 @@ import torch
 
 from recipe.gad.run.data_file import check_data_file, find_teacher, teacher_text
 from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
-from verl.workers.rollout.teacher_trajectory import (
-    build_prompt_ids,
-    cut_teacher,
-    end_of_turn_ids,
-    stop_token_ids,
-    teacher_tensors,
-    tokenize_teacher,
-)
+from verl.workers.rollout import teacher_trajectory as teacher
+from verl.workers.rollout.teacher_trajectory import TEACHER_IDS, TEACHER_TEXT
 
 __all__ = ["RLHFDataset"]
+
+LENGTH = "teacher_response_length"  # uncut; a column while answers are tokenized
 
 
 class RLHFDataset(_StockRLHFDataset):
@@ -52,44 +49,37 @@ class RLHFDataset(_StockRLHFDataset):
                 f"data.max_prompt_length={self.max_prompt_length}, or the chat template refuses it (see above)"
             )
         max_length = self.config.get("max_response_length", 512)
-        end_ids = end_of_turn_ids(self.tokenizer, stop_token_ids(self.tokenizer), self.apply_chat_template_kwargs)
+        stop_ids = teacher.stop_token_ids(self.tokenizer)
+        end_ids = teacher.end_of_turn_ids(self.tokenizer, stop_ids, self.apply_chat_template_kwargs)
         tokenizer, key, files, truncation = self.tokenizer, self.teacher_key, list(self.data_files), self.truncation
 
         def tokenize(rows: dict[str, list]) -> dict[str, list]:
             texts = [teacher_text(value) for value in rows[key]]
-            uncut = tokenize_teacher(tokenizer, texts, end_ids)
+            uncut = teacher.tokenize_teacher(tokenizer, texts, end_ids)
             ids = []
             for text, answer in zip(texts, uncut, strict=True):
                 try:
-                    ids.append(cut_teacher(answer, max_length, truncation))
+                    ids.append(teacher.cut_teacher(answer, max_length, truncation))
                 except ValueError as error:
                     raise ValueError(f"{find_teacher(files, key, text)}: {error}") from None
-            return {
-                "teacher_response": texts,
-                "teacher_response_ids": ids,
-                "teacher_response_length": [len(answer) for answer in uncut],
-            }
+            return {TEACHER_TEXT: texts, TEACHER_IDS: ids, LENGTH: [len(answer) for answer in uncut]}
 
-        dataframe = dataframe.map(
-            tokenize,
-            batched=True,
-            num_proc=self.num_workers if len(dataframe) > 10_000 else None,
-            load_from_cache_file=False,
-            desc="Tokenizing teacher answers",
-        )
-        lengths = torch.tensor(dataframe["teacher_response_length"][:])
+        num_proc = self.num_workers if len(dataframe) > 10_000 else None
+        options = {"batched": True, "load_from_cache_file": False, "desc": "Tokenizing teacher answers"}
+        dataframe = dataframe.map(tokenize, num_proc=num_proc, **options)
+        lengths = torch.tensor(dataframe[LENGTH][:])
         n_cut = int((lengths > max_length).sum())
         print(
             f"teacher answers: {len(lengths)}, mean {lengths.float().mean():.1f} tokens, longest {int(lengths.max())}; "
             f"{n_cut} longer than data.max_response_length={max_length}, cut by data.truncation={truncation}"
         )
-        return dataframe.remove_columns("teacher_response_length")
+        return dataframe.remove_columns(LENGTH)
 
     def __getitem__(self, item):
         row = super().__getitem__(item)
         if self.teacher_key is not None:
             if row.get("reward_model") is None:
-                row["reward_model"] = {"style": "teacher", "ground_truth": row["teacher_response"]}
+                row["reward_model"] = {"style": "teacher", "ground_truth": row[TEACHER_TEXT]}
             if row.get("data_source") is None:
                 row["data_source"] = "gad"
         return row
@@ -97,5 +87,5 @@ class RLHFDataset(_StockRLHFDataset):
     def teacher_tensors(self, item: int) -> dict[str, torch.Tensor]:
         """teacher_input_ids, teacher_attention_mask, teacher_position_ids of row ``item``, (prompt + answer,) each."""
         row = self[item]
-        prompt_ids = build_prompt_ids(self.tokenizer, row["raw_prompt"], self.apply_chat_template_kwargs)
-        return teacher_tensors(torch.tensor(prompt_ids), torch.tensor(row["teacher_response_ids"]))
+        prompt_ids = teacher.build_prompt_ids(self.tokenizer, row["raw_prompt"], self.apply_chat_template_kwargs)
+        return teacher.teacher_tensors(torch.tensor(prompt_ids), torch.tensor(row[TEACHER_IDS]))

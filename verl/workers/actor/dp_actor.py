@@ -1,8 +1,9 @@
 """New: objectives of the actor beside stock ``ppo_loss`` (no stock module of this name in verl 0.9.1).
 
 ``actor_rollout_wg.set_loss_fn(partial(imitation_loss, config=actor_config))`` makes a stock engine worker train on
-teacher trajectories instead of on advantages: SeqKD and the GAD warmup. ``on_policy_loss`` is ``ppo_loss`` for a batch
-that is one optimizer step.
+teacher trajectories: SeqKD and the GAD warmup. Stock ``sft_loss`` expects a mask over the full sequence, but rows of
+the RL trainer carry one over the response. ``on_policy_loss`` is ``ppo_loss`` for a batch that is one optimizer step.
+Goes when: stock ``sft_loss`` works on the RL trainer's rows, and stock ``ppo_loss`` without old log-probabilities.
 """
 
 import torch

@@ -1,14 +1,15 @@
 """New: verl's critic as the discriminator D of GAD, on stock engine workers (no stock module of this name in 0.9.1).
 
-Before the engine workers, ``dp_critic.py`` was where a critic scored and updated; the names are kept. The class
-drives a worker group of stock ``TrainingWorker`` (model_type "value_model"), so FSDP, FSDP2 and Megatron engines
-serve unchanged: ``infer_batch`` scores, ``set_loss_fn`` swaps the value loss for the Bradley-Terry loss, and
-``force_group_size`` keeps the rows [teacher, s_1, ..., s_n] of one prompt in one micro-batch, so that D runs on the
-teacher once per prompt.
+Stock verl trains a critic on returns only; D needs the score of a whole response and a loss over pairs. The names are
+those of verl's critic before the engine workers. The class drives a worker group of stock ``TrainingWorker``, so FSDP,
+FSDP2 and Megatron engines serve unchanged: ``infer_batch`` scores, ``set_loss_fn`` swaps the value loss for the
+Bradley-Terry loss, and ``force_group_size`` keeps the rows [teacher, s_1, ..., s_n] of one prompt in one micro-batch.
 
 Rows live in TransferQueue; a ``KVBatchMeta`` names them. Suffixes: R rows, P prompts, N samples per prompt.
+Goes when: the critic's loss can be named in the configuration.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.config import CriticConfig
+from verl.workers.rollout.teacher_trajectory import PAIR_WEIGHT, ROW_NUMBER
 from verl.workers.utils.losses import value_loss
 
 __all__ = ["DataParallelPPOCritic", "data_parallel_size", "discriminator_loss", "last_token_scores", "largest_divisor"]
@@ -61,10 +63,10 @@ def discriminator_loss(group_size: int, model_output: dict, data: TensorDict, dp
         "row_scores" lists (row, score): engines return metrics from a training pass, but no model output.
     """
     scores = last_token_scores(model_output["values"])
-    weights = data["pair_weight"].to(scores.device).view(-1, group_size) * data["dp_size"]
+    weights = data[PAIR_WEIGHT].to(scores.device).view(-1, group_size) * data["dp_size"]
     groups = scores.view(-1, group_size)
     loss, metrics = compute_grouped_discriminator_loss(groups[:, 1:], groups[:, 0], weights[:, 1:])
-    return loss, {**metrics, "row_scores": list(zip(data["row"].tolist(), scores.tolist(), strict=True))}
+    return loss, {**metrics, "row_scores": list(zip(data[ROW_NUMBER].tolist(), scores.tolist(), strict=True))}
 
 
 def largest_divisor(total: int, limit: int) -> int:
@@ -92,7 +94,7 @@ class DataParallelPPOCritic:
         self.critic_wg = critic_wg
         self.config = config
         self.rollout_n = rollout_n
-        self._loss = ""
+        self._loss: Callable | None = None
 
     @property
     def group_size(self) -> int:
@@ -103,127 +105,97 @@ class DataParallelPPOCritic:
         """Data-parallel ranks that D runs on."""
         return data_parallel_size(self.critic_wg, "train")
 
-    # ------------------------------------------------------------------ scoring
+    def compute_values(self, batch: KVBatchMeta) -> torch.Tensor:
+        """D's scores of ``batch.keys``, (R,) in float32. The trainer calls it if scores get their own forward pass."""
+        return self._forward_micro_batch(batch, compute_teacher=False)
 
     def _forward_micro_batch(self, batch: KVBatchMeta, compute_teacher: bool) -> torch.Tensor:
         """D's scores of one batch: only the value of the last response token is kept.
 
         Args:
-            batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt). The
-                workers split them into micro-batches by critic.forward_micro_batch_size_per_gpu or, with dynamic
-                batches, by critic.forward_max_token_len_per_gpu.
-            compute_teacher: score the teacher's tensors instead of the students'.
+            batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt).
+            compute_teacher: score the teachers' rows instead. Called by tests and by
+                :meth:`_forward_batch_teacher_forcing_grpo`; the trainer has no use for it.
 
         Returns:
             (R,) float32, or (P,) for the teachers.
         """
         keys = batch.extra_info["teacher_keys"] if compute_teacher else batch.keys
+        rows_per_rank = len(keys) // self.data_parallel_size()
         rows = KVBatchMeta(
             partition_id=batch.partition_id,
             keys=keys,
             tags=[{} for _ in keys],
             fields=SCORING_FIELDS,
-            extra_info={
-                "compute_loss": False,
-                "temperature": 1.0,
-                **self._micro_batches(len(keys) // self.data_parallel_size(), forward=True),
-            },
+            extra_info={"compute_loss": False, "temperature": 1.0, **self._micro_batches(rows_per_rank, forward=True)},
         )
         ray.get(self.critic_wg.infer_batch(rows).futures)
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["values"])
         return last_token_scores(data["values"])
 
     def _forward_batch_teacher_forcing_grpo(self, batch: KVBatchMeta, teacher_repeat: int) -> torch.Tensor:
-        """Scores of teacher responses used as if they were ``teacher_repeat`` rollouts of their prompt.
+        """Scores of teacher responses used as ``teacher_repeat`` rollouts of their prompt. Called by tests only.
 
-        Repeats of one text have one score, so GRPO's group normalisation would divide zero by zero. Within every group
-        the scores are therefore D's score plus 0, 1, ..., teacher_repeat - 1: increasing, and equal spread in all
-        groups.
-
-        Args:
-            batch: as in :meth:`_forward_micro_batch`.
-            teacher_repeat: copies of every teacher response.
-
-        Returns:
-            (P * teacher_repeat,) float32, the copies of one prompt side by side.
+        Repeats of one text have one score, so GRPO's group normalisation would divide zero by zero. The copies of a
+        prompt therefore get D's score plus 0, 1, ..., teacher_repeat - 1. (P * teacher_repeat,) float32, copies side
+        by side; ``batch`` as in :meth:`_forward_micro_batch`.
         """
         if teacher_repeat < 1:
             raise ValueError(f"teacher_repeat must be at least 1, got {teacher_repeat}")
         scores_P = self._forward_micro_batch(batch, compute_teacher=True)
         return (scores_P.unsqueeze(-1) + torch.arange(teacher_repeat)).flatten()
 
-    def compute_values(self, batch: KVBatchMeta) -> torch.Tensor:
-        """Scores of a batch, chosen by ``batch.extra_info["values_of"]``.
-
-        "students" (default) or "teachers": see :meth:`_forward_micro_batch`. "teacher_forcing": see
-        :meth:`_forward_batch_teacher_forcing_grpo`, with ``batch.extra_info["teacher_repeat"]`` (default rollout_n).
-        """
-        values_of = batch.extra_info.get("values_of", "students")
-        if values_of == "teacher_forcing":
-            teacher_repeat = batch.extra_info.get("teacher_repeat", self.rollout_n)
-            return self._forward_batch_teacher_forcing_grpo(batch, teacher_repeat)
-        if values_of not in ("students", "teachers"):
-            raise ValueError(f"values_of must be students, teachers or teacher_forcing, got {values_of!r}")
-        return self._forward_micro_batch(batch, compute_teacher=values_of == "teachers")
-
-    # ------------------------------------------------------------------ update
-
     def update_critic(self, batch: KVBatchMeta) -> tuple[dict[str, float], torch.Tensor]:
-        """One pass of optimizer steps over the batch, ``ppo_epochs`` times.
+        """Optimizer steps over the batch, ``ppo_epochs`` times. The trainer calls it with teacher data.
 
-        With teacher data (``batch.extra_info["group_size"]``: rows grouped as [teacher, s_1..s_n], with
-        ``pair_weight`` and ``row`` = 0, 1, ...) the discriminator loss; without, stock verl's value loss on values and
-        returns.
+        Args:
+            batch: with teacher data (``extra_info["group_size"]``) rows grouped as [teacher, s_1..s_n], with
+                :data:`PAIR_WEIGHT` and :data:`ROW_NUMBER` = 0, 1, ...; without it see :meth:`update_on_returns`.
 
         Returns:
             Metrics of the step, under "critic/"; and D's scores of the rows in float32, (R,), as the first epoch's
-            forward passes found them: those of :meth:`compute_values` if the batch is one optimizer step. Empty
-            without teacher data.
+            forward passes found them: those of :meth:`compute_values` if the batch is one optimizer step.
         """
-        has_teacher = "group_size" in batch.extra_info
-        self._set_loss("discriminator" if has_teacher else "value")
-        rows_per_prompt = self.group_size if has_teacher else self.rollout_n
+        if "group_size" not in batch.extra_info:
+            return self.update_on_returns(batch), torch.empty(0)
+        self._set_loss(discriminator_loss, group_size=self.group_size)
+        fields = [*SCORING_FIELDS, PAIR_WEIGHT, ROW_NUMBER]
+        # groups must stay whole: the trainer shuffles them, the engine's row-wise shuffle stays off
+        metrics = self._train(batch, self.group_size, fields, shuffle=False, force_group_size=self.group_size)
+        row_scores: dict[int, float] = {}
+        for row, score in metrics.pop("critic/row_scores"):  # in the order of the optimizer steps
+            row_scores.setdefault(row, score)
+        return reduce_metrics(metrics), torch.tensor([row_scores[row] for row in sorted(row_scores)])
+
+    def update_on_returns(self, batch: KVBatchMeta) -> dict[str, float]:
+        """Metrics of stock's value loss on rows without a teacher. No stage has such rows: called by tests."""
+        config: CriticConfig = omega_conf_to_dataclass(self.config)
+        self._set_loss(value_loss, config=config)
+        return reduce_metrics(self._train(batch, self.rollout_n, None, shuffle=self.config.shuffle))
+
+    def _train(self, batch: KVBatchMeta, rows_per_prompt: int, fields: list[str] | None, shuffle: bool, **extra_info):
+        """Metrics of the optimizer steps, under "critic/", not yet reduced; ``fields`` None: all that the rows have."""
         mini_batch_size = self.config.ppo_mini_batch_size * rows_per_prompt
         rows_per_rank = mini_batch_size // self.data_parallel_size()
-        extra_info = {
+        extra_info |= {
             "global_batch_size": mini_batch_size,
             "mini_batch_size": mini_batch_size,
             "epochs": self.config.ppo_epochs,
             "seed": self.config.data_loader_seed,
-            # groups must stay whole: the trainer shuffles them, the engine's row-wise shuffle stays off
-            "dataloader_kwargs": {"shuffle": self.config.shuffle and not has_teacher},
+            "dataloader_kwargs": {"shuffle": shuffle},
             "temperature": 1.0,
-            **self._micro_batches(rows_per_rank, group_size=self.group_size if has_teacher else 1),
+            **self._micro_batches(rows_per_rank, extra_info.get("force_group_size", 1)),
         }
-        if has_teacher:
-            extra_info["force_group_size"] = self.group_size
-        rows = KVBatchMeta(
-            partition_id=batch.partition_id,
-            keys=batch.keys,
-            tags=batch.tags,
-            fields=[*SCORING_FIELDS, "pair_weight", "row"] if has_teacher else None,
-            extra_info=extra_info,
-        )
+        rows = KVBatchMeta(batch.keys, batch.tags, batch.partition_id, fields, extra_info)
         output = self.critic_wg.train_mini_batch(rows).get()
         metrics = rename_dict(output["metrics"], "critic/")
         metrics["perf/mfu/critic"] = metrics.pop("critic/mfu")
-        row_scores: dict[int, float] = {}
-        for row, score in metrics.pop("critic/row_scores", []):  # in the order of the optimizer steps
-            row_scores.setdefault(row, score)
-        return reduce_metrics(metrics), torch.tensor([row_scores[row] for row in sorted(row_scores)])
+        return metrics
 
-    def _set_loss(self, name: str) -> None:
-        if self._loss == name:
-            return
-        if name == "discriminator":
-            loss = partial(discriminator_loss, self.group_size)
-        else:
-            critic_config: CriticConfig = omega_conf_to_dataclass(self.config)
-            loss = partial(value_loss, config=critic_config)
-        self.critic_wg.set_loss_fn(loss)
-        self._loss = name
-
-    # ------------------------------------------------------------------ micro-batches
+    def _set_loss(self, loss: Callable, **arguments: Any) -> None:
+        if loss is not self._loss:
+            self.critic_wg.set_loss_fn(partial(loss, **arguments))
+            self._loss = loss
 
     def _micro_batches(self, rows_per_rank: int, group_size: int = 1, forward: bool = False) -> dict[str, Any]:
         """The critic's own micro-batch keys as per-call engine arguments (stock wires only one of them)."""

@@ -1,4 +1,8 @@
-"""Extends stock ``verl.workers.rollout.replica``: knows the Hugging Face replica (``rollout.name=hf``)."""
+"""Extends stock ``verl.workers.rollout.replica``: knows the Hugging Face replica (``rollout.name=hf``).
+
+The registry has to know it in every process, including those that import none of our other modules.
+Goes when: the configuration can name a replica by module path, or verl ships a Hugging Face replica.
+"""
 
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 

@@ -1,7 +1,9 @@
-"""New: the teacher's answer as token ids and as a trajectory beside the student's rollouts.
+"""New: the teacher's answer as token ids and as a trajectory beside the student's rollouts, and the names of GAD's
+rows and fields in TransferQueue.
 
-vLLM, SGLang and the Hugging Face replica share this code: none of them is involved in building the teacher's side,
-which depends only on the prompt ids that the student really got and on the teacher's token ids.
+vLLM, SGLang and the Hugging Face replica need the same teacher trajectory, and no engine should know about it: it
+depends only on the prompt ids that the student really got and on the teacher's token ids.
+Goes when: verl can insert a given response as a rollout.
 """
 
 import logging
@@ -12,7 +14,28 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+TEACHER_TEXT, TEACHER_IDS = "teacher_response", "teacher_response_ids"
+"""Fields of a prompt, and of each of its student rows: the teacher's answer as text and as token ids."""
+PAIR_WEIGHT, ROW_NUMBER = "pair_weight", "row"
+"""Fields of a row in D's update: its weight in the loss, and the number under which its score comes back."""
+
 _PROBE = "xyzzy"  # in no name of a special token (Gemma: "<end_of_turn>")
+
+
+def split_key(key: str) -> tuple[str, int, int]:
+    """(uid of the prompt, sample, output) of a student row's key, which stock verl writes."""
+    uid, sample, output = key.rsplit("_", 2)
+    return uid, int(sample), int(output)
+
+
+def teacher_key(uid: str) -> str:
+    """Key of the teacher's row of a prompt."""
+    return f"{uid}_teacher_0"
+
+
+def filler_key(uid: str, i: int) -> str:
+    """Key of the row that replaces the i-th missing student of a prompt."""
+    return f"{uid}_filler_{i}"
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -33,7 +56,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def turn_suffix_ids(tokenizer: PreTrainedTokenizerBase, apply_chat_template_kwargs: dict | None = None) -> list[int]:
-    """Tokens that the chat template puts behind the text of an assistant turn, such as "<|im_end|>" and a newline."""
+    """Tokens that the chat template puts after the text of an assistant turn, such as "<|im_end|>" and a newline."""
     messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
     kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": False}
     text = tokenizer.apply_chat_template(messages, **kwargs)
@@ -45,14 +68,9 @@ def end_of_turn_ids(
 ) -> list[int]:
     """Tokens a student emits after the text of its answer: from the chat template, up to and with the first stop token.
 
-    A template may append more than one token to an assistant turn ("<|im_end|>" and a newline); a rollout stops at the
-    first stop token, so nothing behind it is kept. Without a chat template, or if the template's end of turn holds no
-    stop token, the answer ends with the tokenizer's eos token (with a warning in the second case).
-
-    Args:
-        tokenizer: the student's tokenizer.
-        stop_ids: see :func:`stop_token_ids`.
-        apply_chat_template_kwargs: ``data.apply_chat_template_kwargs``.
+    A template may append more tokens to an assistant turn ("<|im_end|>" and a newline); a rollout stops at the first
+    stop token. Without a chat template, or if its end of turn holds no stop token (with a warning), the answer ends
+    with the tokenizer's eos token. ``stop_ids`` come from :func:`stop_token_ids`.
     """
     fallback = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stop_ids)]
     if not tokenizer.chat_template:
@@ -64,9 +82,7 @@ def end_of_turn_ids(
     logger.warning(
         "the chat template ends an assistant turn with %s, which holds none of the stop tokens %s; teacher answers end "
         "with %s. Set tokenizer.eos_token / generation_config.eos_token_id to the token that ends a turn.",
-        tokenizer.convert_ids_to_tokens(suffix),
-        tokenizer.convert_ids_to_tokens(sorted(stop_ids)),
-        tokenizer.convert_ids_to_tokens(fallback),
+        *(tokenizer.convert_ids_to_tokens(ids) for ids in (suffix, sorted(stop_ids), fallback)),
     )
     return fallback
 
@@ -103,13 +119,8 @@ def build_prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], apply_chat_template_kwargs: dict | None = None
 ) -> list[int]:
     """Prompt token ids of chat messages with the generation prompt, as verl's rollout builds them."""
-    kwargs = {
-        **(apply_chat_template_kwargs or {}),
-        "tokenize": True,
-        "add_generation_prompt": True,
-        "return_dict": False,
-    }
-    return list(tokenizer.apply_chat_template(messages, **kwargs))
+    kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": True, "add_generation_prompt": True}
+    return list(tokenizer.apply_chat_template(messages, **kwargs, return_dict=False))
 
 
 def build_teacher_trajectory(prompt_ids: torch.Tensor, teacher_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -118,14 +129,11 @@ def build_teacher_trajectory(prompt_ids: torch.Tensor, teacher_ids: torch.Tensor
     Positions continue from the prompt, never from a student's sequence.
 
     Args:
-        prompt_ids: prompt ids that the student got, (prompt_length,).
+        prompt_ids: prompt ids that the student got, (prompt_length,), at least one (else ValueError).
         teacher_ids: teacher response ids, (response_length,), at least one.
 
     Returns:
         prompts, responses, input_ids, attention_mask, position_ids, response_mask, loss_mask, all int64 and 1-D.
-
-    Raises:
-        ValueError: the prompt or the answer has no token.
     """
     if prompt_ids.numel() == 0 or teacher_ids.numel() == 0:
         raise ValueError(

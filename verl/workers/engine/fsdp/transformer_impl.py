@@ -2,6 +2,7 @@
 
 Stock registers its engines for cuda and npu only, and gives a forward-only model (the reference) a CPU offload policy
 with pinned memory, which needs an accelerator.
+Goes when: stock FSDP2 runs on a CPU.
 """
 
 import torch

@@ -1,13 +1,13 @@
 """Extends stock ``verl.workers.rollout.vllm_rollout.vllm_async_server``: answers come out whole, as token ids, and two
 runs on one machine keep apart.
 
-Stock verl lets vLLM hand out every answer again with each token, turned into text, with an object per log-probability;
-verl reads the last of these outputs, and its ids and numbers only. ``sampling_params["whole_answers"]`` leaves that
-work out. It has to be asked for: stock verl takes the first output as the sign that vLLM has accepted a request, and
-waits for it before it interrupts answers, as its asynchronous trainers do.
+Stock verl lets vLLM return every answer again with each token, turned into text, with an object per log-probability;
+verl reads only the ids and numbers of the last output. ``sampling_params["whole_answers"]`` skips that work. It has to
+be asked for: stock verl's asynchronous trainers wait for the first output before they interrupt an answer.
 
 Weights reach the processes of vLLM over a socket in /tmp. Stock verl names it by Ray's job id, which every Ray cluster
-counts from 1: two runs on one machine, each with a cluster of its own, read each other's messages and hang.
+counts from 1: two runs on one machine, each with its own cluster, read each other's messages and hang.
+Goes when: the configuration passes vLLM's ``SamplingParams``, and the socket's name is unique on a machine.
 """
 
 import os

@@ -1,5 +1,7 @@
 """Extends stock ``verl.workers.rollout.vllm_rollout.vllm_rollout``: the sending end of the socket for weights has a
-name that no other run on the machine uses (see vllm_async_server.py, its receiving end)."""
+name that no other run on the machine uses (why: see vllm_async_server.py, its receiving end).
+Goes when: the socket's name is unique on a machine.
+"""
 
 import ray
 
@@ -13,5 +15,9 @@ class ServerAdapter(_StockServerAdapter):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         stock_id = f"-{ray.get_runtime_context().get_job_id()}-"
-        assert self.zmq_handle.count(stock_id) == 1, self.zmq_handle
+        if self.zmq_handle.count(stock_id) != 1:
+            raise ValueError(
+                f"the socket for weights is named {self.zmq_handle!r}, expected {stock_id!r} in it once: another verl "
+                "than this project was written for. Fix: compare with the output of python scripts/show_delta.py"
+            )
         self.zmq_handle = self.zmq_handle.replace(stock_id, f"-{unique_job_id()}-")

@@ -1,0 +1,166 @@
+"""New: the rows of one GAD step as plain data. The trainer reads and writes TransferQueue; this file computes.
+
+    student keys -> groups [teacher, s_1, ..., s_n] -> ranks and mini-batches -> a weight for every pair
+
+It is apart from the trainer so that the rules about rows can be tested without Ray.
+Goes when: verl ships a GAD trainer.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
+from verl.workers.rollout import teacher_trajectory as names
+from verl.workers.rollout.teacher_trajectory import build_teacher_trajectory, split_key
+
+Trajectory = dict[str, torch.Tensor]
+
+
+class Row(NamedTuple):
+    """A row of TransferQueue: its key and its length in tokens, prompt and answer."""
+
+    key: str
+    tokens: int
+
+
+@dataclass
+class Group:
+    """One prompt of a step: [teacher, s_1, ..., s_n]; a filler row replaces a student that the rollout did not return.
+
+    ``teacher_tokens`` is 0 until the teacher's trajectory is built, which takes a student's prompt ids.
+    """
+
+    uid: str
+    n: int
+    students: list[Row] = field(default_factory=list)
+    teacher_tokens: int = 0
+
+    @property
+    def teacher(self) -> Row:
+        return Row(names.teacher_key(self.uid), self.teacher_tokens)
+
+    def rows(self) -> list[Row]:
+        """n + 1 rows, the teacher first."""
+        fillers = [Row(names.filler_key(self.uid, i), 2) for i in range(self.n - len(self.students))]
+        return [self.teacher, *self.students, *fillers]
+
+
+def sample_order(key: str, submitted: dict[str, int]) -> tuple[int, int, int]:
+    """Sort key of a student's row: place of its prompt (uid -> place; unknown prompts come last), sample, output."""
+    uid, sample, output = split_key(key)
+    return submitted.get(uid, len(submitted)), sample, output
+
+
+def group_rows(students: Sequence[Row], submitted: Iterable[str], n: int, n_prompts: int) -> list[Group]:
+    """Groups of a step, ``n_prompts`` at most. A prompt whose rollouts all failed is a group of fillers, at the end.
+
+    Args:
+        students: student rows in the order of the data, at most ``n`` per prompt (else ValueError).
+        submitted: uids of the prompts sent to the rollout.
+    """
+    groups: dict[str, Group] = {}
+    for row in students:
+        uid = split_key(row.key)[0]
+        groups.setdefault(uid, Group(uid, n)).students.append(row)
+    for group in groups.values():
+        if len(group.students) > n:
+            raise ValueError(
+                f"prompt {group.uid}: {len(group.students)} student rows, expected at most "
+                f"actor_rollout_ref.rollout.n={n}. The agent loop returned several outputs for one sample, and the "
+                "discriminator scores one answer per sample. Fix: use an agent loop with one output per sample, such "
+                "as actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent"
+            )
+    for uid in submitted:
+        groups.setdefault(uid, Group(uid, n))
+    return list(groups.values())[:n_prompts]
+
+
+def teacher_rows(uids: Iterable[str], prompts: Iterable, teacher_ids: Iterable) -> dict[str, Trajectory]:
+    """Key -> trajectory of the teacher's row of every prompt, from the ids of prompt (a tensor) and answer (a list)."""
+    columns = zip(uids, prompts, teacher_ids, strict=True)
+    return {names.teacher_key(uid): build_teacher_trajectory(ids, torch.tensor(answer)) for uid, ids, answer in columns}
+
+
+def filler(eos_token_id: int) -> Trajectory:
+    """A trajectory of two tokens that no loss sees."""
+    eos, zero = torch.tensor([eos_token_id]), torch.zeros(1, dtype=torch.int64)
+    return {**build_teacher_trajectory(eos, eos), "response_mask": zero, "loss_mask": zero.clone()}
+
+
+def spread(sizes: Sequence[int], update: DictConfig, n_ranks: int, step: int) -> list[list[list[int]]]:
+    """Which unit (a group, or a row) goes to which rank and optimizer step.
+
+    Mini-batches are cut in the order of the data, or shuffled anew at every step, so they do not depend on the number
+    of ranks. The units of one mini-batch are balanced over the ranks by their tokens.
+
+    Args:
+        sizes: tokens of every unit.
+        update: ``config.critic`` or the actor's config: ppo_mini_batch_size, shuffle, data_loader_seed.
+        n_ranks: data-parallel ranks.
+        step: the global step; seeds the shuffle together with data_loader_seed.
+
+    Returns:
+        [rank][mini-batch] -> indices into ``sizes``; a worker group hands every rank an equal, contiguous share.
+    """
+    indices = list(range(len(sizes)))
+    if update.shuffle:
+        random.Random(f"{update.data_loader_seed}-{step}").shuffle(indices)
+    ranks: list[list[list[int]]] = [[] for _ in range(n_ranks)]
+    for start in range(0, len(indices), update.ppo_mini_batch_size):
+        mini_batch = indices[start : start + update.ppo_mini_batch_size]
+        workload = calculate_workload(torch.tensor([sizes[i] for i in mini_batch])).tolist()
+        parts = get_seqlen_balanced_partitions(workload, k_partitions=n_ranks, equal_size=True)
+        for rank, part in zip(ranks, parts, strict=True):
+            rank.append([mini_batch[i] for i in part])
+    return ranks
+
+
+def pair_weights(groups: Sequence[Group], ranks: list[list[list[int]]]) -> dict[str, float]:
+    """Key -> weight in D's loss, in the order in which the rows go to the ranks (:func:`spread` of the groups).
+
+    A student weighs one over the real pairs of its optimizer step, over all ranks; teachers and fillers weigh 0.
+    """
+    pairs = [sum(len(groups[i].students) for part in parts for i in part) for parts in zip(*ranks, strict=True)]
+    weights: dict[str, float] = {}
+    for rank in ranks:
+        for indices, n_pairs in zip(rank, pairs, strict=True):
+            for group in (groups[i] for i in indices):
+                weights |= {row.key: 1.0 / n_pairs if row in group.students else 0.0 for row in group.rows()}
+    return weights
+
+
+def update_fields(weights: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Fields of the rows of D's update, in the order of :func:`pair_weights`."""
+    return {names.PAIR_WEIGHT: torch.tensor(list(weights.values())), names.ROW_NUMBER: torch.arange(len(weights))}
+
+
+def teacher_length_metrics(teachers: dict[str, Trajectory], limit: int) -> dict[str, float]:
+    """Mean, max, min of the teachers' answers in tokens, and the share that reached ``limit`` tokens."""
+    lengths = np.array([row["responses"].numel() for row in teachers.values()])
+    cut_ratio = (lengths >= limit).mean()
+    statistics = {"mean": lengths.mean(), "max": lengths.max(), "min": lengths.min(), "cut_ratio": cut_ratio}
+    return {f"teacher_response_length/{name}": float(value) for name, value in statistics.items()}
+
+
+def score_length_correlation(scores: torch.Tensor, lengths: torch.Tensor, uids: Sequence[str]) -> float | None:
+    """Pearson correlation of D's scores with the answers' lengths among the answers to one prompt, over all prompts.
+
+    Args: scores, lengths in tokens, and prompts of the rows, (rows,) each.
+
+    Returns:
+        in [-1, 1]; near 1 (or -1) the policy is mainly rewarded for longer (shorter) answers. None if the scores or the
+        lengths do not differ within any prompt.
+    """
+    columns = torch.stack([scores.double(), lengths.double()])
+    groups = torch.tensor(np.unique(uids, return_inverse=True)[1])
+    counts = torch.bincount(groups)
+    sums = torch.zeros(2, len(counts), dtype=torch.double).index_add_(1, groups, columns)
+    score, length = columns - (sums / counts)[:, groups]
+    deviation = (score.norm() * length.norm()).item()
+    return float(score @ length) / deviation if deviation > 0 else None
