@@ -83,8 +83,10 @@ def show(key: Key) -> str:
 
 def wrap(lead: str, text: str) -> str:
     """``text`` after ``lead``, in lines of WIDTH; words, and so defaults, stay whole."""
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), **options)
+    rest = " " * len(lead)
+    return textwrap.fill(
+        text, WIDTH, initial_indent=lead, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def header(text: str) -> str:
