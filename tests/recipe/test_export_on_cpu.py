@@ -18,6 +18,8 @@ from recipe.gad.doctor.memory import Training, checkpoint_bytes, model_shape
 from recipe.gad.export import export, find_sources
 from recipe.gad.run.checkpoint import handover_problems, shard_counts, verify_hf_folder
 
+pytestmark = pytest.mark.slow  # all read the runs that two processes write first
+
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE, SHARDS = ["model", "optimizer", "extra", "hf_model"], ["model", "optimizer", "extra"]
 RUNS = {"whole": WHOLE, "shards": SHARDS, "lora": WHOLE}

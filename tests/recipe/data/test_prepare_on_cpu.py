@@ -568,6 +568,7 @@ print(prepare([big], "big").rows, peak_mb() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     """A 160 MB file after one of 40 MB."""

@@ -199,6 +199,7 @@ def test_replies_before_a_hopeless_failure_are_kept(chat_server, tmp_path):
     assert 1 <= len((tmp_path / REPLIES).read_text().splitlines()) <= 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(chat_server, tmp_path):
     """A real process, killed with requests in flight."""
     chat_server.reply = lambda body, earlier: chat_server.answer("Verdict: A", delay=0.0 if earlier else 0.05)

@@ -33,6 +33,7 @@ def fast_base(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- problem
 
 
+@pytest.mark.slow
 def test_rows(problem):
     train, val = pd.read_parquet(problem / "train.parquet"), pd.read_parquet(problem / "val.parquet")
     assert (len(train), len(val)) == (40, 192)
@@ -53,6 +54,7 @@ def test_longest_answer_fits():
     assert longest == 10  # opener, closer, two joiners, three fillers, three letters
 
 
+@pytest.mark.slow
 def test_tokenizer(problem):
     tokenizer = AutoTokenizer.from_pretrained(problem / "model")
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 4
@@ -68,6 +70,7 @@ def test_tokenizer(problem):
     assert whole == [*prompt, *ids, tokenizer.eos_token_id]
 
 
+@pytest.mark.slow
 def test_model(problem):
     tokenizer = AutoTokenizer.from_pretrained(problem / "model")
     model = AutoModelForCausalLM.from_pretrained(problem / "model")
@@ -80,6 +83,7 @@ def test_model(problem):
         assert config.pad_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.slow
 def test_base_student_answers_in_its_own_style(problem):
     """It ends its answers and mostly repeats the letters, but its style is far from the teacher's."""
     tokenizer = AutoTokenizer.from_pretrained(problem / "model")
@@ -97,6 +101,7 @@ def test_base_student_answers_in_its_own_style(problem):
     assert toy.closeness(answers, list(val["teacher_response"])) < 0.35
 
 
+@pytest.mark.slow
 def test_verl_tokenizes_the_prompt(problem):
     """verl's agent loop builds the prompt by a model-specific builder; for a Llama it is the chat template, as is."""
     wiring = pytest.importorskip("verl.utils.tokenizer.continuous_token_wiring")
