@@ -60,7 +60,7 @@ export PYTHON=python3 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=
 
 echo "== problem: a stochastic teacher with a style of its own, and a small student that answers in another style"
 mkdir -p "$out"
-python3 -m recipe.gad.quickstart.problem build --out "$out/problem" --seed "$seed" --n_val 128
+python3 -m recipe.gad.quickstart.problem --out "$out/problem" --seed "$seed" --n_val 128
 
 warmup_steps=30 gad_steps=100
 common=(
@@ -95,7 +95,7 @@ run() { # run STAGE STEPS FLAGS_AND_OVERRIDES...: progress on the terminal, ever
   echo "== $stage: $steps steps (log: $log)"
   bash "$here/run_$stage.sh" "${common[@]}" --output_dir "$dir" "$@" trainer.total_training_steps="$steps" > "$log" 2>&1 &
   local pid=$! bar
-  python3 -m recipe.gad.quickstart.problem progress --metrics "$dir/metrics.jsonl" --pid "$pid" --steps "$steps" &
+  python3 -m recipe.gad.quickstart.report progress --metrics "$dir/metrics.jsonl" --pid "$pid" --steps "$steps" &
   bar=$!
   trap 'echo "stopping $stage"; kill "$pid" "$bar" 2>/dev/null; wait; exit 130' INT TERM
   local status=0
@@ -119,7 +119,7 @@ run gad "$gad_steps" --warmup_dir "$out/warmup" "${hydra[@]}" \
   critic.optim.lr="$discriminator_lr" trainer.save_freq=50
 
 echo "== what happened"
-python3 -m recipe.gad.quickstart.problem report --warmup_dir "$out/warmup" --gad_dir "$out/gad$suffix" --out "$out/curves$suffix.png"
+python3 -m recipe.gad.quickstart.report show --warmup_dir "$out/warmup" --gad_dir "$out/gad$suffix" --out "$out/curves$suffix.png"
 cat <<DONE
 
 checkpoints  $out/warmup/global_step_*  and  $out/gad$suffix/global_step_*
