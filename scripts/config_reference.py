@@ -27,10 +27,10 @@ INTRO = """\
 
 <!-- Written by scripts/config_reference.py from the comments of recipe/gad/config/; edit those and run it again. -->
 
-The keys that GAD sets, with their defaults. All other keys of verl's `ppo_trainer` keep verl's defaults. To override a
-key, pass it after the flags of a launch script (`trainer.n_gpus_per_node=4`); `+key=value` adds a key that the
-configuration does not have. Every script sets what its stage needs; `--dry-run` shows it. This prints the whole
-configuration, verl's keys included:
+The keys that GAD sets, with their defaults. They stand on top of verl's `ppo_trainer`: every other key of verl works
+too and has verl's default. Keys are overridden behind the flags of a launch script (`trainer.n_gpus_per_node=4`);
+`+key=value` adds one that the configuration does not have. Every script sets what its stage needs, and prints it with
+`--dry-run`. The whole configuration, verl's keys included:
 
 ```bash
 python -m recipe.gad.run.checks --print-config device=gpu

@@ -80,7 +80,8 @@ run() { # run STAGE STEPS FLAGS_AND_OVERRIDES...: shows a progress bar; the rest
     return
   fi
   echo "== $stage: $steps steps (log: $log)"
-  bash "$here/run_$stage.sh" "${common[@]}" --output_dir "$dir" "$@" trainer.total_training_steps="$steps" > "$log" 2>&1 &
+  bash "$here/run_$stage.sh" "${common[@]}" --output_dir "$dir" "$@" \
+    trainer.total_training_steps="$steps" > "$log" 2>&1 &
   local pid=$! bar
   python3 -m recipe.gad.quickstart.report progress --metrics "$dir/metrics.jsonl" --pid "$pid" --steps "$steps" &
   bar=$!

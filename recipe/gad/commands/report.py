@@ -12,7 +12,7 @@ def report(
         "report.html"
     ),
 ) -> None:
-    """Write curves, samples, settings and health of one or more runs as a self-contained HTML file.
+    """Write curves, samples, settings and health of runs as one self-contained HTML file.
 
     A RUN_DIR is the --output_dir of a stage. Several runs share the axes, each with its own steps. A pipeline folder
     (with warmup/ and gad/ inside) stands for its stages, and the GAD steps follow the last warmup step.
