@@ -109,7 +109,7 @@ async def collect_answers(
         settings: must equal those of earlier runs with this ``out``.
         samples: answers per prompt. A larger number than in an earlier run adds the missing ones.
         concurrency: maximum number of requests in flight.
-        prompt_key: column of the prompt, if the layout is not recognised.
+        prompt_key: column of the prompt, if the layout is not recognized.
         retry_failed: repeat the requests that failed in earlier runs.
         prices: of a million prompt tokens and a million completion tokens, for the progress bar.
 

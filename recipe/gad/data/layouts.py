@@ -16,7 +16,7 @@ prompt and response   one of PROMPT_KEYS + one of TEACHER_KEYS; text, or message
 - Otherwise the first of TEACHER_KEYS that the row has is the answer to all of the messages.
 - Otherwise the last assistant turn is the answer, and later turns are dropped (``Example.dropped_turns``).
 
-To add a layout, extend PROMPT_KEYS or TEACHER_KEYS; one with columns of its own, such as Alpaca, is converted in
+To add a layout, extend PROMPT_KEYS or TEACHER_KEYS; one that needs more columns, such as Alpaca, is converted in
 ``_messages_of_row``.
 """
 
