@@ -8,7 +8,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     """Value of an option that takes a JSON object.
 
     Raises:
-        ValueError: ``text`` is not a JSON object.
+        ValueError: the text is none.
     """
     try:
         value = json.loads(text)
