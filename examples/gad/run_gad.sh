@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# GAD: the actor follows the discriminator's scores by GRPO while both train, from the checkpoint of a warmup run.
+# GAD: starts from a warmup checkpoint and trains both; the discriminator's scores are the actor's reward (GRPO).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'HELP'
 usage: run_gad.sh --warmup_dir DIR [--resume_step N] --train_files PATH [flags] [hydra.key=value ...]
-  --warmup_dir DIR     output folder of run_warmup.sh; actor, critic and reference start from its newest complete checkpoint
-  --resume_step N      take global_step_N of it instead
-  (without --warmup_dir: --model and --reward_model name the actor and a discriminator with a trained score head)
+  --warmup_dir DIR     output folder of run_warmup.sh; its newest complete checkpoint starts actor, critic and reference
+  --resume_step N      start from its global_step_N instead
+  Without --warmup_dir, --model and --reward_model name the actor and a discriminator with a trained score head.
 HELP
   flags_help
 }
@@ -24,7 +24,4 @@ elif [ -n "$RESUME_STEP" ]; then
 fi
 launch gad \
   gad.actor_objective=policy_gradient \
-  actor_rollout_ref.rollout.temperature=0.8 \
-  actor_rollout_ref.rollout.n=8 \
-  trainer.critic_warmup=0 \
-  trainer.total_epochs=2
+  trainer.critic_warmup=0

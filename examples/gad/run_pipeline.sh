@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# SeqKD (the baseline), warmup, and GAD from the warmup's checkpoint, in a row. Resuming is the same command again.
+# SeqKD (the baseline), warmup, then GAD from the warmup's checkpoint. Rerun the same command to resume.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/common.sh"
 
 usage() {
   echo "usage: run_pipeline.sh --model PATH --train_files PATH [flags] [hydra.key=value ...]"
-  echo "  writes OUTPUT_DIR/{seqkd,warmup,gad}; Hydra overrides go to every stage"
+  echo "  It writes OUTPUT_DIR/{seqkd,warmup,gad}. Every stage gets the Hydra overrides."
   flags_help
 }
 
 parse_flags "$@"
-[ -z "$WARMUP_DIR$RESUME_STEP" ] || fail "--warmup_dir and --resume_step belong to run_gad.sh; the pipeline runs its own warmup"
+[ -z "$WARMUP_DIR$RESUME_STEP" ] ||
+  fail "--warmup_dir and --resume_step belong to run_gad.sh; the pipeline runs its own warmup"
 base=${OUTPUT_DIR:-checkpoints/gad/${EXP_NAME:-pipeline}}
 flags=(--train_files "$TRAIN_FILES" ${VAL_FILES:+--val_files "$VAL_FILES"} --nnodes "$NNODES" --device "$DEVICE")
-[ "$DRY_RUN" = 0 ] || flags+=(--dry-run)
-[ "$DOCTOR" = 1 ] || flags+=(--skip-doctor)
+[ -z "$DRY_RUN" ] || flags+=(--dry-run)
+[ -z "$SKIP_DOCTOR" ] || flags+=(--skip-doctor)
 start=(--model "$MODEL" --reward_model "${REWARD_MODEL:-$MODEL}")
 run() { # run STAGE [flags ...]
   local stage=$1; shift
@@ -24,8 +25,9 @@ run() { # run STAGE [flags ...]
 }
 run seqkd "${start[@]}"
 run warmup "${start[@]}"
-if [ "$DRY_RUN" = 1 ]; then # the warmup's checkpoint does not exist yet
-  run gad --model "$base/warmup/global_step_N/actor/huggingface" --reward_model "$base/warmup/global_step_N/critic/huggingface"
+if [ -n "$DRY_RUN" ]; then # the warmup's checkpoint does not exist yet
+  checkpoint="$base/warmup/global_step_N"
+  run gad --model "$checkpoint/actor/huggingface" --reward_model "$checkpoint/critic/huggingface"
 else
   run gad --warmup_dir "$base/warmup"
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SeqKD, the baseline: next-token imitation of the teacher's answers. No rollouts in training, no discriminator.
+# SeqKD, the baseline: the actor imitates the teacher's answers. It trains without rollouts and discriminator.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

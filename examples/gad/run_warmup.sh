@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Warmup: the actor imitates the teacher's answers while the discriminator learns to tell them from the student's own.
-# trainer.critic_warmup=10: D alone for the first 9 steps (the actor is updated from step 10 on).
+# Warmup: the actor imitates the teacher's answers while the discriminator learns to tell them from the student's.
+# In the first steps only the discriminator trains: see trainer.critic_warmup in recipe/gad/config/gad_trainer.yaml.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,8 +1,8 @@
-"""Turns a checkpoint of a run into a Hugging Face folder, and checks it against the checkpoint before it appears.
+"""``gad export``: turns a checkpoint into a Hugging Face folder and compares the two before the folder appears.
 
-verl's ``huggingface`` folders are not ready for use: weights in float32 beside a config.json that says bfloat16, a
-critic that calls itself a language model, and with LoRA tensor names that only PEFT reads. Where that folder holds no
-usable weights, verl's own model merger joins the FSDP shards (in bfloat16).
+verl's ``huggingface`` folders are not ready for use: the weights are in float32 while config.json says bfloat16, the
+critic's config.json calls it a language model, and with LoRA only PEFT can read the tensor names. If that folder holds
+no usable weights, verl's model merger joins the FSDP shards (in bfloat16).
 """
 
 import os
@@ -17,18 +17,20 @@ ROLES = ("actor", "critic")
 DTYPES = ("bfloat16", "float16", "float32")
 LORA_CHOICES = ("merge", "adapter")
 MERGER_DTYPE = "bfloat16"
-"""The only dtype in which verl's merger gives weights."""
+"""The only dtype that verl's merger writes."""
+DEFAULT_DTYPE, DEFAULT_LORA, DEFAULT_AVERAGE = "bfloat16", "merge", 1
+"""Defaults of the function and of the command: dtype, treatment of LoRA, number of averaged checkpoints."""
 CHECK_TOKENS = 8
-"""Length of the input on which outputs are compared."""
+"""Length of the input on which outputs are compared, in tokens."""
 TOLERANCE = 1e-4
-"""Largest difference between outputs that are computed in float32 from the same weights, relative to the largest."""
+"""Largest allowed difference of float32 outputs from the same weights, relative to the largest output."""
 
 
 class Export(NamedTuple):
-    """What was written, and how far it is from the checkpoint."""
+    """What was written, and how far its outputs are from the checkpoint's."""
 
     sources: tuple[Path, ...]
-    """Role folder of the checkpoint, or of each averaged one, newest first."""
+    """Role folder of the checkpoint, or of every averaged checkpoint, newest first."""
     architecture: str
     rounding: float
     """Largest change of an output (logit, or score) that rounding the weights to the dtype causes."""
@@ -38,20 +40,20 @@ class Export(NamedTuple):
 
 
 def find_sources(checkpoint: str | Path, role: str | None, count: int = 1) -> tuple[list[Path], str]:
-    """Role folders (``global_step_N/actor``) that a path names, newest first, and the role.
+    """Resolve a path to role folders (``global_step_N/actor``), newest first, and the role.
 
     Args:
-        checkpoint: output folder of a run (its newest complete checkpoints count; skipped ones are named on stderr), a
-            ``global_step_N`` folder, or its ``actor`` or ``critic`` folder.
-        role: actor or critic; None: what the path says, else actor.
-        count: how many checkpoints.
+        checkpoint: output folder of a run (its newest complete checkpoints are taken; skipped ones are named on
+            stderr), a ``global_step_N`` folder, or its ``actor`` or ``critic`` folder.
+        role: actor or critic; None takes the role that the path names, else actor.
+        count: number of checkpoints.
 
     Raises:
-        ValueError: there is no such checkpoint, it is not complete, or the run has fewer.
+        ValueError: there is no such checkpoint, it is incomplete, or the run has fewer than ``count``.
     """
     path = Path(os.path.abspath(Path(checkpoint).expanduser()))
     if role is not None and role not in ROLES:
-        raise ValueError(f"--role {role}: expected {' or '.join(ROLES)}. Fix: --role actor")
+        raise ValueError(f"--role {role}: expected {' or '.join(ROLES)}. Fix: pass --role actor")
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder. Fix: pass a run's output folder or a global_step_N folder")
     of_role = path.name in ROLES and (path / "huggingface").is_dir()
@@ -63,11 +65,11 @@ def find_sources(checkpoint: str | Path, role: str | None, count: int = 1) -> tu
         return usable, role
     if usable:
         steps = ", ".join(folder.parent.name for folder in usable)
-        passed_over = f"; skipped: {'; '.join(skipped)}" if skipped else ""
+        and_skipped = f"; skipped: {'; '.join(skipped)}" if skipped else ""
         raise ValueError(
-            f"--average {count}: {path} has {len(usable)} complete checkpoints of the {role} ({steps}{passed_over}). "
-            "Fix: pass the run's output folder, a smaller number, or train with more of them (trainer.save_freq, "
-            f"trainer.max_{role}_ckpt_to_keep)"
+            f"--average {count}: {path} has {len(usable)} complete checkpoints of the {role} ({steps}{and_skipped}). "
+            "Fix: pass the run's output folder or a smaller number, or keep more checkpoints in training "
+            f"(trainer.save_freq, trainer.max_{role}_ckpt_to_keep)"
         )
     if skipped:
         raise ValueError(f"{path} cannot be exported: {'; '.join(skipped)}. Fix: choose another checkpoint")
@@ -79,7 +81,7 @@ def find_sources(checkpoint: str | Path, role: str | None, count: int = 1) -> tu
 
 
 def source_problems(folder: Path) -> list[str]:
-    """Why a role folder cannot be exported; empty: it can."""
+    """Reasons why a role folder cannot be exported; empty if it can."""
     problems = verify_hf_folder(folder / "huggingface")
     found, expected = shard_counts(folder)
     if not problems or found >= expected > 0:
@@ -92,15 +94,15 @@ def source_problems(folder: Path) -> list[str]:
 
 
 def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | None]:
-    """The FSDP shards of a role folder as a Hugging Face folder of the model without its LoRA adapter.
+    """Join the FSDP shards of a role folder into a Hugging Face folder, without the LoRA adapter.
 
     Args:
         folder: role folder.
-        kind: auto class of the model.
+        kind: auto class of the model (AutoModelForCausalLM for the actor).
         scratch: existing folder to write into.
 
     Returns:
-        Folder with weights (bfloat16), configuration and tokenizer; folder of the LoRA adapter, None without LoRA.
+        Folder with weights (bfloat16), configuration and tokenizer; folder of the LoRA adapter, or None without LoRA.
     """
     import torch
     from safetensors.torch import save_file
@@ -113,7 +115,7 @@ def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | No
     shutil.copytree(folder / "huggingface", joined, ignore=shutil.ignore_patterns("*.safetensors*"))
 
     class Merger(FSDPModelMerger):
-        """Saves by the role's class; the stock one goes by config.json, in which a critic is a language model."""
+        """Saves with the role's class. The stock merger reads config.json, which calls a critic a language model."""
 
         adapter: str | None = None
 
@@ -138,7 +140,7 @@ def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | No
 
 
 def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | None]:
-    """Model of a role folder in float32, without its LoRA adapter, and the adapter's folder (in ``scratch``) or None.
+    """Load the model of a role folder in float32, without LoRA; return it and the adapter's folder, or None.
 
     Raises:
         ValueError: the weights do not fit the model.
@@ -155,17 +157,17 @@ def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | Non
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
             raise ValueError(
-                f"the weights of {folder} do not fit {type(model).__name__} ({what}: {some}). Fix: --role, if this is "
-                "the other role's; a checkpoint of save_lora_only=True holds no model, only an adapter"
+                f"the weights of {folder} do not fit {type(model).__name__} ({what}: {some}). Fix: pass the right "
+                "--role. A run with save_lora_only=True cannot be exported: it saves only the adapter"
             )
     return model.eval(), adapter
 
 
 def load_average(folders: list[Path], role: str, scratch: Path) -> tuple[Any, Path | None]:
-    """As :func:`load_source`, with the mean of the weights of several checkpoints.
+    """Like :func:`load_source`, but with the mean of the weights of several checkpoints.
 
-    Student and discriminator circle around each other; the mean over a stretch of training lies nearer to the centre
-    than any of its points (Yazici et al. 2019, arXiv 1806.04498, for GANs).
+    Student and discriminator circle around each other, and the mean of several steps lies closer to the center than
+    any of them (shown for GANs by Yazici et al. 2019, arXiv 1806.04498).
 
     Raises:
         ValueError: the weights do not fit the model, or the checkpoints hold LoRA adapters.
@@ -175,19 +177,19 @@ def load_average(folders: list[Path], role: str, scratch: Path) -> tuple[Any, Pa
     model, adapter = load_source(folders[0], role, scratch)
     if adapter is not None and len(folders) > 1:
         raise ValueError(
-            f"--average {len(folders)}: {folders[0]} was trained with LoRA, and the mean of adapters is not that of "
-            "the models. Fix: export without --average"
+            f"--average {len(folders)}: {folders[0]} was trained with LoRA, and averaged adapters are not the "
+            "averaged models. Fix: export without --average"
         )
     for count, folder in enumerate(folders[1:], start=2):
-        with tempfile.TemporaryDirectory(dir=scratch) as own, torch.no_grad():
-            other, _ = load_source(folder, role, Path(own))
+        with tempfile.TemporaryDirectory(dir=scratch) as joined, torch.no_grad():
+            other, _ = load_source(folder, role, Path(joined))
             for mean, value in zip(model.parameters(), other.parameters(), strict=True):
                 mean += (value - mean) / count
     return model, adapter
 
 
-def _outputs(model: Any) -> Any:
-    """Logits of a language model, or scores of a critic, for a fixed input: (tokens, vocabulary or 1), float32."""
+def _compute_outputs(model: Any) -> Any:
+    """Logits of a language model, or scores of a critic, for a fixed input: float32 (tokens, vocabulary or 1)."""
     import torch
 
     vocabulary = model.config.get_text_config().vocab_size
@@ -196,8 +198,8 @@ def _outputs(model: Any) -> Any:
         return model(input_ids=ids[None]).logits[0].float()
 
 
-def _cast(model: Any, dtype: Any) -> Any:
-    """The model with its parameters (not the buffers, which a loaded model computes anew) in another dtype."""
+def _cast_parameters(model: Any, dtype: Any) -> Any:
+    """Cast the parameters in place; buffers stay, since loading a model recomputes them."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -207,56 +209,56 @@ def _require_same(found: Any, expected: Any, what: str) -> None:
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= TOLERANCE * max(1.0, scale):
         raise ValueError(
-            f"{what}: outputs differ by {difference:.3g} (largest {scale:.3g}); nothing was written. "
-            "Fix: choose another checkpoint, or report this"
+            f"{what}: outputs differ by {difference:.3g} (largest output {scale:.3g}); nothing was written. "
+            "Fix: choose another checkpoint; if its outputs differ too, report it as a bug"
         )
 
 
 # ---------------------------------------------------------------------- writing
 
 
-def export(
+def export_model(
     checkpoint: str | Path,
     output: str | Path,
     role: str | None = None,
-    dtype: str = "bfloat16",
-    lora: str = "merge",
-    average: int = 1,
+    dtype: str = DEFAULT_DTYPE,
+    lora: str = DEFAULT_LORA,
+    average: int = DEFAULT_AVERAGE,
 ) -> Export:
-    """Write actor or critic of a checkpoint as a Hugging Face folder.
+    """Write the actor or critic of a checkpoint as a Hugging Face folder.
 
-    The folder is loaded again and its logits (actor) or scores (critic) are compared with those of the checkpoint's
-    weights, rounded to ``dtype``; only then it gets its name.
+    The new folder is loaded, and its logits (actor) or scores (critic) are compared with those of the checkpoint's
+    weights, rounded to ``dtype``. Then it is renamed to ``output``.
 
     Args:
         checkpoint: see :func:`find_sources`.
-        output: folder to make; must not exist, or be empty.
-        role: actor, critic or None (what the path says, else actor).
+        output: folder to write; it must be empty or not exist.
+        role: actor, critic or None (the role that the path names, else actor).
         dtype: bfloat16, float16 or float32.
-        lora: of a run with LoRA, ``merge`` the adapter into the weights, or write the ``adapter`` alone.
-        average: write the mean of the weights of so many checkpoints, the run's newest.
+        lora: for a run with LoRA, ``merge`` the adapter into the weights, or write only the ``adapter``.
+        average: number of the run's newest checkpoints whose weights are averaged.
 
     Raises:
-        ValueError: no complete checkpoint, a bad choice, an output that exists, or outputs that differ.
+        ValueError: the checkpoint is incomplete, an argument is out of range, ``output`` exists, or outputs differ.
     """
     import torch
     from transformers import AutoTokenizer
 
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: expected {', '.join(DTYPES)}. Fix: --dtype bfloat16")
+        raise ValueError(f"--dtype {dtype}: expected {', '.join(DTYPES)}. Fix: pass --dtype {DEFAULT_DTYPE}")
     if lora not in LORA_CHOICES:
-        raise ValueError(f"--lora {lora}: expected {' or '.join(LORA_CHOICES)}. Fix: --lora merge")
+        raise ValueError(f"--lora {lora}: expected {' or '.join(LORA_CHOICES)}. Fix: pass --lora {DEFAULT_LORA}")
     target = Path(os.path.abspath(Path(output).expanduser()))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists. Fix: --output_dir with a new name, or remove it")
+        raise ValueError(f"{target} exists. Fix: pass a new --output_dir, or remove this one")
     if average < 1:
-        raise ValueError(f"--average {average}: expected a number of checkpoints. Fix: --average 3")
+        raise ValueError(f"--average {average}: expected 1 or more. Fix: pass --average 3")
     folders, role = find_sources(checkpoint, role, average)
     folder = folders[0]
     if verify_hf_folder(folder / "huggingface") and dtype != MERGER_DTYPE:
         raise ValueError(
-            f"--dtype {dtype}: {folder} has FSDP shards only, which verl's merger gives in {MERGER_DTYPE}. "
-            f"Fix: --dtype {MERGER_DTYPE}, or a run without LoRA and with hf_model in its checkpoint.save_contents"
+            f"--dtype {dtype}: {folder} has only FSDP shards, and verl's merger writes them in {MERGER_DTYPE}. "
+            f"Fix: pass --dtype {MERGER_DTYPE}, or train without LoRA and with hf_model in checkpoint.save_contents"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -277,31 +279,31 @@ def export(
 
 
 def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, dtype: Any) -> float:
-    """Returns the largest change of an output that rounding causes."""
+    """Write the model, check it, and return the largest change of an output that rounding causes."""
     if adapter is not None:
         model = _with_adapter(model, adapter)
-        apart = _outputs(model)
+        unmerged = _compute_outputs(model)
         model = model.merge_and_unload()
-        _require_same(_outputs(model), apart, "the merged model and the model with its adapter")
-    exact = _outputs(model)
-    _cast(model, dtype).save_pretrained(result)
-    rounded = _outputs(_cast(model, exact.dtype))
+        _require_same(_compute_outputs(model), unmerged, "the merged model and the model with its adapter")
+    exact = _compute_outputs(model)
+    _cast_parameters(model, dtype).save_pretrained(result)
+    rounded = _compute_outputs(_cast_parameters(model, exact.dtype))
     written = type(model).from_pretrained(result, dtype="auto")
     if written.dtype != dtype:
         raise ValueError(f"the export says dtype {written.dtype}, expected {dtype}; nothing was written")
-    _require_same(_outputs(_cast(written.eval(), exact.dtype)), rounded, f"the export and {folder}")
+    _require_same(_compute_outputs(_cast_parameters(written.eval(), exact.dtype)), rounded, f"the export and {folder}")
     return float((rounded - exact).abs().max())
 
 
 def _write_adapter(model: Any, adapter: Path | None, folder: Path, result: Path) -> None:
     if adapter is None:
-        raise ValueError(f"--lora adapter: {folder} was trained without LoRA. Fix: --lora merge")
+        raise ValueError(f"--lora adapter: {folder} was trained without LoRA. Fix: drop --lora adapter")
     shutil.copytree(adapter, result)
     _with_adapter(model, result)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
-    """PEFT model whose adapter weights are those of the folder; PEFT itself only warns about names that do not fit."""
+    """PEFT model with the folder's adapter. PEFT only warns about names that do not fit; here they raise ValueError."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -311,5 +313,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     wrong = {name for name in {*stored, *loaded} if name not in stored or name not in loaded}
     wrong |= {name for name in stored if name not in wrong and not loaded[name].equal(stored[name].to(loaded[name]))}
     if wrong:
-        raise ValueError(f"the checkpoint's adapter does not fit its model ({min(wrong)}). Fix: choose another one")
+        raise ValueError(
+            f"the checkpoint's adapter does not fit its model ({min(wrong)}). Fix: choose another checkpoint"
+        )
     return joined

@@ -1,9 +1,9 @@
-"""Chat completions from any OpenAI-compatible API, with one mechanism of retries, back-off and rate limit.
+"""Chat completions from any OpenAI-compatible API, with retries, back-off and a rate limit.
 
     async with ChatClient(base_url="http://localhost:8000/v1") as client:
         completion = await client.complete(messages, model="teacher", temperature=0.8, max_tokens=1536)
 
-Only ``chat.completions.create`` of the ``openai`` package is used, with that package's own retries switched off.
+It uses only ``chat.completions.create`` of the ``openai`` package, and switches that package's retries off.
 """
 
 import asyncio
@@ -19,29 +19,29 @@ T = TypeVar("T")
 
 API_KEY_ENV = "OPENAI_API_KEY"
 MAX_RETRIES = 8
-"""Attempts after the first one. With the delays below they span about 3 minutes, the length of a server's restart."""
+"""Attempts after the first one. With the delays below they span about 3 minutes, enough for a server to restart."""
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
-"""Seconds of back-off after the first failure, and at most; it doubles with every failure of a request."""
+"""Seconds of back-off after the first failure, and the maximum; it doubles with every failure of a request."""
 LONGEST_RETRY_AFTER = 600.0
-"""Seconds. A server that asks for a longer pause has ended the day's quota: the request fails instead of waiting."""
+"""Seconds. A longer Retry-After usually means that the day's quota is used up, so the request fails at once."""
 TIMEOUT = 600.0
-"""Seconds without a byte from the server after which an attempt has failed; reasoning models are silent for minutes."""
+"""Seconds without a byte from the server before an attempt fails; reasoning models are silent for minutes."""
 RETRIED_STATUS = (408, 409, 425, 429)
-"""HTTP status codes that may pass, beside all of 500 and above."""
+"""HTTP status codes that are retried, besides all from 500 up."""
 HOPELESS_STATUS = (401, 402, 404)
-"""HTTP status codes that every other request would get as well: wrong key, no money left, no such model or address."""
+"""HTTP status codes that every request would get: wrong key, no money left, no such model or address."""
 QUOTA_CODE = "insufficient_quota"
-"""Error code of a 429 that no waiting helps."""
+"""Error code of a 429 that waiting does not resolve."""
 MESSAGE_CHARS = 300
-"""Characters of a server's error text that are kept: some send whole HTML pages."""
+"""Characters of a server's error text that are kept; some servers send whole HTML pages."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. Token counts are the server's (0 where it reports none).
+    """One answer. The server counts the tokens (0 if it reports none).
 
-    ``finish_reason`` is the server's: "stop", "length" (cut at max_tokens), "content_filter", ...; ``refusal`` is the
-    text of a refusal that the API marks as one.
+    ``finish_reason`` comes from the server: "stop", "length" (cut at max_tokens), "content_filter", ... ``refusal`` is
+    the text of an answer that the API marks as a refusal.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Completion:
 
 
 class RequestFailed(ValueError):
-    """A request that failed for good. ``hopeless``: so would every other request (wrong key, no such model, ...)."""
+    """A request that failed for good; if ``hopeless``, every other one would too (wrong key, no such model, ...)."""
 
     def __init__(self, message: str, hopeless: bool = False):
         super().__init__(message)
@@ -60,18 +60,18 @@ class RequestFailed(ValueError):
 
 
 class ChatClient:
-    """Asynchronous chat completions; any number of ``complete`` calls may run at the same time.
+    """Asynchronous client for chat completions; any number of ``complete`` calls may run at the same time.
 
     Args:
-        base_url: address of the API ("http://localhost:8000/v1"); None: OPENAI_BASE_URL, else OpenAI's own.
-        api_key_env: environment variable with the key; the key never appears in a message. With a ``base_url`` the
-            default variable may be unset, for servers that ask for no key.
-        requests_per_minute: attempts are started at least 60 / requests_per_minute seconds apart.
+        base_url: address of the API ("http://localhost:8000/v1"); None takes OPENAI_BASE_URL, else OpenAI's address.
+        api_key_env: environment variable with the key, which never appears in a message. With a ``base_url``, the
+            default variable may be unset: some servers need no key.
+        requests_per_minute: attempts start at least 60 / requests_per_minute seconds apart.
         max_retries: attempts after the first one.
-        timeout: seconds without a byte from the server after which an attempt has failed.
+        timeout: seconds without a byte from the server before an attempt fails.
 
     Raises:
-        ValueError: there is no key, or a number is out of range.
+        ValueError: the key is missing, or a number is out of range.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class ChatClient:
         if not key and (base_url is None or api_key_env != API_KEY_ENV):
             raise ValueError(f"the environment variable {api_key_env} is not set. Fix: export {api_key_env}=<API key>")
         self._key = key
-        # never None: the package would then look for OPENAI_API_KEY and send it to any address
+        # never None: the package would then read OPENAI_API_KEY and send it to any address
         self._client = AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self._max_retries = max_retries
         self._next_start = 0.0  # time.monotonic() before which no attempt starts
         self.base_url = str(self._client.base_url)
         self.retries = 0
-        """Attempts that were repeated so far."""
+        """Number of repeated attempts so far."""
 
     async def __aenter__(self) -> "ChatClient":
         return self
@@ -119,15 +119,16 @@ class ChatClient:
         max_tokens: int | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Completion:
-        """One answer to chat messages ``[{role, content}, ...]``.
+        """Request one answer to chat messages ``[{role, content}, ...]``.
 
-        Rate limits (429), timeouts, lost connections, server errors (5xx) and unreadable answers are retried, after
-        the server's Retry-After or else exponential back-off with jitter. A 429 holds back all requests of the client.
+        Rate limits (429), timeouts, lost connections, server errors (5xx) and unreadable answers are retried after the
+        server's Retry-After, or with exponential back-off and jitter. A 429 delays all requests of the client.
 
         Args:
-            model: name of the model at the API.
-            temperature, max_tokens: not sent if None, so that the server's default holds.
-            extra: more fields of the request body, such as {"top_p": 0.9, "max_completion_tokens": 2048}.
+            messages: the prompt.
+            model: name of the model in the API.
+            temperature, max_tokens: None leaves the field out, and the server uses its default.
+            extra: further fields of the request body, such as {"top_p": 0.9, "max_completion_tokens": 2048}.
 
         Raises:
             RequestFailed: the request was refused, or every attempt failed.
@@ -167,7 +168,7 @@ class ChatClient:
             return
         if failure.status == 429:
             self._next_start = max(self._next_start, time.monotonic() + failure.retry_after)
-        # jitter on top, never below what the server asks for
+        # jitter only adds: never start before the server allows it
         await asyncio.sleep(failure.retry_after * random.uniform(1.0, 1.1))
 
     def _without_key(self, message: str) -> str:
@@ -175,9 +176,9 @@ class ChatClient:
 
 
 async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concurrency: int) -> None:
-    """``await work(item)`` for every item, ``concurrency`` at a time; items are taken from the iterable only then.
+    """Await ``work(item)`` for every item, ``concurrency`` at a time; take an item only when its work starts.
 
-    The first exception cancels what is running and is raised.
+    The first exception cancels all running work and is raised.
     """
     iterator = iter(items)
 
@@ -195,7 +196,7 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], con
 
 
 class _UnreadableAnswer(Exception):
-    """HTTP 200 with something else than a chat completion."""
+    """HTTP 200 without a chat completion."""
 
 
 def _completion(answer: Any) -> Completion:
@@ -214,7 +215,7 @@ def _completion(answer: Any) -> Completion:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a failed attempt means: worth repeating (``passing``) or not, and for other requests too (``hopeless``)."""
+    """A failed attempt: ``passing`` ones are worth a retry, ``hopeless`` ones would hit every other request too."""
 
     message: str
     passing: bool
@@ -224,7 +225,7 @@ class _Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "_Failure | None":
-        """None: not a failure of the request, but an error of this program."""
+        """Classify an exception; None if it is a bug of this program rather than a failed request."""
         import openai
 
         if isinstance(error, openai.APIStatusError):
@@ -246,13 +247,13 @@ class _Failure:
             return cls(str(error), passing=True)
         if isinstance(error, UnicodeEncodeError):
             return cls(f"the prompt cannot be sent as UTF-8 ({error})", passing=False)
-        if isinstance(error, ValueError):  # what JSON and schema errors of the package are
+        if isinstance(error, ValueError):  # the package's JSON and schema errors
             return cls(f"the server's answer is no chat completion ({error})", passing=True)
         return None
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds to wait by the Retry-After header, which is a number of seconds or a date (RFC 9110, 10.2.3)."""
+    """Seconds to wait, from the Retry-After header: a number of seconds or a date (RFC 9110, 10.2.3)."""
     value = headers.get("retry-after")
     if value is None:
         return None

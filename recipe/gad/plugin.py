@@ -1,11 +1,11 @@
 """Lays our ``verl/`` tree over the installed verl wheel, module by module.
 
 verl imports this module through the ``verl.plugins`` entry point at the end of ``import verl``, in every process. It
-installs one finder on ``sys.meta_path``: for a module whose file exists in our tree, the stock file (if there is one)
-is executed first and ours second, in the SAME namespace. A patch file therefore holds only what it adds or redefines,
+installs one finder on ``sys.meta_path``. For a module that has a file in our tree, the loader executes the stock file
+(if there is one) and then ours in the SAME namespace. A file of ours therefore holds only what it adds or redefines,
 and stock code that refers to a redefined name sees ours. DELTA.md lists every file.
 
-verl logs a plugin that fails to load at DEBUG level only, so everything that can go wrong here is printed to stderr.
+If a plugin fails to load, verl logs it at DEBUG level only. This module therefore prints every failure to stderr.
 """
 
 import functools
@@ -21,18 +21,18 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 VERL_VERSION = "0.9.1"
-"""The only verl release the delta is written against; the hash of every shadowed stock file is pinned in the tests."""
+"""The only verl release that the delta fits; scripts/show_delta.py pins the hash of every shadowed stock file."""
 
 
 def overlay_root() -> Path:
-    """Folder that holds our ``verl/`` tree: inside the package for an installed wheel, else the checkout's ``verl``."""
+    """Folder with our ``verl/`` tree: in an installed wheel inside the package, else the checkout's ``verl``."""
     packaged = Path(__file__).parent / "_overlay"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "verl"
 
 
 @functools.cache
 def overlay_files() -> dict[str, Path]:
-    """Our file for each module of the delta, by module name; a folder without ``__init__.py`` stands for itself."""
+    """Module name -> our file; a folder without ``__init__.py`` is listed as the folder."""
     root = overlay_root()
     files: dict[str, Path] = {}
     for file in root.rglob("*.py"):
@@ -44,7 +44,7 @@ def overlay_files() -> dict[str, Path]:
 
 
 def stock_spec(fullname: str, path: Sequence[str] | None = None) -> ModuleSpec | None:
-    """Spec of the module in the installed wheel; our finder and our tree are left out."""
+    """Spec of the module in the installed wheel, found without our finder and our tree."""
     if path is not None:
         path = [entry for entry in path if not Path(entry).is_relative_to(overlay_root())]
     return PathFinder.find_spec(fullname, path)
@@ -82,14 +82,14 @@ class OverlayLoader(InspectLoader):
 
 
 class OverlayFinder(MetaPathFinder):
-    """Finds the modules of the delta; everything else is left to the finders behind it."""
+    """Finds the modules of the delta and leaves all others to the finders after it."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target=None) -> ModuleSpec | None:
         ours = overlay_files().get(fullname)
         if ours is None:
             return None
         stock = stock_spec(fullname, path)
-        if ours.is_dir():  # without an __init__.py: the stock package, else a namespace of our modules
+        if ours.is_dir():  # no __init__.py of ours: use the stock package, else make a namespace package
             if stock is not None:
                 return None
             spec = ModuleSpec(fullname, None, is_package=True)
@@ -115,26 +115,25 @@ def installed() -> bool:
 
 
 def install() -> None:
-    """Activate the overlay in this process (idempotent).
+    """Activate the overlay in this process; further calls do nothing.
 
     Raises:
-        ImportError: verl is of another version, or a module of the delta was imported before the overlay.
+        ImportError: verl has another version, or a module of the delta was imported before the overlay.
     """
     if installed():
         return
     found = version("verl")
     if found != VERL_VERSION:
         raise ImportError(
-            f"verl-gad lays its changes over verl {VERL_VERSION}, but verl {found} is installed. "
-            f"Fix: pip install verl=={VERL_VERSION}"
+            f"verl-gad needs verl {VERL_VERSION}, but verl {found} is installed. Fix: pip install verl=={VERL_VERSION}"
         )
     if not overlay_files():
-        raise ImportError(f"verl-gad: no module found under {overlay_root()}. Fix: install verl-gad again")
+        raise ImportError(f"verl-gad: no module found under {overlay_root()}. Fix: reinstall verl-gad")
     early = sorted(name for name, file in overlay_files().items() if file.is_file() and name in sys.modules)
     if early:
         raise ImportError(
             f"verl-gad: {', '.join(early)} were imported before the overlay was active. "
-            "Fix: import verl first, and import its modules after that."
+            "Fix: import verl first, then its modules"
         )
     sys.meta_path.insert(0, OverlayFinder())
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":

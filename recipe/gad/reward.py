@@ -1,6 +1,6 @@
 """Reward function of validation: ROUGE-L of the student's answer against the teacher's.
 
-In training the discriminator is the reward: rows that it will score get 0 here, so that no time goes into ROUGE-L.
+In training the reward comes from the discriminator. The rows that it will score get 0 here, to save time.
 """
 
 import re
@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 
 def words(text: str) -> list[str]:
-    """rouge-score's own words for ASCII text; other scripts, which it drops, count character by character."""
+    """Words of ASCII text as rouge-score splits them; in scripts that it drops, every character is a word."""
     return re.findall(r"[a-z0-9]+|[^\W_a-z0-9]", text.lower())
 
 
@@ -31,7 +31,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
         data_source: unused.
         solution_str: the student's answer as text.
         ground_truth: the teacher's answer as text.
-        extra_info: rows marked ``scored_by_discriminator`` are not compared and get 0.
+        extra_info: a row with ``scored_by_discriminator`` gets 0.
     """
     if (extra_info or {}).get("scored_by_discriminator", False):
         return {"score": 0.0, "rouge_l": 0.0}

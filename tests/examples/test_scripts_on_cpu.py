@@ -70,7 +70,7 @@ def stage_config(stage, *arguments):
 
 
 def test_every_script_is_known_to_these_tests():
-    assert {file.name for file in SCRIPTS.glob("*.sh")} == {"common.sh", "quickstart.sh", *LAUNCHERS}
+    assert {file.name for file in SCRIPTS.glob("*.sh")} == {"flags.sh", "common.sh", "quickstart.sh", *LAUNCHERS}
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
@@ -116,7 +116,8 @@ def test_mistakes_exit_2_with_the_message_on_stderr(script, arguments, message):
         ("run_gad.sh", ["--warmup_dir", "w", "--model", "m"], "drop --model and --reward_model"),
         ("run_pipeline.sh", [*GOOD, "--warmup_dir", "w"], "belong to run_gad.sh"),
         ("run_pipeline.sh", [*GOOD, "--resume_step", "5"], "belong to run_gad.sh"),
-        ("quickstart.sh", ["--speed", "1"], "unknown argument --speed"),
+        ("quickstart.sh", ["--speed", "1"], "unknown flag --speed"),
+        ("quickstart.sh", ["--seed", "1", "2"], "unknown argument 2"),
         ("quickstart.sh", ["--seed"], "--seed needs a value"),
         ("quickstart.sh", ["--seed", "x1"], "--seed must be a whole number"),
         ("quickstart.sh", ["--control", "other"], "--control knows frozen_d"),
@@ -190,6 +191,13 @@ def test_without_a_validation_file_a_few_training_rows_are_validated_on():
     assert stage_config("gad").data.val_max_samples == 64
     config = stage_config("gad", "data.val_max_samples=8")
     assert config.data.val_max_samples == 8 and config.data.val_files == config.data.train_files
+
+
+def test_flags_may_be_spelled_with_dashes():
+    written, read = (
+        dry_run("run_gad.sh", f"--output{dash}dir", "/out", f"--val{dash}files", "v.parquet")[0] for dash in "_-"
+    )
+    assert read.overrides == written.overrides and read.compose().trainer.default_local_dir == "/out"
 
 
 @pytest.mark.parametrize("separator", [[], ["--"]])
@@ -327,7 +335,8 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
         ("smollm2_gpt4/run.sh", ["--model", "x"], "unknown flag --model"),
         ("smollm2_gpt4/prepare.sh", [], "--train and --val are missing"),
         ("smollm2_gpt4/prepare.sh", ["--train"], "--train needs a value"),
-        ("smollm2_gpt4/prepare.sh", ["--model", "x"], "unknown argument --model"),
+        ("smollm2_gpt4/prepare.sh", ["--model", "x"], "unknown flag --model"),
+        ("smollm2_gpt4/prepare.sh", ["data.seed=1"], "unknown argument data.seed=1"),
     ],
 )
 def test_mistakes_with_the_smollm2_example(fake, script, arguments, message):

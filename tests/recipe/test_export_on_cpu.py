@@ -15,7 +15,7 @@ import torch
 
 from recipe.gad.cli import main as cli
 from recipe.gad.doctor.memory import Training, checkpoint_bytes, model_shape
-from recipe.gad.export import export, find_sources
+from recipe.gad.export import export_model, find_sources
 from recipe.gad.run.checkpoint import handover_problems, shard_counts, verify_hf_folder
 
 pytestmark = pytest.mark.slow  # all read the runs that two processes write first
@@ -112,7 +112,7 @@ def load(folder, critic=False):
 def test_an_actor_in_bfloat16(runs, run, tmp_path):
     from transformers import AutoTokenizer
 
-    done = export(runs / run, tmp_path / "out")
+    done = export_model(runs / run, tmp_path / "out")
     model, expected = load(tmp_path / "out"), weights(runs, f"{run}-actor")
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name].bfloat16()) for name, value in model.state_dict().items())
@@ -129,7 +129,7 @@ def test_an_actor_in_bfloat16(runs, run, tmp_path):
 def test_a_critic_gives_its_score_at_the_last_token(runs, run, dtype, tmp_path):
     from transformers import LlamaModel
 
-    export(runs / run / "global_step_2" / "critic", tmp_path / "out", dtype=dtype)
+    export_model(runs / run / "global_step_2" / "critic", tmp_path / "out", dtype=dtype)
     model, expected = load(tmp_path / "out", critic=True), weights(runs, f"{run}-critic")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlamaForTokenClassification"], dtype)
@@ -157,7 +157,7 @@ def by_hand(runs) -> dict[str, torch.Tensor]:
 
 
 def test_lora_is_merged(runs, tmp_path):
-    export(runs / "lora", tmp_path / "out")
+    export_model(runs / "lora", tmp_path / "out")
     found, expected = load(tmp_path / "out").state_dict(), by_hand(runs)
     assert found.keys() == expected.keys()
     for name, value in found.items():
@@ -171,7 +171,7 @@ def test_the_adapter_alone(runs, tiny_problem, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    done = export(runs / "lora", tmp_path / "out", lora="adapter")
+    done = export_model(runs / "lora", tmp_path / "out", lora="adapter")
     assert "adapter" in done.architecture and not (tmp_path / "out" / "model.safetensors").exists()
     base = AutoModelForCausalLM.from_pretrained(tiny_problem / "model", dtype=torch.bfloat16).float()
     merged = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
@@ -179,7 +179,7 @@ def test_the_adapter_alone(runs, tiny_problem, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     torch.testing.assert_close(merged[name].double(), expected[name], atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="trained without LoRA"):
-        export(runs / "whole", tmp_path / "other", lora="adapter")
+        export_model(runs / "whole", tmp_path / "other", lora="adapter")
 
 
 def test_a_folder_of_lora_names_is_no_start_for_the_next_stage(runs):
@@ -197,7 +197,7 @@ def test_adapters_have_no_mean(runs, tmp_path):
     for step in (2, 4):
         shutil.copytree(runs / "lora" / "global_step_2", tmp_path / "run" / f"global_step_{step}")
     with pytest.raises(ValueError, match="--average 2: .*trained with LoRA.*Fix: export without --average"):
-        export(tmp_path / "run", tmp_path / "out", average=2)
+        export_model(tmp_path / "run", tmp_path / "out", average=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -212,21 +212,21 @@ def test_the_mean_of_the_newest_checkpoints(runs, role, tmp_path):
         file = folder / "huggingface" / "model.safetensors"
         tensors = {name: tensor * scale for name, tensor in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
-    done = export(tmp_path / "run", tmp_path / "out", role, dtype="float32", average=3)
+    done = export_model(tmp_path / "run", tmp_path / "out", role, dtype="float32", average=3)
     assert [source.parent.name for source in done.sources] == ["global_step_8", "global_step_6", "global_step_4"]
     mean, expected = load(tmp_path / "out", critic=role == "critic").state_dict(), weights(runs, f"whole-{role}")
     for name, value in mean.items():
         torch.testing.assert_close(value.double(), 3 * expected[name].double(), rtol=1e-6, atol=1e-9)
     with pytest.raises(ValueError, match=f"--average 5: .*has 4 complete checkpoints of the {role} .*global_step_8"):
-        export(tmp_path / "run", tmp_path / "more", role, average=5)
+        export_model(tmp_path / "run", tmp_path / "more", role, average=5)
     with pytest.raises(ValueError, match="has 1 complete checkpoints"):
-        export(tmp_path / "run" / "global_step_8", tmp_path / "more", role, average=2)
+        export_model(tmp_path / "run" / "global_step_8", tmp_path / "more", role, average=2)
 
 
 def test_the_mean_of_joined_shards(runs, tmp_path):
     for step in (2, 4):
         shutil.copytree(runs / "shards" / "global_step_2", tmp_path / "run" / f"global_step_{step}")
-    export(tmp_path / "run", tmp_path / "out", average=2)
+    export_model(tmp_path / "run", tmp_path / "out", average=2)
     expected = weights(runs, "shards-actor")
     for name, value in load(tmp_path / "out").state_dict().items():
         assert torch.equal(value, expected[name].bfloat16())
@@ -268,21 +268,21 @@ def test_mistakes(runs, tmp_path):
         (whole, {"role": "ref"}, "--role ref: expected actor or critic"),
         (whole, {"dtype": "int8"}, "--dtype int8: expected bfloat16, float16, float32"),
         (whole, {"lora": "drop"}, "--lora drop: expected merge or adapter"),
-        (whole, {"average": 0}, "--average 0: expected a number of checkpoints"),
-        (runs / "shards", {"dtype": "float32"}, "FSDP shards only.*Fix: --dtype bfloat16"),
+        (whole, {"average": 0}, "--average 0: expected 1 or more"),
+        (runs / "shards", {"dtype": "float32"}, "only FSDP shards.*Fix: pass --dtype bfloat16"),
     ]:
         with pytest.raises(ValueError, match=message):
-            export(path, out, **options)
+            export_model(path, out, **options)
     out.mkdir()
     (out / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="exists. Fix: --output_dir"):
-        export(whole, out)
+    with pytest.raises(ValueError, match="exists. Fix: pass a new --output_dir"):
+        export_model(whole, out)
 
 
 def test_an_export_that_differs_does_not_appear(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("recipe.gad.export.TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="outputs differ by 0 .*nothing was written"):
-        export(runs / "whole", tmp_path / "out")
+        export_model(runs / "whole", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,7 +290,7 @@ def test_weights_of_the_wrong_role(runs, tmp_path):
     step = tmp_path / "global_step_2"
     shutil.copytree(runs / "whole" / "global_step_2" / "actor", step / "critic")
     with pytest.raises(ValueError, match="do not fit LlamaForTokenClassification.*score"):
-        export(step, tmp_path / "out", role="critic")
+        export_model(step, tmp_path / "out", role="critic")
 
 
 def test_command_line(runs, tmp_path, capsys):

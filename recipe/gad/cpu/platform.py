@@ -1,7 +1,7 @@
-"""New: a CPU platform, so that the whole loop runs without a GPU (stock 0.9.1 falls back to "nvidia").
+"""A CPU platform for verl, so that training runs without a GPU (stock 0.9.1 falls back to "nvidia").
 
-Chosen by the environment variable ``VERL_PLATFORM=cpu``, which the launch scripts set for ``trainer.device=cpu``.
-Nothing here is active otherwise.
+``VERL_PLATFORM=cpu`` in the environment selects it; the launch scripts set it for ``--device cpu``. Without it, the
+plugin does not import this module.
 """
 
 import types
@@ -15,14 +15,14 @@ from verl.plugin.platform.platform_manager import PlatformRegistry, set_platform
 
 
 class _CPUDevice(str):
-    """The current device: "cpu" for ``tensor.to(...)``, 0 in an f-string like f"{name}:{id}"."""
+    """The current device: "cpu" in ``tensor.to(...)``, but 0 in an f-string such as f"{name}:{id}"."""
 
     def __format__(self, spec: str) -> str:
         return "0"
 
 
 class _CPUModule(types.ModuleType):
-    """``torch.cpu`` with the memory statistics that stock code reads of an accelerator; equal to ``torch.cpu``."""
+    """``torch.cpu`` plus the memory statistics that stock code reads from an accelerator; equal to ``torch.cpu``."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
@@ -62,7 +62,7 @@ class _CPUModule(types.ModuleType):
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """CPUs as verl's device: gloo for collectives, Ray's logical GPU slots for placement."""
+    """CPUs as verl's device, with gloo for collectives and Ray's logical GPU slots for placement."""
 
     device_name = "cpu"  # type: ignore[assignment]
     vendor_name = "cpu"  # type: ignore[assignment]
@@ -72,7 +72,7 @@ class PlatformCPU(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Never detected by itself: a GPU cluster's head node without a GPU must stay what stock verl makes of it."""
+        """Always False, so verl never detects it: a GPU cluster's head node without a GPU keeps the stock platform."""
         return False
 
     def current_device(self) -> int:

@@ -1,14 +1,14 @@
 """``gad collect``: a black-box teacher's answers to a file of prompts, through any OpenAI-compatible API.
 
-Every finished request is one line, appended and flushed at once, so that a killed run loses the requests in flight and
-nothing else; the same command again goes on behind them. Beside the answers (``answers.jsonl``) lie
+Every finished request becomes one line, which is written at once. A killed run loses only the requests in flight;
+rerun the same command to resume. Three more files are written next to the answers (``answers.jsonl``):
 
-- ``answers.failed.jsonl``: what is no training data, with the reason: answers cut at max_tokens, refused or empty, and
-  requests that failed for good. They count as done until ``retry_failed``; the lines stay, an answer outdates them.
+- ``answers.failed.jsonl``: answers that were cut at max_tokens, refused or empty, and requests that failed for good,
+  each with the reason. They count as done until ``retry_failed``. Their lines stay even after a later answer.
 - ``answers.rejects.jsonl``: rows of the input without a usable prompt.
-- ``answers.settings.json``: the settings of the requests. Answers of other settings belong in another file.
+- ``answers.settings.json``: the settings of the requests. Answers with other settings belong in another file.
 
-A request is known by a hash of its messages, its sample number and the settings.
+A hash of its messages, its sample number and the settings identifies a request.
 """
 
 import itertools
@@ -22,24 +22,25 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from recipe.gad.data import CONCURRENCY, SAMPLES
 from recipe.gad.data.layouts import Message, Rejects, data_source_of, open_rejects, read_prompt, read_rows
 from recipe.gad.openai_client import ChatClient, Completion, RequestFailed, for_each
 from recipe.gad.run.atomic_io import JsonLog, read_object, write_atomically
 
 ID_BYTES = 12
-"""Of a request's hash; no two of a billion requests share one (chance 6e-12)."""
+"""Length of a request's hash. Among a billion requests, the chance that any two share one is 6e-12."""
 TOKENS_PER_PRICE = 1_000_000
 WRITER = "gad collect"
 COUNTED = ("id", "prompt_tokens", "completion_tokens")
-"""What is read of the lines of earlier runs, beside the reason of a failed one."""
+"""Fields that are read back from the lines of earlier runs; a failed one also has a reason."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides an answer beside the prompt.
+class RequestSettings:
+    """Everything but the prompt that decides an answer.
 
-    ``system`` goes before the messages of prompts without a system message. It is the teacher's alone: the data keeps
-    the prompt as it was. ``extra`` are more fields of the request body.
+    ``system`` is put before the messages of prompts that have no system message. Only the teacher sees it: the data
+    keeps the prompt as it was. ``extra`` holds further fields of the request body.
     """
 
     model: str
@@ -59,17 +60,17 @@ class Request(NamedTuple):
 
 @dataclass
 class Collected:
-    """Counts of an output, earlier runs included."""
+    """Counts for one output file, earlier runs included."""
 
     answers: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
-    """Id -> reason of the requests whose last attempt failed."""
+    """Id -> reason, for the requests whose last attempt failed."""
     rejected: int = 0
     """Rows of the input without a usable prompt."""
     new: int = 0
-    """Requests that this run finished."""
+    """Requests finished by this run."""
     prompt_tokens: int = 0
-    """Of every request, also of those that failed and were asked again."""
+    """Tokens of all requests, including those that failed and were asked again."""
     completion_tokens: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
@@ -82,46 +83,46 @@ class Collected:
         self.completion_tokens += record["completion_tokens"]
 
     def cost(self, price_prompt: float, price_completion: float) -> float:
-        """Cost of all tokens; prices per million tokens."""
+        """Cost of all tokens, for prices per million tokens."""
         return (self.prompt_tokens * price_prompt + self.completion_tokens * price_completion) / TOKENS_PER_PRICE
 
 
-async def collect(
+async def collect_answers(
     inputs: list[str],
     out: str | Path,
     client: ChatClient,
-    settings: Settings,
+    settings: RequestSettings,
     *,
-    samples: int = 1,
-    concurrency: int = 16,
+    samples: int = SAMPLES,
+    concurrency: int = CONCURRENCY,
     prompt_key: str | None = None,
     retry_failed: bool = False,
     prices: tuple[float, float] = (0.0, 0.0),
 ) -> Collected:
-    """Ask the teacher for every prompt of ``inputs`` that ``out`` does not answer yet.
+    """Ask the teacher every prompt of ``inputs`` that has no answer in ``out`` yet.
 
     Args:
-        inputs: sources as of :func:`recipe.gad.data.layouts.read_rows`; answers in them are left out.
-        out: .jsonl file; lines with content, teacher_response, data_source, sample, and the request's id, finish
-            reason and tokens. ``gad prepare`` reads it.
-        client: where the requests go.
-        settings: the same as in earlier runs with this ``out``.
-        samples: answers per prompt; more of them than in an earlier run add to it.
-        concurrency: requests in flight at most.
-        prompt_key: column of the prompt, where the layout is not recognised.
-        retry_failed: ask again what failed in earlier runs.
-        prices: of a million prompt and completion tokens, for the progress bar.
+        inputs: sources for :func:`recipe.gad.data.layouts.read_rows`; answers in them are ignored.
+        out: .jsonl file for ``gad prepare``. Its lines have content, teacher_response, data_source, sample, and the
+            request's id, finish reason and tokens.
+        client: sends the requests.
+        settings: must equal those of earlier runs with this ``out``.
+        samples: answers per prompt. A larger number than in an earlier run adds the missing ones.
+        concurrency: maximum number of requests in flight.
+        prompt_key: column of the prompt, if the layout is not recognized.
+        retry_failed: repeat the requests that failed in earlier runs.
+        prices: of a million prompt tokens and a million completion tokens, for the progress bar.
 
     Raises:
-        ValueError: an argument or a file is wrong, or another run writes to ``out``; nothing was asked.
-        RequestFailed: (a ValueError) no request can succeed. What was finished before is kept.
+        ValueError: an argument or a file is wrong, or another run is writing to ``out``. No request was sent.
+        RequestFailed: (a ValueError) no request can succeed. Finished requests are kept.
     """
     out = Path(out).expanduser()
     for name, value in (("samples", samples), ("concurrency", concurrency)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected 1 or more")
     if out.suffix != ".jsonl":
-        raise ValueError(f"{out}: expected a name that ends with .jsonl")
+        raise ValueError(f"--output {out}: expected a name that ends with .jsonl")
     result = Collected()
     with JsonLog(out, WRITER) as answers, JsonLog(out.with_suffix(".failed.jsonl"), WRITER) as failed:
         done: set[str] = set()
@@ -129,22 +130,22 @@ async def collect(
             done.add(record["id"])
             result.add(record)
         if done:
-            _check_settings(out.with_suffix(".settings.json"), asdict(settings))
+            _check_same_settings(out.with_suffix(".settings.json"), asdict(settings))
         if retry_failed:
             done.difference_update(result.reasons)
         with open_rejects(out.with_suffix(".rejects.jsonl")) as rejects:
-            to_do = sum(1 for _ in _requests(inputs, samples, prompt_key, settings, set(done), rejects))
+            to_do = sum(1 for _ in _open_requests(inputs, samples, prompt_key, settings, set(done), rejects))
         result.rejected = rejects.count
         if not done:
             if not to_do:
                 raise ValueError(
-                    f"no prompt in {', '.join(inputs)} ({rejects.count} rows rejected). Fix: see the reasons above, or "
-                    "name the prompt's column with --prompt_key"
+                    f"no prompt in {', '.join(inputs)} ({rejects.count} rows rejected). Fix: read the reasons above, "
+                    "or name the prompt's column with --prompt_key"
                 )
             write_atomically(out.with_suffix(".settings.json"), json.dumps(asdict(settings), indent=2) + "\n")
 
         async def ask(request: Request) -> None:
-            record = await _ask(client, settings, request)
+            record = await _ask_teacher(client, settings, request)
             (failed if "reason" in record else answers).append(record)
             result.add(record)
             result.new += 1
@@ -153,7 +154,7 @@ async def collect(
             bar.update()
 
         with tqdm(total=to_do, desc=settings.model, unit=" requests", disable=None) as bar:
-            await for_each(_requests(inputs, samples, prompt_key, settings, done), ask, concurrency)
+            await for_each(_open_requests(inputs, samples, prompt_key, settings, done), ask, concurrency)
     return result
 
 
@@ -169,19 +170,19 @@ def summary(result: Collected, out: str | Path, prices: tuple[float, float]) -> 
     if any(prices):
         lines.append(f"cost        {result.cost(*prices):>9,.4f}")
     if result.reasons:
-        lines.append("--retry_failed asks again for what failed")
+        lines.append("To repeat the failed requests, add --retry_failed")
     return "\n".join(lines)
 
 
-def _requests(
+def _open_requests(
     inputs: list[str],
     samples: int,
     prompt_key: str | None,
-    settings: Settings,
+    settings: RequestSettings,
     done: set[str],
     rejects: Rejects | None = None,
 ) -> Iterator[Request]:
-    """Requests that are not in ``done``, to which they are added; bad rows go to ``rejects``."""
+    """Requests whose id is not in ``done``, which gets it; rows without a prompt go to ``rejects``."""
     for row in (row for source in inputs for row in read_rows(source)):
         try:
             prompt = read_prompt(row, prompt_key)
@@ -197,8 +198,8 @@ def _requests(
                 yield Request(request_id, prompt, sample, data_source_of(row))
 
 
-async def _ask(client: ChatClient, settings: Settings, request: Request) -> dict[str, Any]:
-    """The line of a finished request; one that is no training data has a ``reason``."""
+async def _ask_teacher(client: ChatClient, settings: RequestSettings, request: Request) -> dict[str, Any]:
+    """Send one request and return its line, with a ``reason`` if it gave no training data."""
     messages = request.prompt
     if settings.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": settings.system}, *messages]
@@ -220,7 +221,7 @@ async def _ask(client: ChatClient, settings: Settings, request: Request) -> dict
         if error.hopeless:
             raise
         return {**record, "reason": "request failed", "error": str(error), "prompt_tokens": 0, "completion_tokens": 0}
-    reason = _problem(completion)
+    reason = _why_unusable(completion)
     return {
         **record,
         **({"reason": reason} if reason else {}),
@@ -231,8 +232,8 @@ async def _ask(client: ChatClient, settings: Settings, request: Request) -> dict
     }
 
 
-def _problem(completion: Completion) -> str | None:
-    """Why an answer is no training data, or None. A refusal that is worded as an answer is one."""
+def _why_unusable(completion: Completion) -> str | None:
+    """Why an answer is no training data, or None. A refusal that the API does not mark as one counts as an answer."""
     if completion.finish_reason == "length":
         return "cut at the token limit"
     if completion.refusal or completion.finish_reason == "content_filter":
@@ -243,16 +244,16 @@ def _problem(completion: Completion) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to add to answers of other settings."""
+def _check_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the answers were collected with other settings."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing, so that nobody knows how these answers were made. Fix: another --output")
-    before = read_object(path, ". Fix: another --output")
+        raise ValueError(f"{path} is missing, so these answers' settings are unknown. Fix: choose another --output")
+    before = read_object(path, ". Fix: choose another --output")
     changed = [
         f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
     ]
     if changed:
         raise ValueError(
-            f"{path}: the answers there have other settings ({'; '.join(changed)}). "
-            "Fix: the same settings again, or another --output"
+            f"{path}: these answers were collected with other settings ({'; '.join(changed)}). "
+            "Fix: use the same settings, or choose another --output"
         )

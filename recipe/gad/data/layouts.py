@@ -1,21 +1,23 @@
-"""Rows of data files and data sets in the usual layouts: the prompt as chat messages, and the teacher's answer.
+"""Reads rows of data files and data sets in the usual layouts as chat messages and the teacher's answer.
 
-What is recognised, row by row (``prompt_key`` and ``teacher_key`` name columns outright and come first):
+Every row is recognized by its columns, unless ``prompt_key`` and ``teacher_key`` name them:
 
 ====================  ===================================================================================
 own layout            ``content`` (messages) + ``teacher_response``
 OpenAI chat           ``messages``: [{role, content}, ...]
 ShareGPT              ``conversations``: [{from, value}, ...]
-Alpaca                ``instruction`` [+ ``input``, behind a blank line] [+ ``history``: [[user, assistant], ...]]
+Alpaca                ``instruction`` [+ ``input``, after a blank line] [+ ``history``: [[user, assistant], ...]]
 prompt and response   one of PROMPT_KEYS + one of TEACHER_KEYS; text, or messages
 ====================  ===================================================================================
 
 - A ``system`` column goes before the messages, unless they start with a system message.
-- A conversation that ends with the assistant holds its own answer: that turn. A column named ``teacher_response`` or by
-  ``teacher_key`` replaces it.
+- If a conversation ends with an assistant turn, that turn is the answer. A column named ``teacher_response``, or named
+  by ``teacher_key``, replaces it.
 - Otherwise the first of TEACHER_KEYS that the row has is the answer to all of the messages.
-- Otherwise the last assistant turn is the answer; what the conversation says behind it is left out
-  (``Example.dropped_turns``).
+- Otherwise the last assistant turn is the answer, and later turns are dropped (``Example.dropped_turns``).
+
+To add a layout, extend PROMPT_KEYS or TEACHER_KEYS; one that needs more columns, such as Alpaca, is converted in
+``_messages_of_row``.
 """
 
 import csv
@@ -34,10 +36,10 @@ from recipe.gad.run.data_file import json_rows, prompt_problem, teacher_problem,
 from recipe.gad.run.hub import HUB_ID
 
 PROMPT_KEYS = ("content", "messages", "conversations", "prompt", "instruction", "question", "query")
-"""Columns of the prompt, first come first; ``conversations`` and ``messages`` usually hold the answer too."""
+"""Columns of the prompt; the first one in the row counts. The lists of messages often hold the answer too."""
 OWN_TEACHER_KEY = "teacher_response"
 TEACHER_KEYS = (OWN_TEACHER_KEY, "response", "answer", "output", "completion")
-"""Columns of the teacher's answer, first come first."""
+"""Columns of the teacher's answer; the first one in the row counts."""
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -49,47 +51,47 @@ ROLES = {
     "model": "assistant",
     "tool": "tool",
 }
-"""Role names of the layouts, and what they are called in the output."""
+"""Role name in a layout -> role name in the output."""
 FILE_ENDINGS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
 READ_ROWS = 256
-"""Rows of a parquet file that are in memory at a time."""
+"""Rows of a parquet file in memory at a time."""
 READ_BYTES = 1 << 20
-"""Bytes of a column of a parquet file that are read at a time."""
+"""Bytes of a parquet column read at a time."""
 SHOWN_REJECTS = 5
-"""Bad rows that are printed; all of them are in the rejects file."""
+"""Number of bad rows that are printed; the rejects file holds all of them."""
 
 Message = dict[str, str]
 
 
 class Row(NamedTuple):
-    """One row of a source; ``problem`` says why ``value`` cannot be a row at all (a line that is no JSON)."""
+    """One row of a source. ``problem`` says why ``value`` is no row at all (a line that is not JSON)."""
 
     file: str
     source: str
-    """Name of the file or data set without folders and ending."""
+    """Name of the file or data set, without folders and ending."""
     number: int
-    """Counted from 0, blank lines left out."""
+    """Counted from 0; blank lines do not count."""
     value: Any
     problem: str | None = None
 
 
 class Example(NamedTuple):
     prompt: list[Message]
-    """Messages with the keys role and content, the last one the user's or a tool's."""
+    """Messages with the keys role and content; the last one is the user's or a tool's."""
     teacher: str
     dropped_turns: int
-    """Turns of the conversation that are in neither."""
+    """Turns of the conversation that are in neither prompt nor answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """Rows of one source, streamed: memory holds one batch, whatever the size.
+    """Stream the rows of one source; one batch is in memory at a time.
 
     Args:
         source: a file (.parquet, .json, .jsonl, .csv; .txt has one prompt per line), or a data set for ``datasets``: a
-            folder or a hub id. ``:SPLIT`` behind a data set chooses one of its splits; without it all are read.
+            folder or a hub id. ``NAME:SPLIT`` reads one split of a data set; ``NAME`` reads all of them.
 
     Raises:
         ValueError: there is no such source, or it cannot be read (the file is named).
@@ -130,12 +132,12 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
 
 def _parquet_rows(file: Path) -> Iterator[tuple[Any, None]]:
     try:
-        # pages as they come: a row group can be as large as the file
+        # read page by page: a row group can be as large as the file
         with pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
             for batch in parquet.iter_batches(READ_ROWS):
                 yield from ((row, None) for row in batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"is not a readable parquet file ({error}). Fix: write it again") from None
+        raise ValueError(f"is not a readable parquet file ({error}). Fix: write the file again") from None
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
@@ -143,12 +145,12 @@ def _csv_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         try:
             for row in csv.DictReader(lines, strict=True):
-                # DictReader files superfluous cells under the key None
+                # DictReader puts superfluous cells under the key None
                 cells = row.pop(None, None)  # type: ignore[call-overload]
-                problem = None if cells is None else f"has {len(cells)} cells more than the header has names"
+                problem = None if cells is None else f"has {len(row) + len(cells)} cells, the header has {len(row)}"
                 yield row, problem
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"is not a readable CSV file ({error}). Fix: write it again, as UTF-8") from None
+            raise ValueError(f"is not a readable CSV file ({error}). Fix: write the file again as UTF-8") from None
 
 
 def _text_rows(file: Path) -> Iterator[tuple[Any, None]]:
@@ -166,7 +168,7 @@ def read_example(row: Row, prompt_key: str | None = None, teacher_key: str | Non
     """Prompt and teacher's answer of a row, by the rules at the top of this module.
 
     Raises:
-        ValueError: why the row cannot be used (without file and row number).
+        ValueError: the row cannot be used. The message gives the reason, without file and row number.
     """
     columns, messages = _messages_of_row(row, prompt_key)
     if teacher_key is not None and teacher_key not in columns:
@@ -187,7 +189,7 @@ def read_example(row: Row, prompt_key: str | None = None, teacher_key: str | Non
 
 
 def read_prompt(row: Row, prompt_key: str | None = None) -> list[Message]:
-    """The prompt of a row whose answer, if it has one, is not wanted.
+    """The prompt of a row; an answer is ignored.
 
     Raises:
         ValueError: as :func:`read_example`.
@@ -241,7 +243,7 @@ def _json_list(text: str) -> list | None:
         return None
     try:
         return json.loads(text)
-    except ValueError:  # a prompt that only starts like one
+    except ValueError:  # a prompt that only starts like a list
         return None
 
 
@@ -258,7 +260,7 @@ def _message(key: str, position: int, message: Any) -> Message:
 
 
 def _text(where: str, value: Any) -> str:
-    """Text given as such or as OpenAI's list of text parts."""
+    """Text, given as a string or as OpenAI's list of text parts."""
     if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
@@ -285,7 +287,7 @@ def _alpaca_messages(messages: list[Message], columns: dict[str, Any]) -> list[M
 
 
 def _answer_of_column(column: str, value: Any) -> str:
-    """Text, one message, or a list of one message."""
+    """Answer in a column that holds text, one message, or a list of one message."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     return _checked_answer(f"column {column!r}", value)
@@ -313,35 +315,39 @@ def _names(columns: dict[str, Any]) -> str:
 
 
 class Rejects:
-    """Bad rows: counted, the first SHOWN_REJECTS printed to stderr, all written; see :func:`open_rejects`."""
+    """Counts bad rows, prints the first SHOWN_REJECTS to stderr and writes all of them; see :func:`open_rejects`."""
 
     def __init__(self, out: TextIO, strict: bool):
         self._out, self._strict = out, strict
         self.count = 0
 
     def add(self, row: Row, reason: str) -> None:
-        """
+        """Record a bad row.
+
         Raises:
-            ValueError: strict.
+            ValueError: in strict mode, always.
         """
         where = f"{row.file}, row {row.number}: {reason}"
         if self._strict:
-            raise ValueError(f"{where}. Fix: repair or drop the row, or go on without --strict")
+            raise ValueError(f"{where}. Fix: repair or drop the row, or run without --strict")
         self.count += 1
         if self.count <= SHOWN_REJECTS:
             print(f"rejected: {where}", file=sys.stderr)
         record = {"file": row.file, "row": row.number, "reason": reason, "record": row.value}
-        # default: what JSON has no word for (dates, bytes)
+        # default=str: for values that JSON does not know (dates, bytes)
         print(json.dumps(record, ensure_ascii=False, default=str), file=self._out)
 
 
 @contextmanager
 def open_rejects(path: Path, strict: bool = False) -> Iterator[Rejects]:
-    """Collector of bad rows. ``path`` gets them at the end, if there are any: one JSON object per line with file, row
-    (counted from 0), reason and record. Without bad rows there is no such file afterwards.
+    """Collect bad rows and write them to ``path`` at the end.
+
+    Each line is a JSON object with file, row (counted from 0), reason and record. Without bad rows, an old ``path`` is
+    removed.
 
     Args:
-        strict: the first bad row is a ValueError.
+        path: file to write.
+        strict: raise ValueError at the first bad row.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

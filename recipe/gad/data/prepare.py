@@ -1,9 +1,9 @@
 """``gad prepare``: data in any usual layout (recipe/gad/data/layouts.py) -> train.parquet and val.parquet.
 
-Two rows have the same prompt if roles and texts agree after Unicode NFC and with every run of white space read as one
-space; letter case counts. A 64-bit hash of that decides which side of the split a prompt is on, so the side depends on
-nothing else: not on the order of the rows, not on the rest of the data, not on the run. Of the rows only these hashes
-stay in memory, about 80 bytes a row.
+Two prompts are the same if their roles and texts are equal after Unicode NFC and with every run of white space read as
+one space; letter case counts. A 64-bit hash of this decides whether a prompt goes to training or to validation, so the
+order of the rows, the rest of the data and the run do not matter. Only these hashes are kept in memory, about 80 bytes
+per row.
 """
 
 import itertools
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from recipe.gad.data import VAL_FRACTION
 from recipe.gad.data.layouts import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
 from recipe.gad.data.tokenizers import TokenCounter, token_counter
 from recipe.gad.run.data_file import BATCH_ROWS
@@ -28,7 +29,7 @@ from recipe.gad.run.hub import load_tokenizer
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
 BATCH_CHARS = 1 << 22
-"""Characters of prompts and answers after which a batch of rows is written, if not BATCH_ROWS before."""
+"""A batch of rows is written when it holds this many characters, or BATCH_ROWS rows."""
 SCHEMA = pa.schema(
     {
         "content": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -38,11 +39,11 @@ SCHEMA = pa.schema(
     }
 )
 HASH_BYTES = 8
-"""Of a prompt's hash. Among 10 million prompts the chance that any two differ and share one is 3 in a million."""
+"""Length of a prompt's hash. Among 10 million prompts, the chance that two different ones share a hash is 3e-6."""
 
 
 class Preset(NamedTuple):
-    """A public data set with a split of its own."""
+    """A public data set that comes with its own split."""
 
     dataset: str
     train_split: str
@@ -54,8 +55,8 @@ PRESETS = {"lmsys-gpt5": Preset("ytz20/LMSYS-Chat-GPT-5-Chat-Response", "train",
 
 
 @dataclass
-class Side:
-    """What went into one output file; lengths in tokens, empty without a tokenizer."""
+class OutputStats:
+    """What went into one output file. Lengths are in tokens, and empty without a tokenizer."""
 
     rows: int = 0
     prompt_lengths: array = field(default_factory=lambda: array("I"))
@@ -64,22 +65,22 @@ class Side:
 
 @dataclass
 class Prepared:
-    """Counts of a finished run."""
+    """Counts over all rows that were read."""
 
-    train: Side = field(default_factory=Side)
-    val: Side = field(default_factory=Side)
+    train: OutputStats = field(default_factory=OutputStats)
+    val: OutputStats = field(default_factory=OutputStats)
     rows: int = 0
     rejected: int = 0
     duplicates: int = 0
     rows_with_dropped_turns: int = 0
 
 
-def prepare(
+def prepare_files(
     inputs: Sequence[str],
     out_dir: str | Path,
     *,
     val_inputs: Sequence[str] = (),
-    val_fraction: float = 0.01,
+    val_fraction: float = VAL_FRACTION,
     prompt_key: str | None = None,
     teacher_key: str | None = None,
     data_source: str | None = None,
@@ -90,24 +91,24 @@ def prepare(
 ) -> Prepared:
     """Write ``train.parquet``, ``val.parquet`` and, if there are bad rows, ``rejects.jsonl`` to ``out_dir``.
 
-    The files have the columns content (list of {role, content}), teacher_response, data_source and extra_info
-    ({index}: row in the file), and appear whole, at the end, or not at all.
+    The parquet files have the columns content (list of {role, content}), teacher_response, data_source and extra_info
+    ({index}: row in the file). All files are renamed into place at the end.
 
     Args:
-        inputs: sources as of :func:`recipe.gad.data.layouts.read_rows`.
-        out_dir: made if it does not exist.
-        val_inputs: sources of the validation rows; their prompts are kept out of training. Without them
+        inputs: sources for :func:`recipe.gad.data.layouts.read_rows`.
+        out_dir: created if it does not exist.
+        val_inputs: sources of the validation rows; their prompts are kept out of training. Without them,
             ``val_fraction`` splits ``inputs``.
-        val_fraction: share of the prompts in [0, 1) that validate; 0: no validation file.
-        prompt_key, teacher_key: columns, where the layout is not recognised.
-        data_source: for all rows, instead of their own or the name of their source.
-        keep_answers: keep different answers to one prompt; else its first row only.
+        val_fraction: share of the prompts in [0, 1) that go to validation; 0 writes no validation file.
+        prompt_key, teacher_key: columns, if the layout is not recognized.
+        data_source: data source of all rows; by default that of the row, else the name of the row's source.
+        keep_answers: keep different answers to one prompt; by default only its first row is kept.
         strict: stop at the first bad row.
         overwrite: replace existing outputs.
-        count_tokens: fills the lengths; raises ValueError for a prompt that the student's template refuses.
+        count_tokens: measures the lengths; raises ValueError for a prompt that the student's template refuses.
 
     Raises:
-        ValueError: an argument or a source is wrong, outputs exist, or a file would be empty; nothing is written.
+        ValueError: an argument or a source is wrong, outputs exist, or a file would be empty. Nothing is written.
     """
     out_dir = Path(out_dir).expanduser()
     if not 0 <= val_fraction < 1:
@@ -115,7 +116,7 @@ def prepare(
     finals = [out_dir / name for name in (TRAIN, VAL, REJECTS)]
     existing = [str(path) for path in finals if path.exists()]
     if existing and not overwrite:
-        raise ValueError(f"{', '.join(existing)}: already there. Fix: choose another folder, or --overwrite")
+        raise ValueError(f"{', '.join(existing)}: already there. Fix: choose another --output_dir, or add --overwrite")
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare.", dir=out_dir) as folder:
         written = [Path(folder) / path.name for path in finals]
@@ -128,8 +129,8 @@ def prepare(
             _RowWriter(written[1], result.val) as val,
             open_rejects(written[2], strict) as rejects,
         ):
-            # validation first: what is in it is kept out of training
-            for row, is_val in itertools.chain(_rows(val_inputs, True), _rows(inputs, False)):
+            # validation first, so that its prompts can be kept out of training
+            for row, is_val in itertools.chain(_read_sources(val_inputs, True), _read_sources(inputs, False)):
                 result.rows += 1
                 try:
                     example = read_example(row, prompt_key, teacher_key)
@@ -146,8 +147,8 @@ def prepare(
                 if is_val:
                     held_out.add(prompt)
                 result.rows_with_dropped_turns += example.dropped_turns > 0
-                side = val if is_val or prompt < val_below else train
-                side.add(example, data_source or data_source_of(row), lengths)
+                writer = val if is_val or prompt < val_below else train
+                writer.add(example, data_source or data_source_of(row), lengths)
         result.rejected = rejects.count
         _check_not_empty(result, val_wanted=bool(val_inputs) or val_fraction > 0)
         counts = (result.train.rows, result.val.rows, result.rejected)
@@ -159,7 +160,7 @@ def prepare(
     return result
 
 
-def _rows(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:
+def _read_sources(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:
     for source in sources:
         for row in tqdm(read_rows(source), desc=source, unit=" rows", disable=None):
             yield row, is_val
@@ -169,18 +170,18 @@ def _check_not_empty(result: Prepared, val_wanted: bool) -> None:
     if result.train.rows == 0:
         raise ValueError(
             f"no training row is left of {result.rows} rows ({result.rejected} rejected, {result.duplicates} "
-            f"duplicates, {result.val.rows} for validation). Fix: see the reasons above, or name the columns with "
+            f"duplicates, {result.val.rows} for validation). Fix: read the reasons above, or name the columns with "
             "--prompt_key and --teacher_key"
         )
     if val_wanted and result.val.rows == 0:
         raise ValueError(
-            f"no row of {result.train.rows} went to validation. Fix: a larger --val_fraction, --val_inputs, or "
-            "--val_fraction 0 for no validation file"
+            f"no row of {result.train.rows} went to validation. Fix: choose a larger --val_fraction, name "
+            "--val_inputs, or pass --val_fraction 0 for no validation file"
         )
 
 
 def prompt_hash(messages: list[Message]) -> int:
-    """64-bit hash of a prompt, the same for prompts that differ only in white space and Unicode form."""
+    """64-bit hash of a prompt; prompts that differ only in white space and Unicode form share it."""
     texts = (unicodedata.normalize("NFC", text) for m in messages for text in (m["role"], m["content"]))
     return _hash("\0".join(" ".join(text.split()) for text in texts))
 
@@ -190,10 +191,10 @@ def _hash(text: str) -> int:
 
 
 class _RowWriter:
-    """Writes examples to a parquet file, a batch at a time, and counts them in ``side``."""
+    """Writes examples to a parquet file, a batch at a time, and counts them in ``stats``."""
 
-    def __init__(self, path: Path, side: Side):
-        self._side = side
+    def __init__(self, path: Path, stats: OutputStats):
+        self._stats = stats
         self._parquet = pq.ParquetWriter(path, SCHEMA)
         self._batch: list[dict[str, Any]] = []
         self._chars = 0
@@ -204,18 +205,18 @@ class _RowWriter:
                 "content": example.prompt,
                 "teacher_response": example.teacher,
                 "data_source": data_source,
-                "extra_info": {"index": self._side.rows},
+                "extra_info": {"index": self._stats.rows},
             }
         )
-        self._side.rows += 1
+        self._stats.rows += 1
         if lengths is not None:
-            self._side.prompt_lengths.append(lengths[0])
-            self._side.response_lengths.append(lengths[1])
+            self._stats.prompt_lengths.append(lengths[0])
+            self._stats.response_lengths.append(lengths[1])
         self._chars += len(example.teacher) + sum(len(message["content"]) for message in example.prompt)
         if len(self._batch) == BATCH_ROWS or self._chars >= BATCH_CHARS:
-            self._write()
+            self._write_batch()
 
-    def _write(self) -> None:
+    def _write_batch(self) -> None:
         self._parquet.write_table(pa.Table.from_pylist(self._batch, schema=SCHEMA))
         self._batch, self._chars = [], 0
 
@@ -223,7 +224,7 @@ class _RowWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._write()
+        self._write_batch()
         self._parquet.close()
 
 
@@ -231,14 +232,14 @@ class _RowWriter:
 
 
 def student_token_counter(path: str) -> TokenCounter:
-    """Counter of the tokenizer of a model folder or hub id.
+    """Token counter of a model folder or hub id.
 
     Raises:
-        ValueError: there is no tokenizer, or no chat template.
+        ValueError: the model has no tokenizer, or its tokenizer has no chat template.
     """
     tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {path} has no chat template. Fix: name the student's own folder")
+        raise ValueError(f"the tokenizer of {path} has no chat template. Fix: name the folder of the student itself")
     return token_counter(tokenizer)
 
 
@@ -251,31 +252,30 @@ def default_lengths() -> tuple[int, int]:
 
 
 def summary(result: Prepared, out_dir: str | Path, max_prompt_length: int, max_response_length: int) -> str:
-    """What was written, lost and how long it is, as lines of text."""
+    """What was written, what was left out, and the lengths in tokens, as lines of text."""
     out_dir = Path(out_dir)
     lines = [f"read        {result.rows:>9,} rows"]
     if result.rejected:
-        lines.append(f"rejected    {result.rejected:>9,} rows, with the reasons in {out_dir / REJECTS}")
+        lines.append(f"rejected    {result.rejected:>9,} rows; the reasons are in {out_dir / REJECTS}")
     if result.duplicates:
-        lines.append(f"duplicates  {result.duplicates:>9,} rows left out: their prompt was there before")
+        lines.append(f"duplicates  {result.duplicates:>9,} rows dropped: an earlier row has the same prompt")
     if result.rows_with_dropped_turns:
-        lines.append(
-            f"shortened   {result.rows_with_dropped_turns:>9,} conversations: turns behind the answer left out"
-        )
-    for name, side in ((TRAIN, result.train), (VAL, result.val)):
-        if side.rows:
-            lines.append(f"{name.partition('.')[0]:<11} {side.rows:>9,} rows in {out_dir / name}")
+        lines.append(f"shortened   {result.rows_with_dropped_turns:>9,} conversations: turns after the answer dropped")
+    for name, stats in ((TRAIN, result.train), (VAL, result.val)):
+        if stats.rows:
+            lines.append(f"{name.partition('.')[0]:<11} {stats.rows:>9,} rows in {out_dir / name}")
     if not result.train.prompt_lengths:
         return "\n".join(lines)
     lines.append(f"{'tokens':<20} {'mean':>8} {'p50':>7} {'p95':>7} {'max':>7}  longer than the trainer's limit")
-    for name, side in (("train", result.train), ("val", result.val)):
-        if side.rows:
-            lines.append(_lengths(f"{name} prompts", side.prompt_lengths, max_prompt_length, "dropped in training"))
-            lines.append(_lengths(f"{name} answers", side.response_lengths, max_response_length, "cut in training"))
+    for name, stats in (("train", result.train), ("val", result.val)):
+        if stats.rows:
+            prompts, answers = stats.prompt_lengths, stats.response_lengths
+            lines.append(_length_line(f"{name} prompts", prompts, max_prompt_length, "dropped in training"))
+            lines.append(_length_line(f"{name} answers", answers, max_response_length, "cut in training"))
     return "\n".join(lines)
 
 
-def _lengths(name: str, values: array, limit: int, consequence: str) -> str:
+def _length_line(name: str, values: array, limit: int, consequence: str) -> str:
     import numpy as np
 
     lengths = np.frombuffer(values, dtype=np.uint32)

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 TokenCounter = Callable[[list[dict[str, str]], str], tuple[int, int]]
-"""Tokens of (prompt with generation prompt, answer with its end of turn) of a prompt and a teacher's text."""
+"""(prompt, teacher's text) -> (tokens of the prompt with generation prompt, tokens of the text with end of turn)."""
 
 
 def token_counter(tokenizer: Any, apply_chat_template_kwargs: dict | None = None) -> TokenCounter:
-    """Counts tokens as the trainer does: chat template and generation prompt on one side, end of turn on the other.
+    """Counter that counts tokens as the trainer does, with chat template, generation prompt and end of turn.
 
     Raises:
-        ValueError: answers have no end of turn. The counter: the template refuses the prompt.
+        ValueError: the template ends no turn; the counter raises it for a prompt that the template refuses.
     """
     from jinja2 import TemplateError
 
@@ -25,7 +25,7 @@ def token_counter(tokenizer: Any, apply_chat_template_kwargs: dict | None = None
     try:
         end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer), apply_chat_template_kwargs)
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses a question with its answer: {error}") from None
+        raise ValueError(f"the chat template refuses a question and its answer: {error}") from None
 
     def count(prompt: list[dict[str, str]], teacher: str) -> tuple[int, int]:
         try:

@@ -171,7 +171,7 @@ def test_settings_that_led_to_nothing_may_change(chat_server, prompts, tmp_path,
     call = arguments(chat_server, prompts, tmp_path / "out.jsonl")
     assert run(*call, "--model", "typo") == 2
     error = capsys.readouterr().err
-    assert "no such model" in error and "the same command goes on" in error
+    assert "no such model" in error and "rerun the same command to resume" in error
     assert run(*call) == 0
     assert len(lines(tmp_path / "out.jsonl")) == 3
 

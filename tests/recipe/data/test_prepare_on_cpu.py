@@ -83,7 +83,7 @@ LAYOUTS = {
     "own with text": ({"content": "q", "teacher_response": "a"}, [user("q")], "a"),
     "openai": ({"messages": [user("q"), assistant("a")]}, [user("q")], "a"),
     "openai, multi-turn": ({"messages": [*TURNS, assistant("a2")]}, TURNS, "a2"),
-    "openai, turns behind the answer": ({"messages": [*TURNS, assistant("a2"), user("u3")]}, TURNS, "a2"),
+    "openai, turns after the answer": ({"messages": [*TURNS, assistant("a2"), user("u3")]}, TURNS, "a2"),
     "openai, developer": (
         {"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("a")]},
         [{"role": "system", "content": "s"}, user("q")],
@@ -278,9 +278,7 @@ def test_messages_in_a_csv_file(write, tmp_path):
 def test_a_csv_row_with_too_many_cells(write, tmp_path):
     path = write("prompt,response\nq,a\nq2,a,b\n", "d.csv")
     assert run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
-    assert [(r["row"], r["reason"]) for r in rejects(tmp_path / "out")] == [
-        (1, "has 1 cells more than the header has names")
-    ]
+    assert [(r["row"], r["reason"]) for r in rejects(tmp_path / "out")] == [(1, "has 3 cells, the header has 2")]
 
 
 @pytest.mark.parametrize(
@@ -555,16 +553,16 @@ def test_the_trainer_reads_what_was_written(tmp_path, write, tiny_problem):
 
 PEAK = """
 import sys
-from recipe.gad.data.prepare import prepare
+from recipe.gad.data.prepare import prepare_files
 
 def peak_mb():  # of this process since it was started; ru_maxrss would count its parent
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) // 1024
 
 small, big = sys.argv[1:]
-prepare([small], "small")
+prepare_files([small], "small")
 before = peak_mb()
-print(prepare([big], "big").rows, peak_mb() - before)
+print(prepare_files([big], "big").rows, peak_mb() - before)
 """
 
 

@@ -1,0 +1,28 @@
+# Reads the flags of the scripts in this folder. Sourced, not run.
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# read_flags "NAME ..." "SWITCH ..." ARGUMENT...
+# --name VALUE sets NAME=VALUE, --switch sets SWITCH=1, --help calls usage; - and _ in a name are the same.
+# REST gets the arguments after the flags.
+read_flags() {
+  local names=" $1 " switches=" $2 " name; shift 2
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --help|-h) usage; exit 0 ;;
+      --) shift; break ;;
+      --*) name=${1#--} name=${name//-/_} ;;
+      *) break ;;
+    esac
+    case "$switches" in *" $name "*) printf -v "${name^^}" 1; shift; continue ;; esac
+    case "$names" in *" $name "*) ;; *) fail "unknown flag $1; see --help" ;; esac
+    [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+    printf -v "${name^^}" %s "$2"
+    shift 2
+  done
+  REST=("$@")
+}
+
+no_arguments() { # for scripts that take flags only
+  [ $# = 0 ] || fail "unknown argument $1; see --help"
+}
