@@ -81,11 +81,9 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def stop_group(pid: int, is_running: Callable[[], bool], patience: float = STOP_SECONDS) -> None:
-    """End a session leader by SIGTERM, then everything that is left of its process group by SIGKILL."""
+def end_group(pid: int, is_running: Callable[[], bool], patience: float = STOP_SECONDS) -> None:
+    """Wait for the end of a session leader, then kill everything that is left of its process group."""
     deadline = time.monotonic() + patience
-    if is_running():
-        os.kill(pid, signal.SIGTERM)
     while is_running() and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
     try:
@@ -175,9 +173,9 @@ class Scheduler:
     ):
         self.state, self.slots, self.gpus, self.patience = state, slots, gpus, patience
         self.environment = environment or {}
-        self.total = len(jobs)
-        self.waiting = [job for job in jobs if not job.is_finished()]
-        self.finished = {job.name for job in jobs} - {job.name for job in self.waiting}
+        self.jobs = jobs
+        self.waiting: list[Job] = []
+        self.finished: set[str] = set()
         self.failed: set[str] = set()
         self.running: list[Running] = []
         self._signal: int | None = None
@@ -189,6 +187,7 @@ class Scheduler:
             None at the end, or the number of the signal that stopped the jobs.
         """
         self._stop_orphans()
+        self._sort_out()
         with self._signals(), Progress() as progress:
             while self._signal is None:
                 self._collect()
@@ -220,9 +219,20 @@ class Scheduler:
             pid, born = entry.get("pid"), entry.get("born")
             if pid and start_time(pid) == born:
                 print(f"{name}: still running from an interrupted referee; stopped, to be resumed", file=sys.stderr)
-                stop_group(pid, lambda pid=pid, born=born: start_time(pid) == born, self.patience)  # type: ignore[misc]
+                os.kill(pid, signal.SIGTERM)
+                end_group(pid, lambda pid=pid, born=born: start_time(pid) == born, self.patience)  # type: ignore[misc]
             if pid:
                 self.state.record(name, status="stopped", pid=None, born=None)
+
+    def _sort_out(self) -> None:
+        """Which jobs are finished, by what is in their folders."""
+        for job in self.jobs:
+            if job.is_finished():
+                job.on_success()  # again: the referee may have been killed before it
+                self.finished.add(job.name)
+                self.state.record(job.name, status="finished")
+            else:
+                self.waiting.append(job)
 
     def _start_ready(self) -> None:
         for job in list(self.waiting):
@@ -270,7 +280,7 @@ class Scheduler:
 
     def _end(self, running: Running, status: str, code: int | None) -> None:
         self.running.remove(running)
-        stop_group(running.process.pid, lambda: running.process.poll() is None, self.patience)  # what it left behind
+        end_group(running.process.pid, lambda: running.process.poll() is None, self.patience)  # what it left behind
         running.process.wait()
         seconds = self.state.seconds(running.job.name) + time.monotonic() - running.started
         self.state.record(running.job.name, status=status, exit=code, seconds=round(seconds, 1), pid=None, born=None)
@@ -285,7 +295,7 @@ class Scheduler:
             self._end(running, "stopped", None)
 
     def _lines(self) -> list[str]:
-        counts = f"{len(self.finished)} of {self.total} jobs finished, {len(self.running)} running"
+        counts = f"{len(self.finished)} of {len(self.jobs)} jobs finished, {len(self.running)} running"
         failed = f", {len(self.failed)} failed or left out" if self.failed else ""
         return [counts + failed, *(f"  {running.line()}" for running in self.running)]
 
