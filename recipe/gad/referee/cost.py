@@ -127,8 +127,8 @@ def _cost_lines(estimator: Estimator, slots: int) -> list[str]:
     lines = []
     if unknown:
         lines.append(
-            f"The step time of {', '.join(unknown)} is not known: no run of such a stage is finished, and the plan has no "
-            "seconds_per_step for it. Its steps are not in the sum."
+            f"The step time of {', '.join(unknown)} is not known: no run of such a stage is finished, and the plan "
+            "has no seconds_per_step for it. Its steps are not in the sum."
         )
     for what, count, each in (
         ("starts of trainings", len(left), estimator.start_seconds()),

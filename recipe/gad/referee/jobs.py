@@ -275,11 +275,11 @@ def check_files(plan: Plan, scripts: Path = SCRIPTS) -> int:
     teacher_key = plan.evaluation.get("teacher_key", "teacher_response")
     for kind in {stage.kind for arm in plan.arms.values() for stage in arm.stages}:
         if not (scripts / KINDS[kind].script).is_file():
-            raise ValueError(f"{scripts / KINDS[kind].script} is missing. Fix: --scripts_dir with the folder examples/gad")
+            raise ValueError(
+                f"{scripts / KINDS[kind].script} is missing. Fix: --scripts_dir with the folder examples/gad"
+            )
     check_data_file(plan.val_files, prompt_key, teacher_key)
     rows = check_data_file(plan.train_files, prompt_key, teacher_key)
     if too_many := [size for size in plan.train_rows if size != ALL_ROWS and int(size) > rows]:
         raise ValueError(f"train_rows {too_many[0]}: {plan.train_files} has {rows} rows. Fix: at most {rows}, or all")
     return rows
-
-

@@ -298,7 +298,9 @@ def _sets(overrides: tuple[str, ...], key: str) -> bool:
 
 def _check_overrides(overrides: Any) -> None:
     if not isinstance(overrides, tuple) or not all(isinstance(text, str) and "=" in text for text in overrides):
-        raise ValueError(f"overrides {overrides!r}: expected a list of Hydra overrides such as data.max_prompt_length=512")
+        raise ValueError(
+            f"overrides {overrides!r}: expected a list of Hydra overrides such as data.max_prompt_length=512"
+        )
     for key, instead in OWN_KEYS.items():
         if _sets(overrides, key):
             raise ValueError(f"overrides set {key}, which the referee sets. Use {instead}")
