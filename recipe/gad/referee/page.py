@@ -66,8 +66,8 @@ def failed_jobs(runs: Sequence[Run], state: State) -> list[dict[str, Any]]:
     """Jobs that failed or were left out, with the arms that they belong to, their last error and their log."""
     arms: dict[str, list[str]] = {}
     for run in runs:
-        for item in (*run.trainings, *run.evaluations):
-            arms.setdefault(item.name, []).append(run.arm.name)
+        for name in [*(t.name for t in run.trainings), *(e.name for e in run.evaluations)]:
+            arms.setdefault(name, []).append(run.arm.name)
     return [
         {
             "job": job.name,

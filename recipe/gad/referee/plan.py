@@ -231,10 +231,8 @@ def _stage(value: Any, where: str) -> Stage:
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in KINDS:
         raise ValueError(f"{where}: found {value!r}, expected one of {', '.join(KINDS)} with its settings")
     [(kind, settings)] = value.items()
-    if isinstance(settings, dict) and "kind" in settings:
-        raise ValueError(f"{where}: unknown key 'kind'")
     try:
-        return Stage(**_values_of(Stage, {"kind": kind, **settings} if isinstance(settings, dict) else settings, kind))
+        return Stage(kind=kind, **_values_of(Stage, settings, kind, given=("kind",)))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -242,21 +240,21 @@ def _stage(value: Any, where: str) -> Stage:
 # ---------------------------------------------------------------------- checks
 
 
-def _values_of(cls: type, value: Any, where: str) -> dict[str, Any]:
-    """Keyword arguments of a dataclass from a YAML mapping; lists become tuples."""
-    fields = {entry.name: entry for entry in dataclasses.fields(cls)}
-    _check_keys(where, value, tuple(name for name in fields if name != "kind"), hidden=("kind",))
+def _values_of(cls: type, value: Any, where: str, given: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keyword arguments of a dataclass, without those ``given``, from a YAML mapping; lists become tuples."""
+    fields = [entry for entry in dataclasses.fields(cls) if entry.name not in given]
+    _check_keys(where, value, tuple(entry.name for entry in fields))
     no_default = dataclasses.MISSING
-    required = [n for n, e in fields.items() if e.default is no_default and e.default_factory is no_default]
+    required = [e.name for e in fields if e.default is no_default and e.default_factory is no_default]
     if missing := [name for name in required if name not in value]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     return {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
 
 
-def _check_keys(where: str, value: Any, known: tuple[str, ...], hidden: tuple[str, ...] = ()) -> None:
+def _check_keys(where: str, value: Any, known: tuple[str, ...]) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: found {value!r}, expected a mapping with keys of {', '.join(known)}")
-    if unknown := [key for key in value if key not in (*known, *hidden)]:
+    if unknown := [key for key in value if key not in known]:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}. Known keys: {', '.join(known)}")
 
 
