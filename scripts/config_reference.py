@@ -4,7 +4,7 @@
     python scripts/config_reference.py --check     exit 1 if the page is not what would be written
 
 A comment is the lines right above a key; its indented lines, ``name  text``, become a list. A key without a comment
-takes that of the block it stands in.
+takes the comment of its block.
 """
 
 import argparse
@@ -27,13 +27,13 @@ INTRO = """\
 
 <!-- Written by scripts/config_reference.py from the comments of recipe/gad/config/; edit those and run it again. -->
 
-The keys that GAD sets, with their defaults. They stand on top of verl's `ppo_trainer`: every other key of verl works
-too and has verl's default. Keys are overridden behind the flags of a launch script (`trainer.n_gpus_per_node=4`);
-`+key=value` adds one that the configuration does not have. Every script sets what its stage needs, and prints it with
-`--dry-run`. The whole configuration, verl's keys included:
+This page lists the keys that GAD sets, with their defaults. They extend verl's `ppo_trainer`: every other key of verl
+works too and has verl's default. Write overrides after the flags of a launch script (`trainer.n_gpus_per_node=4`);
+`+key=value` adds a key that the configuration does not have. Every script sets what its stage needs; `--dry-run` prints
+it. This prints the whole configuration, with verl's keys:
 
 ```bash
-python -m recipe.gad.run.checks --print-config device=gpu
+gad doctor --print_config device=gpu
 ```
 """
 
@@ -47,7 +47,7 @@ class Key(NamedTuple):
 
 
 def comment_above(lines: list[str], number: int) -> list[str]:
-    """Comment lines right above line ``number`` (from 0), without "# "; an indentation behind that stays."""
+    """Comment lines right above line ``number`` (from 0), without "# "; further indentation stays."""
     start = number
     while start and lines[start - 1].lstrip().startswith("#"):
         start -= 1
@@ -58,7 +58,7 @@ def keys_of(node: yaml.MappingNode, text: str, prefix: str = "", inherited: list
     """Keys below a block, in the order of the file.
 
     Raises:
-        ValueError: a key has no comment, and neither has the block it stands in.
+        ValueError: neither a key nor its block has a comment.
     """
     lines = text.splitlines()
     for key, value in node.value:
@@ -82,7 +82,7 @@ def show(key: Key) -> str:
 
 
 def wrap(lead: str, text: str) -> str:
-    """``text`` behind ``lead`` in lines of WIDTH; words, and so defaults, stay whole."""
+    """``text`` after ``lead``, in lines of WIDTH; words, and so defaults, stay whole."""
     options = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(text, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), **options)
 

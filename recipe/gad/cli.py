@@ -1,11 +1,11 @@
 """The ``gad`` command: what a user needs around training. ``gad --help`` lists the subcommands.
 
-Every subcommand lives in a module of its own under recipe/gad/commands/ and imports heavy libraries (torch, datasets,
-transformers) only when it runs, so that ``gad --help`` stays fast. Bad input is a ValueError (or an OSError): it is
-printed as ``error: ...`` and ends the command with exit code 2.
+Every subcommand has its module under recipe/gad/commands/. It imports heavy libraries (torch, datasets, transformers)
+only when it runs, so that ``gad --help`` stays fast. Bad input is a ValueError or an OSError: the command prints
+``error: ...`` and exits with code 2.
 
-Options are spelled in snake_case, as those of the launch scripts: what names a file to write is ``--output``, a folder
-``--output_dir``. (``--config-name`` of ``gad doctor`` is Hydra's own.)
+Options are spelled in snake_case, as in the launch scripts: ``--output`` names a file to write, ``--output_dir`` a
+folder. Hyphens are accepted too: ``--output-dir``.
 """
 
 import sys
@@ -31,13 +31,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("-", "_"),  # every subcommand inherits it
+    },
 )
 
 
 @app.callback()
 def _root() -> None:
-    """Keep the name of a subcommand part of the command line, however many there are."""
+    """Keep the name of a subcommand part of the command line, even if there is only one."""
 
 
 # in the order of their use
@@ -52,7 +55,7 @@ app.command()(export)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run ``gad``; ``argv`` defaults to the process's arguments. Always leaves through SystemExit."""
+    """Run ``gad``; ``argv`` defaults to the arguments of the process. Always raises SystemExit."""
     try:
         app(args=argv)
     except OSError as error:

@@ -225,11 +225,7 @@ def test_launch_commands_have_known_flags_and_keys(doc, tmp_path):
 
 @every_doc
 def test_keys_of_other_commands_compose(doc):
-    lines = [words[2:] for words in lines_starting_with(doc, "gad") if words[1:2] == ["doctor"]]
-    lines += [
-        words[3:] for words in lines_starting_with(doc, "python") if words[1:3] == ["-m", "recipe.gad.run.checks"]
-    ]
-    for words in lines:
+    for words in (words[2:] for words in lines_starting_with(doc, "gad") if words[1:2] == ["doctor"]):
         compose_config([word for word in words if "=" in word and word != "key=value"])
 
 
@@ -310,12 +306,12 @@ def test_thresholds_in_troubleshooting_are_those_of_health():
 def test_every_finding_is_explained_under_its_title():
     text = " ".join(read(TROUBLESHOOTING).prose.split())
     functions = [node for node in HEALTH.body if isinstance(node, ast.FunctionDef) and node.returns is not None]
-    rules = [function for function in functions if ast.unparse(function.returns) == "Verdict | None"]
+    rules = [function for function in functions if ast.unparse(function.returns) == "Finding | None"]
     assert len(rules) >= 14
     for rule in rules:
         assert f"`recipe/gad/monitor/rules.py:{rule.name}`" in text
         calls = [node for node in ast.walk(rule) if isinstance(node, ast.Call)]
-        for title in (call.args[1] for call in calls if getattr(call.func, "id", "") == "Verdict"):
+        for title in (call.args[0] for call in calls if getattr(call.func, "id", "") in ("error", "warning", "note")):
             words = title.values[0].value if isinstance(title, ast.JoinedStr) else title.value
             assert f"*{words}" in text
 

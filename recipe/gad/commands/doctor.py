@@ -1,4 +1,4 @@
-"""``gad doctor``: everything about a run that can be checked before GPUs are spent."""
+"""``gad doctor``: checks everything about a run that can be checked before GPUs are spent."""
 
 from typing import Annotated, Optional
 
@@ -11,13 +11,18 @@ def doctor(
         typer.Argument(metavar="KEY=VALUE", help="Hydra overrides, as the launch scripts pass them."),
     ] = None,
     config_name: Annotated[
-        str, typer.Option("--config-name", help="Configuration of recipe/gad/config.")
+        str, typer.Option("--config_name", help="Configuration of recipe/gad/config.")
     ] = "gad_trainer",
     gpu_memory_gb: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option("--gpu_memory_gb", min=0.001, help="GiB of one GPU of the run (default: this machine's first)."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: findings, each with level, where, what, evidence and fix.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print_config", help="Check nothing; print the whole resolved configuration as YAML.")
+    ] = False,
 ) -> None:
     """Check configuration, models, tokenizers, data, GPU memory and disk of a run, in seconds and without a GPU.
 
@@ -29,14 +34,23 @@ def doctor(
     import json
     import sys
     from contextlib import redirect_stdout
+    from dataclasses import asdict
 
-    from recipe.gad.doctor.checks import diagnose, report
+    from omegaconf import OmegaConf
+
+    from recipe.gad.run.config import compose_config, resolved
+
+    if print_config:
+        typer.echo(OmegaConf.to_yaml(resolved(compose_config(overrides or [], config_name))))
+        return
+
+    from recipe.gad.doctor.checks import examine, report
     from recipe.gad.doctor.memory import GIB
 
-    with redirect_stdout(sys.stderr):  # what imported libraries print is no part of the report
-        findings = diagnose(overrides or [], config_name, None if gpu_memory_gb is None else gpu_memory_gb * GIB)
+    with redirect_stdout(sys.stderr):  # keeps what imported libraries print out of the report
+        findings = examine(overrides or [], config_name, None if gpu_memory_gb is None else gpu_memory_gb * GIB)
     if as_json:
-        typer.echo(json.dumps({"findings": [finding._asdict() for finding in findings]}, indent=1))
+        typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
         report(findings, typer.echo)
     if any(finding.level == "error" for finding in findings):

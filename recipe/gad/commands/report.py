@@ -12,7 +12,7 @@ def report(
         "report.html"
     ),
 ) -> None:
-    """Write curves, samples, settings and a health verdict of runs as one self-contained HTML file.
+    """Write curves, samples, settings and health of runs as one self-contained HTML file.
 
     A RUN_DIR is the --output_dir of a stage. Several are overlaid by their own steps. A pipeline folder, with warmup/
     and gad/ inside, counts as its stages; GAD's steps are then counted on from the warmup's last.
@@ -20,10 +20,12 @@ def report(
     Example: gad report runs/gad runs/gad-higher-lr --output compare.html
     """
     from recipe.gad.monitor.report import write_report
+    from recipe.gad.run.findings import line
 
     for run in write_report(run_dirs, output):
-        findings = "; ".join(f"{verdict.level}: {verdict.title}" for verdict in run.verdicts)
-        typer.echo(f"{run.label}: {run.last_step} steps. {findings or 'Nothing wrong was found.'}")
-        for passed in run.passed:
-            typer.echo(f"  earlier, at {passed.when()}: {passed.verdict.title}")
+        typer.echo(f"{run.label}: {run.last_step} steps." + ("" if run.findings else " Nothing wrong was found."))
+        for finding in run.findings:
+            typer.echo(line(finding))
+        for earlier in run.earlier:
+            typer.echo(f"earlier, at {earlier.when()}: {line(earlier.finding)}")
     typer.echo(f"report: {output}")

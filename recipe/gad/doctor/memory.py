@@ -1,7 +1,7 @@
 """GPU memory and checkpoint sizes of a run, from its configuration and the model's config.json; see docs/memory.md.
 
-Nothing is loaded: parameters are counted in the headers of the safetensors files, or on the meta device. All sizes are
-bytes on one GPU unless a name says otherwise.
+No weights are loaded: parameters are counted in the headers of the safetensors files, or on the meta device. All sizes
+are bytes on one GPU unless a name says otherwise.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from recipe.gad.run.config import (
     parallelism,
     world_size,
 )
-from recipe.gad.run.findings import ConfigError
+from recipe.gad.run.findings import InputError
 
 GIB = 1024**3
 DTYPE_BYTES = {"fp32": 4, "float32": 4, "float": 4, "float64": 8, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
@@ -87,8 +87,8 @@ def model_shape(folder: Path, value_model: bool, trust_remote_code: bool = False
     """Shape of the model in a Hugging Face folder.
 
     Args:
-        folder: with config.json and weights (of any form).
-        value_model: the model is loaded as a critic: without language-model head, with a score head.
+        folder: holds config.json and weights in any format.
+        value_model: the model is loaded as a critic: with a score head in place of the language-model head.
         trust_remote_code: as in ``from_pretrained``.
     """
     from transformers import AutoConfig
@@ -139,7 +139,7 @@ class Training:
     """Trained parameters; None: all, 0: forward only (the reference)."""
     gradient_checkpointing: bool = True
     logits: bool = True
-    """Logits of the whole vocabulary are materialised (a language model without fused kernels)."""
+    """Logits of the whole vocabulary are materialized (a language model without fused kernels)."""
     param_offload: bool = False
     optimizer_offload: bool = False
     cpu_states: bool = False
@@ -157,7 +157,7 @@ class RoleMemory:
     activations: float
     logits: float
     step: float
-    """Temporaries of the optimizer step, after the activations are gone."""
+    """Temporaries of the optimizer step, after the activations are freed."""
     resident: float
     """What stays on the GPU while another role works."""
 
@@ -211,9 +211,9 @@ def checkpoint_bytes(shape: ModelShape, run: Training, contents: Sequence[str]) 
 
 
 def checkpoints_on_disk(saves: int | None, keep: int | None) -> int | None:
-    """Checkpoints of one role that exist at once; None: no bound.
+    """Most checkpoints of one role that exist at the same time; None: no bound.
 
-    verl removes the oldest before it writes the new one, except with ``keep`` = 1, where both exist for a while.
+    verl removes the oldest before it writes the new one, except with ``keep`` = 1: then both exist for a while.
 
     Args:
         saves: checkpoints that the run writes; None: unknown.
@@ -230,7 +230,7 @@ def checkpoints_on_disk(saves: int | None, keep: int | None) -> int | None:
 
 def _dtype_bytes(config: DictConfig, key: str, default: str) -> int:
     if (name := get(config, key, default)) not in DTYPE_BYTES:
-        raise ConfigError([f"{key}={name}: expected one of {', '.join(DTYPE_BYTES)}. Fix: {key}={default}"])
+        raise InputError(f"{key}={name}: expected one of {', '.join(DTYPE_BYTES)}", fix=f"{key}={default}")
     return DTYPE_BYTES[name]
 
 

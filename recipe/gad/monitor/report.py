@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.gad.monitor.rules import CLIP_BAND, Passed, Verdict, diagnose, passed_verdicts
+from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, apply_rules, earlier_findings
 from recipe.gad.run.atomic_io import write_atomically
+from recipe.gad.run.findings import Finding, InputError
 from recipe.gad.run.log import (
     ROUGE_L,
     Metrics,
@@ -43,15 +44,15 @@ SAMPLED_STEPS = 5
 
 @dataclass
 class Run:
-    """A run folder as read. ``offset`` is added to its steps in the pictures; ``verdicts`` come from its last state,
-    ``passed`` from earlier ones."""
+    """A run folder as read. ``offset`` is added to its steps in the pictures; ``findings`` are about its last state,
+    ``earlier`` about states before."""
 
     path: Path
     label: str
     metrics: Metrics
     offset: int = 0
-    verdicts: list[Verdict] = field(default_factory=list)
-    passed: list[Passed] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    earlier: list[EarlierFinding] = field(default_factory=list)
     looked_at: list[str] = field(default_factory=list)
     samples: dict[int, list[dict]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -104,8 +105,8 @@ def _read_run(path: Path, label: str, handover: int) -> Run:
     run = Run(path, label, load_metrics(path / "metrics.jsonl"), overrides=read_overrides(path))
     run.offset = handover if matching_names(run.metrics, "actor/pg_loss") else 0  # only GAD follows a warmup
     run.samples, run.notes = read_samples(path, SAMPLED_STEPS)
-    run.verdicts, run.looked_at = diagnose(run.metrics, list(run.samples.values())[-1] if run.samples else ())
-    run.passed = passed_verdicts(run.metrics, run.verdicts)
+    run.findings, run.looked_at = apply_rules(run.metrics, list(run.samples.values())[-1] if run.samples else ())
+    run.earlier = earlier_findings(run.metrics, run.findings)
     return run
 
 
@@ -364,7 +365,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         output: the HTML file; replaced whole or not at all.
 
     Returns:
-        the runs with their verdicts.
+        The runs with their findings.
 
     Raises:
         ValueError: a folder holds no run, or ``output`` is a folder; nothing is written.
@@ -373,7 +374,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
 
     runs, output = find_runs(folders), Path(output)
     if output.is_dir():
-        raise ValueError(f"{output} is a folder. Fix: --output with the name of a file")
+        raise InputError(f"{output} is a folder", fix="name a file with --output")
     drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
     png_folder = output.with_name(f"{output.stem}_png")

@@ -1,22 +1,23 @@
-"""Is this run healthy? Plain rules over its curves and validation answers; every finding names evidence and remedy.
+"""Is this run healthy? Plain rules over its curves and validation answers; every finding names evidence and a fix.
 
-A rule takes curves (steps and values of one metric) and returns a :class:`Verdict` or None. The rules look at means
-over several steps, since a single step of GAD is one batch and noisy; they stay silent until there are enough steps.
-:func:`diagnose` applies all rules whose metrics a run has logged.
+A rule takes curves (steps and values of one metric) and returns a finding or None. A single step of GAD is one batch
+and noisy, so the rules look at means over several steps and stay silent until there are enough of them.
+:func:`apply_rules` applies all rules whose metrics a run has logged.
 """
 
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from recipe.gad.run.findings import LEVELS, Finding, error, note, warning
 from recipe.gad.run.log import ROUGE_L, Metrics, matching_names, series
 
 RECENT = 20
-"""Steps of "now": long enough that the noise of one batch (d_acc moves by 0.1 from step to step) averages out."""
+"""Steps of "now": enough to average out the noise of one batch (d_acc moves by 0.1 from step to step)."""
 
 START = 5
 """Steps of "at the start": few, because a policy can collapse within tens of steps."""
@@ -39,13 +40,13 @@ ENTROPY_COLLAPSE = 0.2
 """Entropy below a fifth of its start: samples of one prompt become the same, and GRPO has no advantages left."""
 
 ROUGE_FALL = 0.15
-"""ROUGE-L this share below its best; validation of some hundred sampled answers moves by about 0.05 by itself."""
+"""ROUGE-L this share below its best; its noise over a few hundred sampled answers is about 0.05."""
 
 LENGTH_RATIO = 1.5
 """Student answers 1.5 times longer or shorter than the teacher's: D can tell the sides by length alone."""
 
 LENGTH_DRIFT = 1.1
-"""And at least this much further away than at the start, so that a student that is still approaching is left alone."""
+"""And at least this much further away than at the start: a student that still approaches the teacher is fine."""
 
 SWING = 1.25
 SWING_MEAN = 10
@@ -54,7 +55,7 @@ SWING_STEPS = 100
 approaches the teacher overshoots by less."""
 
 CUT_RATIO = 0.25
-"""A quarter more cut answers than the teacher has: such answers end without the end token, which D sees at once."""
+"""A quarter more cut answers than the teacher has: they lack the end token, which D sees at once."""
 
 CLIP_BAND = (0.1, 0.3)
 """Usual pg_clipfrac with several updates per batch or GSPO; exactly 0 when a batch is one update (ratios are all 1)."""
@@ -71,10 +72,11 @@ PPO_KL = 0.1
 
 COMPRESSION = 4.0
 COMPRESSION_TO_TEACHER = 2.0
-"""zlib shrinks prose 1.5-3 times and a loop ten times and more; what is regular by nature is so in the teacher too."""
+"""zlib shrinks prose 1.5-3 times and a loop ten times and more. Text that is regular by nature is so in the teacher's
+answers too."""
 
 BAD_ANSWERS = 0.1
-"""Share of validation answers from which on looping, or saying the same to different prompts, is no accident."""
+"""From this share of validation answers on, loops or equal answers to different prompts are no accident."""
 
 
 class Curve(NamedTuple):
@@ -96,29 +98,12 @@ class Curve(NamedTuple):
         return f"{self.mean():.3g} (mean of steps {self.steps[0]}-{self.steps[-1]})"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One finding.
-
-    Args:
-        level: "problem" (stop and look), "warning" (likely to go wrong) or "note" (worth knowing).
-        title: what it is, in a few words.
-        evidence: metrics, steps and values that show it.
-        advice: what to try, with Hydra keys.
-    """
-
-    level: str
-    title: str
-    evidence: str
-    advice: str
-
-
-class Passed(NamedTuple):
-    """A verdict of earlier in a run: steps at which it was first and last found, and what it said last."""
+class EarlierFinding(NamedTuple):
+    """A finding from earlier in a run: the steps at which it was first and last made, and its last form."""
 
     first: int
     last: int
-    verdict: Verdict
+    finding: Finding
 
     def when(self) -> str:
         return f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
@@ -127,7 +112,7 @@ class Passed(NamedTuple):
 # -------------------------------------------------------------------------------------------------- the discriminator
 
 
-def saturated_discriminator(d_acc: Curve) -> Verdict | None:
+def saturated_discriminator(d_acc: Curve) -> Finding | None:
     """D tells the sides apart in every pair and does not lose ground; give only steps with policy updates."""
     window = d_acc.last(SATURATED_STEPS)
     half = SATURATED_STEPS // 2
@@ -135,86 +120,81 @@ def saturated_discriminator(d_acc: Curve) -> Verdict | None:
         return None
     if window.last(half).mean() < window.first(half).mean() - STUCK_FALL:
         return None
-    return Verdict(
-        "warning",
+    return warning(
         "The discriminator is saturated",
-        f"critic/d_acc stays at {window.show()}; above {SATURATED_D_ACC} the student gets no nearer.",
-        "Read some answers of both sides for a mark that gives the side away (end token, whitespace, template; "
-        "compare the two .../cut_ratio). Then a longer warmup (trainer.total_epochs of that stage), a lower "
-        "critic.optim.lr, or a higher actor_rollout_ref.actor.optim.lr.",
+        evidence=f"critic/d_acc stays at {window.show()}; above {SATURATED_D_ACC} the student gets no closer.",
+        fix="Read some answers of both sides for a mark that gives the side away (end token, whitespace, template; "
+        "compare the two .../cut_ratio). Then lengthen the warmup (trainer.total_epochs of that stage), lower "
+        "critic.optim.lr, or raise actor_rollout_ref.actor.optim.lr.",
     )
 
 
-def guessing_discriminator(d_acc: Curve) -> Verdict | None:
+def guessing_discriminator(d_acc: Curve) -> Finding | None:
     """D has never left the coin toss."""
     if len(d_acc.steps) < COIN_TOSS_STEPS:
         return None
     tens = np.convolve(d_acc.values, np.full(10, 0.1), mode="valid")
     if tens.min() < COIN_TOSS[0] or tens.max() > COIN_TOSS[1]:
         return None
-    return Verdict(
-        "warning",
+    return warning(
         "The discriminator does not learn",
-        f"critic/d_acc is {d_acc.show()} and no ten steps leave {COIN_TOSS[0]}-{COIN_TOSS[1]}: it guesses, from the "
-        "start on.",
-        "Check that critic/grad_norm and critic/lr are above 0 and that teacher and student answers differ at all. "
-        "Then a higher critic.optim.lr, a longer head start for D (trainer.critic_warmup in the warmup stage), or a "
-        "larger D (critic.model.path).",
+        evidence=f"critic/d_acc is {d_acc.show()} and no ten steps leave {COIN_TOSS[0]}-{COIN_TOSS[1]}: it has "
+        "guessed from the start.",
+        fix="Check that critic/grad_norm and critic/lr are above 0 and that teacher and student answers differ at all. "
+        "Then raise critic.optim.lr, give the discriminator a longer head start (trainer.critic_warmup in the warmup "
+        "stage), or choose a larger one (critic.model.path).",
     )
 
 
-def fooled_discriminator(d_acc: Curve) -> Verdict | None:
+def fooled_discriminator(d_acc: Curve) -> Finding | None:
     """D prefers the student's answers."""
     window = d_acc.last(RECENT)
     if len(window.steps) < RECENT or window.mean() >= FOOLED_D_ACC:
         return None
-    return Verdict(
-        "warning",
+    return warning(
         "The student has outrun the discriminator",
-        f"critic/d_acc is {window.show()}, below a coin toss: D prefers the student's answers to the teacher's, and "
-        "its reward no longer points to the teacher.",
-        "Raise critic.optim.lr, or slow the student: lower actor_rollout_ref.actor.optim.lr, raise "
+        evidence=f"critic/d_acc is {window.show()}, below a coin toss: the discriminator prefers the student's answers "
+        "to the teacher's, and its reward no longer points to the teacher.",
+        fix="Raise critic.optim.lr, or slow the student: lower actor_rollout_ref.actor.optim.lr, raise "
         "actor_rollout_ref.actor.kl_loss_coef. An earlier checkpoint may be the better one.",
     )
 
 
-def frozen_discriminator(learning_rate: Curve) -> Verdict | None:
+def frozen_discriminator(learning_rate: Curve) -> Finding | None:
     """D is not trained."""
     window = learning_rate.last(RECENT)
     if len(window.steps) < RECENT or window.values.any():
         return None
-    return Verdict(
-        "warning",
+    return warning(
         "The discriminator is frozen",
-        f"critic/lr is 0 in steps {window.steps[0]}-{window.steps[-1]}: the student learns to please a D that never "
-        "learns.",
-        "Set critic.optim.lr above 0, unless this is a control experiment.",
+        evidence=f"critic/lr is 0 in steps {window.steps[0]}-{window.steps[-1]}: the student learns to please a "
+        "discriminator that never learns.",
+        fix="Set critic.optim.lr above 0, unless this is a control experiment.",
     )
 
 
 # ----------------------------------------------------------------------------------------------------------- the policy
 
 
-def collapsed_entropy(entropy: Curve) -> Verdict | None:
+def collapsed_entropy(entropy: Curve) -> Finding | None:
     """The policy has become (almost) deterministic; give only steps with policy updates."""
     start, now = entropy.first(START), entropy.last(START)
     if len(entropy.steps) < 2 * START or now.mean() >= ENTROPY_COLLAPSE * start.mean():
         return None
-    return Verdict(
-        "problem",
+    return error(
         "The student's entropy has collapsed",
-        f"actor/entropy went from {start.show()} to {now.show()}.",
-        "Go back to a checkpoint before the fall. Then a lower actor_rollout_ref.actor.optim.lr, a higher "
-        "actor_rollout_ref.actor.kl_loss_coef, some actor_rollout_ref.actor.entropy_coeff, or a higher "
+        evidence=f"actor/entropy went from {start.show()} to {now.show()}.",
+        fix="Go back to a checkpoint before the fall. Then lower actor_rollout_ref.actor.optim.lr, or raise "
+        "actor_rollout_ref.actor.kl_loss_coef, actor_rollout_ref.actor.entropy_coeff or "
         "actor_rollout_ref.rollout.temperature.",
     )
 
 
-def falling_validation(rouge_l: Curve, score_gap: Curve) -> Verdict | None:
+def falling_validation(rouge_l: Curve, score_gap: Curve) -> Finding | None:
     """ROUGE-L falls; if D sees the sides come closer meanwhile, the student is gaming D.
 
-    The gap of the scores is judged and not the student's score alone, because the Bradley-Terry loss leaves D's scores
-    free up to a constant, which drifts.
+    The rule looks at the gap of the scores, not at the student's score: the Bradley-Terry loss leaves D's scores free
+    up to a constant, which drifts.
     """
     best = int(rouge_l.values.argmax()) if len(rouge_l.steps) else 0
     after = Curve(rouge_l.steps[best + 1 :], rouge_l.values[best + 1 :]).last(2)
@@ -227,47 +207,47 @@ def falling_validation(rouge_l: Curve, score_gap: Curve) -> Verdict | None:
     )
     since = score_gap.values[score_gap.steps >= rouge_l.steps[best]]
     if len(since) >= 2 * START and since[-START:].mean() < since[:START].mean():
-        return Verdict(
-            "problem",
+        return error(
             "The student games the discriminator (reward hacking)",
-            f"{fall}, while critic/score_gap shrank from {since[:START].mean():.3g} to {since[-START:].mean():.3g}: "
-            "D takes the answers for the teacher's more and more, and they are not.",
-            "Read the samples: what pleases D? Keep the checkpoint of the best ROUGE-L. Then a higher "
-            "actor_rollout_ref.actor.kl_loss_coef, a lower actor_rollout_ref.actor.optim.lr, or a higher "
-            "critic.optim.lr.",
+            evidence=f"{fall}, while critic/score_gap shrank from {since[:START].mean():.3g} to "
+            f"{since[-START:].mean():.3g}: the discriminator sees the student come closer, but its answers get worse.",
+            fix="Inspect the samples that the discriminator scores highest. Keep the checkpoint of the best ROUGE-L. "
+            "Then raise actor_rollout_ref.actor.kl_loss_coef or critic.optim.lr, or lower "
+            "actor_rollout_ref.actor.optim.lr.",
         )
-    return Verdict(
-        "warning",
+    return warning(
         "Validation gets worse",
-        f"{fall}.",
-        "Keep the checkpoint of the best ROUGE-L (trainer.save_freq, trainer.test_freq). Then a lower "
-        "actor_rollout_ref.actor.optim.lr or fewer steps (trainer.total_epochs).",
+        evidence=f"{fall}.",
+        fix="Keep the checkpoint of the best ROUGE-L (trainer.save_freq, trainer.test_freq). Then lower "
+        "actor_rollout_ref.actor.optim.lr, or train fewer steps (trainer.total_epochs).",
     )
 
 
-def clip_fraction(pg_clipfrac: Curve) -> Verdict | None:
+def clip_fraction(pg_clipfrac: Curve) -> Finding | None:
     """The share of clipped tokens is outside its usual band; silent where it is 0 by construction."""
     window = pg_clipfrac.last(RECENT)
     if len(window.steps) < RECENT or not window.values.any():
         return None
     evidence = f"actor/pg_clipfrac is {window.show()}; usual is {CLIP_BAND[0]}-{CLIP_BAND[1]}."
     if window.mean() > CLIP_BAND[1]:
-        advice = (
-            "The policy moves too far on one batch: lower actor_rollout_ref.actor.optim.lr, fewer updates per batch "
-            "(larger actor_rollout_ref.actor.ppo_mini_batch_size, actor_rollout_ref.actor.ppo_epochs=1), or a wider "
-            "actor_rollout_ref.actor.clip_ratio."
+        return warning(
+            "Many tokens are clipped",
+            evidence=evidence,
+            fix="The policy moves too far on one batch: lower actor_rollout_ref.actor.optim.lr, make fewer updates per "
+            "batch (a larger actor_rollout_ref.actor.ppo_mini_batch_size, actor_rollout_ref.actor.ppo_epochs=1), or "
+            "widen actor_rollout_ref.actor.clip_ratio.",
         )
-        return Verdict("warning", "Many tokens are clipped", evidence, advice)
     if window.mean() < CLIP_BAND[0]:
-        advice = (
-            "No fault by itself: the updates of a batch are small. If learning is slow, "
-            "actor_rollout_ref.actor.optim.lr has room."
+        return note(
+            "Few tokens are clipped",
+            evidence=evidence,
+            fix="This alone is no fault: the updates of a batch are small. If learning is slow, there is room to raise "
+            "actor_rollout_ref.actor.optim.lr.",
         )
-        return Verdict("note", "Few tokens are clipped", evidence, advice)
     return None
 
 
-def kl_blow_up(kl_loss: Curve) -> Verdict | None:
+def kl_blow_up(kl_loss: Curve) -> Finding | None:
     """The policy has left the reference policy."""
     now, before = kl_loss.last(START), Curve(kl_loss.steps[:-START], kl_loss.values[:-START]).last(RECENT)
     if len(before.steps) < START:
@@ -275,25 +255,23 @@ def kl_blow_up(kl_loss: Curve) -> Verdict | None:
     jumped = now.mean() > KL_JUMP_FLOOR and now.mean() > KL_JUMP * before.mean()
     if not jumped and now.mean() < KL_LOSS:
         return None
-    return Verdict(
-        "problem",
+    return error(
         "The student runs away from its reference (KL)",
-        f"actor/kl_loss is {now.show()} nats per token; before: {before.show()}.",
-        "Go back to a checkpoint before the rise. Then a higher actor_rollout_ref.actor.kl_loss_coef, a lower "
-        "actor_rollout_ref.actor.optim.lr, a lower actor_rollout_ref.actor.optim.clip_grad.",
+        evidence=f"actor/kl_loss is {now.show()} nats per token; before: {before.show()}.",
+        fix="Go back to a checkpoint before the rise. Then raise actor_rollout_ref.actor.kl_loss_coef, or lower "
+        "actor_rollout_ref.actor.optim.lr or actor_rollout_ref.actor.optim.clip_grad.",
     )
 
 
-def large_policy_steps(ppo_kl: Curve) -> Verdict | None:
+def large_policy_steps(ppo_kl: Curve) -> Finding | None:
     """One batch moves the policy too far."""
     window = ppo_kl.last(RECENT)
     if len(window.steps) < RECENT or abs(window.mean()) < PPO_KL:
         return None
-    return Verdict(
-        "warning",
+    return warning(
         "One batch moves the student too far",
-        f"actor/ppo_kl is {window.show()} nats per token; usual is below {PPO_KL}.",
-        "Lower actor_rollout_ref.actor.optim.lr, or fewer updates per batch (larger "
+        evidence=f"actor/ppo_kl is {window.show()} nats per token; usual is below {PPO_KL}.",
+        fix="Lower actor_rollout_ref.actor.optim.lr, or make fewer updates per batch (a larger "
         "actor_rollout_ref.actor.ppo_mini_batch_size).",
     )
 
@@ -302,14 +280,14 @@ def large_policy_steps(ppo_kl: Curve) -> Verdict | None:
 
 
 def _length_ratio(student: Curve, teacher: Curve) -> Curve | None:
-    """Length of the student's answers over the teacher's in the steps that have both; None with a length of 0."""
+    """Length of the student's answers over the teacher's in the steps that have both; None if a length is 0."""
     steps, i, j = np.intersect1d(student.steps, teacher.steps, return_indices=True)
     if not len(steps) or teacher.values.min() <= 0 or student.values.min() <= 0:
         return None
     return Curve(steps, student.values[i] / teacher.values[j])
 
 
-def length_drift(student: Curve, teacher: Curve) -> Verdict | None:
+def length_drift(student: Curve, teacher: Curve) -> Finding | None:
     """Student answers depart in length from the teacher's (mean tokens of both sides)."""
     ratio = _length_ratio(student, teacher)
     if ratio is None or len(ratio.steps) < RECENT + START:
@@ -319,17 +297,16 @@ def length_drift(student: Curve, teacher: Curve) -> Verdict | None:
     if distance_now < LENGTH_RATIO or distance_now < LENGTH_DRIFT * distance_then:
         return None
     longer = now.mean() > 1
-    return Verdict(
-        "warning",
+    return warning(
         f"The student's answers grow too {'long' if longer else 'short'}",
-        f"response_length/mean over teacher_response_length/mean went from {start.show()} to {now.show()}.",
-        "Read the samples. Then a higher actor_rollout_ref.actor.kl_loss_coef, a lower "
-        "actor_rollout_ref.actor.optim.lr, or actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean, which gives "
-        "every answer the same weight whatever its length.",
+        evidence=f"response_length/mean over teacher_response_length/mean went from {start.show()} to {now.show()}.",
+        fix="Read the samples. Then raise actor_rollout_ref.actor.kl_loss_coef, lower "
+        "actor_rollout_ref.actor.optim.lr, or set actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean, which "
+        "gives every answer the same weight whatever its length.",
     )
 
 
-def swinging_lengths(student: Curve, teacher: Curve) -> Verdict | None:
+def swinging_lengths(student: Curve, teacher: Curve) -> Finding | None:
     """Answers grow shorter and longer in turn; give only steps with policy updates."""
     ratio = _length_ratio(student, teacher)
     if ratio is None or len(ratio.steps) < 3 * SWING_MEAN:
@@ -338,7 +315,7 @@ def swinging_lengths(student: Curve, teacher: Curve) -> Verdict | None:
     ends = ratio.last(len(means)).steps
 
     def turn(at: int) -> tuple[float, int, int, int]:
-        """How far the curve comes down (or up) to this point and goes back from it, and the three points."""
+        """Factor by which the curve falls (or rises) to this point and returns from it; the three points."""
         back, ahead = means[:at], means[at + 1 :]
         low = min(back.max(), ahead.max()) / means[at]
         high = means[at] / max(back.min(), ahead.min())
@@ -350,47 +327,44 @@ def swinging_lengths(student: Curve, teacher: Curve) -> Verdict | None:
     if swing < SWING:
         return None
     shown = ", ".join(f"{means[k]:.2f} (steps {ends[k] - SWING_MEAN + 1}-{ends[k]})" for k in points)
-    return Verdict(
-        "warning",
+    return warning(
         "The length of the student's answers swings",
-        f"response_length/mean over teacher_response_length/mean: {shown}. The student follows what D likes faster "
-        "than D follows the student, and overshoots.",
-        "Let D be the faster one: a lower actor_rollout_ref.actor.optim.lr, a higher critic.optim.lr. Then a larger "
-        "data.train_batch_size, a higher actor_rollout_ref.actor.kl_loss_coef.",
+        evidence=f"response_length/mean over teacher_response_length/mean: {shown}. The student learns faster than the "
+        "discriminator and overshoots.",
+        fix="Let the discriminator learn faster: lower actor_rollout_ref.actor.optim.lr, raise critic.optim.lr. Then "
+        "raise data.train_batch_size or actor_rollout_ref.actor.kl_loss_coef.",
     )
 
 
-def cut_answers(student: Curve, teacher: Curve) -> Verdict | None:
+def cut_answers(student: Curve, teacher: Curve) -> Finding | None:
     """Many student answers run into the length limit, and the teacher's do not (shares of both sides)."""
     now, of_teacher = student.last(RECENT), teacher.last(RECENT)
     if len(now.steps) < RECENT or not len(of_teacher.steps) or now.mean() < of_teacher.mean() + CUT_RATIO:
         return None
-    return Verdict(
-        "warning",
+    return warning(
         "Many answers of the student are cut",
-        f"response_length/cut_ratio is {now.show()}; the teacher's is {of_teacher.mean():.3g}.",
-        "If the answers are good so far, raise data.max_response_length. If they never end, a longer warmup "
+        evidence=f"response_length/cut_ratio is {now.show()}; the teacher's is {of_teacher.mean():.3g}.",
+        fix="If the text is good, raise data.max_response_length. If it never stops, a longer warmup "
         "(trainer.total_epochs of that stage) teaches the student to stop.",
     )
 
 
-def missing_rollouts(missing: Curve) -> Verdict | None:
+def missing_rollouts(missing: Curve) -> Finding | None:
     """Samples that the rollout engine did not deliver (count per step)."""
     lost = np.flatnonzero(missing.values > 0)
     if not len(lost):
         return None
     steps = missing.steps[lost]
-    return Verdict(
-        "warning",
+    return warning(
         "Rollouts are missing",
-        f"gad/missing_rollouts: {missing.values[lost].sum():.0f} samples in {len(lost)} of {len(missing.steps)} steps, "
-        f"first in step {steps[0]}, last in step {steps[-1]}. The losses leave them out.",
-        "Look for errors of the agent loop in the run's output; often memory or prompts that are too long: lower "
-        "actor_rollout_ref.rollout.gpu_memory_utilization, check data.max_prompt_length.",
+        evidence=f"gad/missing_rollouts: {missing.values[lost].sum():.0f} samples in {len(lost)} of "
+        f"{len(missing.steps)} steps, first in step {steps[0]}, last in step {steps[-1]}. The losses leave them out.",
+        fix="Look for errors of the agent loop in the run's output. The cause is often memory (lower "
+        "actor_rollout_ref.rollout.gpu_memory_utilization) or long prompts (check data.max_prompt_length).",
     )
 
 
-def not_finite(metrics: Metrics) -> Verdict | None:
+def not_finite(metrics: Metrics) -> Finding | None:
     """NaN or an infinity in a training metric (the file logger writes both as null)."""
     bad: dict[str, list[int]] = {}
     for step in sorted(metrics):
@@ -400,20 +374,19 @@ def not_finite(metrics: Metrics) -> Verdict | None:
     if not bad:
         return None
     shown = "; ".join(f"{name} in {len(s)} steps, first {s[0]}, last {s[-1]}" for name, s in bad.items())
-    return Verdict(
-        "problem",
+    return error(
         "NaN or infinite numbers",
-        f"{shown}.",
-        "Go back to the checkpoint before the first. A single step with actor/grad_norm or critic/grad_norm alone was "
-        "skipped by the optimizer. Otherwise a lower actor_rollout_ref.actor.optim.lr or critic.optim.lr, and "
-        "optim.clip_grad of the side that broke.",
+        evidence=f"{shown}.",
+        fix="If it is a single step of actor/grad_norm or critic/grad_norm alone, do nothing: the optimizer skipped "
+        "that step. Otherwise go back to the checkpoint before the first, and lower optim.lr and optim.clip_grad of "
+        "the side that broke (actor_rollout_ref.actor or critic).",
     )
 
 
 # -------------------------------------------------------------------------------------------------------- the samples
 
 
-def looping_answers(answers: Sequence[str], teacher_answers: Sequence[str]) -> Verdict | None:
+def looping_answers(answers: Sequence[str], teacher_answers: Sequence[str]) -> Finding | None:
     """Answers that repeat themselves: they compress far better than text does, and than the teacher's answer."""
 
     def compression(text: str) -> float:
@@ -427,16 +400,16 @@ def looping_answers(answers: Sequence[str], teacher_answers: Sequence[str]) -> V
     ]
     if not answers or len(loops) < BAD_ANSWERS * len(answers):
         return None
-    return Verdict(
-        "warning",
+    return warning(
         "Answers repeat themselves",
-        f"{len(loops)} of {len(answers)} answers of the last validation loop, for example: ...{loops[0][-80:]!r}",
-        "Go back to a checkpoint before it. Then a higher actor_rollout_ref.actor.kl_loss_coef or a lower "
+        evidence=f"{len(loops)} of {len(answers)} answers of the last validation loop, for example: "
+        f"...{loops[0][-80:]!r}",
+        fix="Go back to a checkpoint before it. Then raise actor_rollout_ref.actor.kl_loss_coef or lower "
         "actor_rollout_ref.actor.optim.lr. If the warmup's answers loop too, warm up longer.",
     )
 
 
-def same_answers(prompts: Sequence[str], answers: Sequence[str], teacher_answers: Sequence[str]) -> Verdict | None:
+def same_answers(prompts: Sequence[str], answers: Sequence[str], teacher_answers: Sequence[str]) -> Finding | None:
     """One answer to many prompts, which the teacher does not give."""
 
     def most_common(texts: Sequence[str]) -> tuple[str, int]:
@@ -449,14 +422,13 @@ def same_answers(prompts: Sequence[str], answers: Sequence[str], teacher_answers
     (text, count), (_, of_teacher) = most_common(answers), most_common(teacher_answers)
     if count < of_teacher + BAD_ANSWERS * n_prompts:
         return None
-    return Verdict(
-        "problem",
+    return error(
         "The same answer to many prompts",
-        f"{count} of {n_prompts} prompts of the last validation got {text[:80]!r}; the teacher's commonest answer "
-        f"has {of_teacher}.",
-        "The student has found an answer that D likes whatever the prompt. Go back to a checkpoint before it. Then a "
-        "higher actor_rollout_ref.actor.kl_loss_coef, a lower actor_rollout_ref.actor.optim.lr, or a higher "
-        "critic.optim.lr.",
+        evidence=f"{count} of {n_prompts} prompts of the last validation got {text[:80]!r}; the teacher's commonest "
+        f"answer has {of_teacher}.",
+        fix="The student has found an answer that the discriminator likes whatever the prompt. Go back to a checkpoint "
+        "before it. Then raise actor_rollout_ref.actor.kl_loss_coef or critic.optim.lr, or lower "
+        "actor_rollout_ref.actor.optim.lr.",
     )
 
 
@@ -464,9 +436,9 @@ def same_answers(prompts: Sequence[str], answers: Sequence[str], teacher_answers
 
 
 class Rule(NamedTuple):
-    """A rule on curves, the metrics it needs (patterns), and whether it looks at steps with policy updates only."""
+    """A rule on curves, patterns of the metrics it needs, and whether it sees only steps with policy updates."""
 
-    check: Callable[..., Verdict | None]
+    check: Callable[..., Finding | None]
     needs: tuple[str, ...]
     policy_steps: bool = False
 
@@ -486,12 +458,10 @@ RULES = (
     Rule(cut_answers, ("response_length/cut_ratio", "teacher_response_length/cut_ratio")),
     Rule(missing_rollouts, ("gad/missing_rollouts",)),
 )
-LEVELS = ("problem", "warning", "note")
-"""Worst first."""
 
 
 def curve(metrics: Metrics, pattern: str) -> Curve:
-    """Finite values of a metric, the mean over all that match ``pattern`` in a step. Empty if there is none."""
+    """Finite values of a metric: in every step the mean over all names that match ``pattern``. May be empty."""
     values: dict[int, list[float]] = {}
     for name in matching_names(metrics, pattern):
         for step, value in series(metrics, name).items():
@@ -501,45 +471,47 @@ def curve(metrics: Metrics, pattern: str) -> Curve:
     return Curve(np.array(steps, dtype=int), np.array([np.mean(values[step]) for step in steps], dtype=float))
 
 
-def diagnose(metrics: Metrics, samples: Sequence[dict] = ()) -> tuple[list[Verdict], list[str]]:
-    """Apply every rule that has its metrics.
+def apply_rules(metrics: Metrics, samples: Sequence[dict] = ()) -> tuple[list[Finding], list[str]]:
+    """Apply every rule whose metrics were logged.
 
     Args:
         metrics: of one run, from :func:`recipe.gad.run.log.load_metrics`.
         samples: rows of its last validation dump (input, output, gts), if there is one.
 
     Returns:
-        the verdicts, worst first (empty: nothing wrong was found), and the names of what was looked at.
+        The findings, worst first (empty: nothing wrong was found), and the names of what was looked at.
     """
     policy = {step: row for step, row in metrics.items() if "actor/pg_loss" in row}
-    found, looked_at = [not_finite(metrics)], ["actor/*", "critic/*"]
+    found = {not_finite.__name__: not_finite(metrics)}
+    looked_at = ["actor/*", "critic/*"]
     for rule in RULES:
         curves = [curve(policy if rule.policy_steps else metrics, pattern) for pattern in rule.needs]
         if all(len(c.steps) for c in curves):
-            found.append(rule.check(*curves))
+            found[rule.check.__name__] = rule.check(*curves)
             looked_at += rule.needs
     if samples:
         prompts, answers, teacher = ([row[key] for row in samples] for key in ("input", "output", "gts"))
-        found += [looping_answers(answers, teacher), same_answers(prompts, answers, teacher)]
+        found[looping_answers.__name__] = looping_answers(answers, teacher)
+        found[same_answers.__name__] = same_answers(prompts, answers, teacher)
         looked_at.append("validation samples")
-    verdicts = [verdict for verdict in found if verdict is not None]
-    return sorted(verdicts, key=lambda v: LEVELS.index(v.level)), sorted(set(looked_at))
+    findings = [replace(finding, where=name) for name, finding in found.items() if finding is not None]
+    return sorted(findings, key=lambda finding: -LEVELS.index(finding.level)), sorted(set(looked_at))
 
 
-def passed_verdicts(metrics: Metrics, now: Sequence[Verdict], looks: int = 50) -> list[Passed]:
-    """Problems and warnings that someone watching the run would have read, and that are not among those of ``now``.
+def earlier_findings(metrics: Metrics, now: Sequence[Finding], looks: int = 50) -> list[EarlierFinding]:
+    """Errors and warnings that someone watching the run would have read, and that are not among those of ``now``.
 
     Args:
         metrics: of one run, from :func:`recipe.gad.run.log.load_metrics`.
-        now: verdicts of its last state.
-        looks: at most so many states of the run are looked at, spread evenly over its steps.
+        now: findings about its last state.
+        looks: most states of the run that are looked at, spread evenly over its steps.
     """
-    steps, known = sorted(metrics), {verdict.title for verdict in now}
+    steps, known = sorted(metrics), {finding.what for finding in now}
     stride = max(START, -(-len(steps) // looks))
-    found: dict[str, Passed] = {}
+    found: dict[str, EarlierFinding] = {}
     for end in range(stride, len(steps), stride):
-        for verdict in diagnose({step: metrics[step] for step in steps[:end]})[0]:
-            if verdict.level in LEVELS[:2] and verdict.title not in known:
-                first = found[verdict.title].first if verdict.title in found else steps[end - 1]
-                found[verdict.title] = Passed(first, steps[end - 1], verdict)
+        for finding in apply_rules({step: metrics[step] for step in steps[:end]})[0]:
+            if finding.level != "ok" and finding.what not in known:
+                first = found[finding.what].first if finding.what in found else steps[end - 1]
+                found[finding.what] = EarlierFinding(first, steps[end - 1], finding)
     return list(found.values())

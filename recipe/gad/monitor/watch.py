@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from recipe.gad.monitor.rules import Verdict, diagnose
+from recipe.gad.monitor.rules import apply_rules
+from recipe.gad.run.findings import Finding, line
 from recipe.gad.run.log import (
     ROUGE_L,
     MetricLog,
@@ -51,7 +52,7 @@ QUIET_SECONDS = 60
 """No new line for five step times, and a minute at least: the run may have stopped. Validation and saving take longer
 than a step, and the first step of a run longer still."""
 
-STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan"}
+STYLES = {"error": "bold red", "warning": "yellow", "ok": "cyan"}
 
 
 def sparkline(values: Sequence[float], width: int = SPARKLINE) -> str:
@@ -76,26 +77,26 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _sentence(verdict: Verdict) -> str:
-    return f"{verdict.level}: {verdict.title}. {verdict.evidence} What to try: {verdict.advice}"
-
-
 class RunState:
-    """What is known of a run folder now; :meth:`update` reads on."""
+    """The state of a run folder; :meth:`update` reads what was added since."""
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
         self.log = MetricLog(self.run_dir / "metrics.jsonl")
         self.total_steps: int | None = None
-        self.verdicts: list[Verdict] = []
+        self.findings: list[Finding] = []
 
     def update(self) -> bool:
-        """Whether there is anything new. ValueError: a complete line of a file is not what it should be."""
+        """Read what is new; returns whether there was anything.
+
+        Raises:
+            ValueError: a complete line of a file is not one that the run writes.
+        """
         if not self.log.update():
             return False
         self.total_steps = total_training_steps(self.run_dir)
         samples, _ = read_samples(self.run_dir, 1)
-        self.verdicts, _ = diagnose(self.log.metrics, next(iter(samples.values()), ()))
+        self.findings, _ = apply_rules(self.log.metrics, next(iter(samples.values()), ()))
         return True
 
     @property
@@ -155,8 +156,8 @@ class RunState:
             bar = Table.grid()
             bar.add_row(ProgressBar(total=self.total_steps, completed=self.last_step, width=60))
             parts.append(bar)
-        verdicts = [Text(_sentence(verdict), style=STYLES[verdict.level]) for verdict in self.verdicts]
-        parts += [*(verdicts or [Text("Nothing wrong was found.", style="green")]), Text()]
+        findings = [Text(line(finding), style=STYLES[finding.level]) for finding in self.findings]
+        parts += [*(findings or [Text("Nothing wrong was found.", style="green")]), Text()]
         table = Table("metric", "over the run", "last", f"mean of {LAST_STEPS}", box=None, padding=(0, 2, 0, 0))
         table.columns[1].no_wrap = True
         for pattern in KEY_METRICS:
@@ -213,12 +214,12 @@ def _looks(state: RunState, interval: float) -> Iterator[bool]:
 
 
 def _print_lines(state: RunState, interval: float) -> None:
-    """A line for every look that found the log grown, and every verdict when it first comes up."""
+    """Print a line whenever the log has grown, and every finding when it is first made."""
     told: set[str] = set()
     for has_grown in _looks(state, interval):
         if has_grown and state.log.metrics:
             print(state.line(), flush=True)
-            for verdict in state.verdicts:
-                if verdict.title not in told:
-                    print(_sentence(verdict), flush=True)
-            told = {verdict.title for verdict in state.verdicts}
+            for finding in state.findings:
+                if finding.what not in told:
+                    print(line(finding), flush=True)
+            told = {finding.what for finding in state.findings}

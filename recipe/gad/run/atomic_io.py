@@ -11,9 +11,12 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:
-    """Write a file under a temporary name and rename it; its folder is made if missing.
+    """Write a file under a temporary name and rename it; a missing folder is made.
 
-    Text becomes UTF-8; half a surrogate pair, which is no UTF-8, becomes an escape.
+    Text is encoded as UTF-8. Half a surrogate pair cannot be encoded and becomes an escape.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -34,12 +37,12 @@ def read_object(path: Path, fix: str = "") -> dict[str, Any]:
     """Object of a JSON file; ``fix`` ends the message of the error.
 
     Raises:
-        ValueError: it holds no valid JSON, or another kind of value.
-        FileNotFoundError: there is none.
+        ValueError: the file is not valid JSON, or holds another kind of value.
+        FileNotFoundError: there is no such file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}; cut off?){fix}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object{fix}")
@@ -47,16 +50,16 @@ def read_object(path: Path, fix: str = "") -> dict[str, Any]:
 
 
 class JsonLog:
-    """JSON lines to which one process at a time appends, each written through at once: a crash loses no finished line.
+    """A file of JSON lines to which one process at a time appends. A crash loses no finished line.
 
-    A context manager; the file is made, with its folder, if missing, and goes if it stays empty.
+    It is a context manager. It makes a missing file and its folder, and removes the file if it stays empty.
 
     Args:
-        path: file.
-        writer: command that writes it, for messages.
+        path: the file.
+        writer: command that writes the file, for messages.
 
     Raises:
-        ValueError: another process has it open.
+        ValueError: another process has the file open.
     """
 
     def __init__(self, path: Path, writer: str):
@@ -67,7 +70,7 @@ class JsonLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"another {writer} writes to {path}. Fix: wait for it, or another output") from None
+            raise ValueError(f"another {writer} writes to {path}. Fix: wait for it, or choose another output") from None
 
     def __enter__(self) -> "JsonLog":
         return self
@@ -78,13 +81,13 @@ class JsonLog:
         self._file.close()
 
     def records(self, *keys: str) -> Iterator[dict[str, Any]]:
-        """Objects of earlier runs. A last line without its end was torn by a crash and is cut off: nobody finished it.
+        """Objects that earlier runs wrote. A last line without its newline was torn by a crash and is removed.
 
         Args:
-            keys: what every object has.
+            keys: keys that every object must have.
 
         Raises:
-            ValueError: a line is no such object.
+            ValueError: a line is not an object with these keys.
         """
         self._file.seek(0)
         end = 0
@@ -98,7 +101,8 @@ class JsonLog:
                     return
             if not isinstance(record, dict) or not set(keys) <= set(record):
                 raise ValueError(
-                    f"{self._file.name}, row {number}: not written by {self._writer}. Fix: another output, or delete it"
+                    f"{self._file.name}, row {number}: not written by {self._writer}. "
+                    "Fix: choose another output, or delete the file"
                 )
             if torn:
                 self._file.truncate(end)
@@ -107,6 +111,7 @@ class JsonLog:
             yield record
 
     def append(self, record: dict[str, Any]) -> None:
-        # half a surrogate pair is no UTF-8: it stays an escape
+        """Write one line, and flush it."""
+        # half a surrogate pair cannot be encoded as UTF-8: it stays an escape
         self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self._file.flush()

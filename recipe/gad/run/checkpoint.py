@@ -1,11 +1,15 @@
 """Checkpoints of GAD runs: which of them are complete, and which stage wrote a folder.
 
-A run's output folder (trainer.default_local_dir) holds ``global_step_N/{actor,critic}/huggingface/``,
-``global_step_N/data.pt``, ``latest_checkpointed_iteration.txt`` (the step that trainer.resume_mode=auto resumes from)
-and our ``gad_stage.json``.
+A run's output folder (trainer.default_local_dir) holds:
+
+    global_step_N/{actor,critic}/huggingface/   weights, configuration and tokenizer
+    global_step_N/data.pt                       verl writes it last
+    latest_checkpointed_iteration.txt           the step from which trainer.resume_mode=auto resumes
+    gad_stage.json                              the stage that owns the folder; the only file that verl does not write
+
 Only file names, sizes and safetensors headers are read, so this is fast for models of any size.
 
-    python -m recipe.gad.run.checkpoint resolve DIR [--step N]     the checkpoint that the next stage starts from
+    python -m recipe.gad.run.checkpoint resolve DIR [--step N]     prints the checkpoint that the next stage starts from
 """
 
 import argparse
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.gad.run.atomic_io import read_object, write_atomically
+from recipe.gad.run.findings import InputError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
@@ -33,7 +38,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     """Header of a safetensors file: name -> {dtype, shape, data_offsets}.
 
     Raises:
-        ValueError: the file is truncated, longer than its header says, or no safetensors file.
+        ValueError: the file is truncated, longer than its header says, or not a safetensors file.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -58,7 +63,7 @@ def weight_map(path: Path) -> dict[str, str]:
     """Tensor name -> file name of a Hugging Face folder's safetensors weights.
 
     Raises:
-        ValueError: no weights, or the file that lists them cannot be read.
+        ValueError: the folder holds no weights, or the file that lists them cannot be read.
     """
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.exists():
@@ -75,7 +80,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Tensor name -> shape of a Hugging Face folder's safetensors weights; only headers are read.
 
     Raises:
-        ValueError: no weights, or a file is missing, truncated or no safetensors file.
+        ValueError: the folder holds no weights, or a file is missing, truncated or not a safetensors file.
     """
     if problems := weight_problems(path):
         raise ValueError("; ".join(problems))
@@ -147,7 +152,7 @@ def step_folders(folder: str | Path) -> dict[int, Path]:
 
 
 def role_folders(folder: Path, role: str) -> list[Path]:
-    """Folders of a role that a path names: all steps' of a run (newest first), one step's, or the path itself."""
+    """Folders of a role that a path names: one per step of a run, newest first; one step's; or the path itself."""
     if folder.name == role and (folder / "huggingface").is_dir():
         return [folder]
     steps = [folder] if (folder / role).is_dir() else reversed(step_folders(folder).values())
@@ -157,9 +162,9 @@ def role_folders(folder: Path, role: str) -> list[Path]:
 def first_usable(
     folders: Iterable[Path], problems_of: Callable[[Path], list[str]], count: int = 1
 ) -> tuple[list[Path], list[str]]:
-    """The first ``count`` folders without problems, or fewer, and the problems of those passed over, a line for each.
+    """The first ``count`` folders without problems, or fewer, and one line of problems for each folder passed over.
 
-    They are printed to stderr if there are ``count`` usable folders; else they are the caller's error.
+    With ``count`` usable folders the lines are printed to stderr. With fewer, the caller turns them into its error.
     """
     usable: list[Path] = []
     skipped: list[str] = []
@@ -181,7 +186,7 @@ def _names(steps: dict[int, Path]) -> str:
 
 
 def handover_problems(step_folder: Path) -> list[str]:
-    """Why the next stage cannot start from a ``global_step_N`` folder; empty: it can."""
+    """Why the next stage cannot start from a ``global_step_N`` folder; empty if it can."""
     actor, critic = (step_folder / role / "huggingface" for role in ("actor", "critic"))
     problems = verify_hf_folder(actor) + verify_hf_folder(critic)
     if not problems and not has_score_head(critic):
@@ -198,7 +203,7 @@ def shard_counts(role_folder: Path) -> tuple[int, int]:
 
 
 def resume_problems(step_folder: Path, has_critic: bool) -> list[str]:
-    """Why verl cannot resume from a ``global_step_N`` folder; empty: it can."""
+    """Why verl cannot resume from a ``global_step_N`` folder; empty if it can."""
     problems = []
     for role in ("actor", "critic") if has_critic else ("actor",):
         found, expected = shard_counts(step_folder / role)
@@ -219,60 +224,61 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
         step: take ``global_step_{step}``; None: the newest complete one (skipped ones are named on stderr).
 
     Raises:
-        ValueError: there is no complete one, or the wanted one is not complete; says why and what to do.
+        InputError: no checkpoint is complete, or the chosen one is not.
     """
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Fix: pass the output folder of a finished warmup run")
+        raise InputError(f"{folder}: no such folder", fix="pass the output folder of a finished warmup run")
     if (folder / "actor").is_dir():
-        raise ValueError(
-            f"{folder} is one checkpoint, not a run's output folder. Fix: pass {folder.parent} "
-            f"and the step {folder.name.removeprefix('global_step_')} (--resume_step)"
+        raise InputError(
+            f"{folder} is one checkpoint, not a run's output folder",
+            fix=f"pass {folder.parent} and the step {folder.name.removeprefix('global_step_')} (--resume_step)",
         )
     steps = step_folders(folder)
     if step is not None and step not in steps:
         found = _names(steps) if steps else "no global_step_* folder"
-        raise ValueError(f"{folder} has no global_step_{step}; found {found}. Fix: choose one of the steps found")
+        raise InputError(f"{folder} has no global_step_{step}; found {found}", fix="choose one of the steps found")
     usable, skipped = first_usable(reversed(steps.values()) if step is None else [steps[step]], handover_problems)
     if usable:
         return usable[0]
     if step is not None:
-        raise ValueError(f"step {step}: {skipped[0]}. Fix: choose another step, or none for the newest complete one")
+        raise InputError(f"step {step}: {skipped[0]}", fix="choose another step, or none for the newest complete one")
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     found = "; ".join(skipped) if skipped else f"no global_step_* folder (found: {contents})"
     hint = " (this folder is of a seqkd run, which has no discriminator)" if _stage_or_none(folder) == "seqkd" else ""
-    raise ValueError(
-        f"{folder} holds no complete checkpoint{hint}: {found}. Fix: pass the output folder of a finished warmup run "
-        "(examples/gad/run_warmup.sh, with trainer.save_freq > 0 and hf_model in both checkpoint.save_contents)"
+    raise InputError(
+        f"{folder} holds no complete checkpoint{hint}: {found}",
+        fix="pass the output folder of a finished warmup run (examples/gad/run_warmup.sh, with trainer.save_freq > 0 "
+        "and hf_model in both checkpoint.save_contents)",
     )
 
 
 def actor_folder(model: str) -> str:
-    """Hugging Face folder of the student that ``model`` names; OWNER/NAME without such a folder is a hub id.
+    """Hugging Face folder of the student that ``model`` names; a hub id (OWNER/NAME) is returned unchanged.
 
     Args:
         model: a Hugging Face folder, or of a run: its output folder (the newest complete actor), ``global_step_N``,
             or ``global_step_N/actor``.
 
     Raises:
-        ValueError: the folder holds no complete actor.
+        InputError: the folder holds no complete actor.
     """
     folder = Path(os.path.abspath(Path(model).expanduser()))
     if not folder.is_dir():
         if len(Path(model).parts) != 2 or model.startswith((".", "~", "/")):
-            raise ValueError(f"{model}: no such folder. Fix: pass a Hugging Face folder or id, or a run's folder")
+            raise InputError(f"{model}: no such folder", fix="pass a Hugging Face folder or id, or a run's folder")
         return model
     if (folder / "config.json").is_file():
         problems = weight_problems(folder) if any(folder.glob("*.safetensors*")) else []
         if problems:
-            raise ValueError(f"{model} cannot be loaded: {'; '.join(problems)}. Fix: copy or save it again")
+            raise InputError(f"{model} cannot be loaded: {'; '.join(problems)}", fix="copy or save it again")
         return str(folder)
     usable, skipped = first_usable(role_folders(folder, "actor"), lambda actor: verify_hf_folder(actor / "huggingface"))
     if usable:
         return str(usable[0] / "huggingface")
-    raise ValueError(
-        f"{model} holds no model: no config.json, and no complete actor ({'; '.join(skipped) or 'none at all'}). "
-        "Fix: pass a Hugging Face folder or id, or a run's output folder"
+    raise InputError(
+        f"{model} holds no model: no config.json, and no complete actor ({'; '.join(skipped) or 'none at all'})",
+        fix="pass a Hugging Face folder or id, or a run's output folder",
     )
 
 
@@ -283,7 +289,7 @@ def stage_of(folder: str | Path) -> str | None:
     """Stage whose run owns the folder; None if no run has claimed it.
 
     Raises:
-        ValueError: the marker file cannot be read.
+        InputError: the marker file cannot be read.
     """
     file = Path(folder) / MARKER
     if not file.exists():
@@ -291,55 +297,57 @@ def stage_of(folder: str | Path) -> str | None:
     try:
         return str(read_object(file)["stage"])
     except (ValueError, KeyError):
-        raise ValueError(f'{file} cannot be read. Fix: write {{"stage": "warmup"}} (or seqkd, gad) into it') from None
+        fix = 'write {"stage": "warmup"} (or seqkd, gad) into it'
+        raise InputError(f"{file} cannot be read", fix) from None
 
 
 def _stage_or_none(folder: Path) -> str | None:
     try:
         return stage_of(folder)
-    except ValueError:
+    except InputError:
         return None
 
 
 def claim_folder(folder: str | Path, stage: str) -> None:
-    """Write the marker file: from now on the folder belongs to a run of ``stage``. Atomic, and repeatable.
+    """Write the marker file, atomically: from now on the folder belongs to a run of ``stage``.
 
     Raises:
-        ValueError: the folder holds another run's checkpoints.
+        InputError: the folder holds another run's checkpoints.
     """
     check_folder(folder, stage, resume=False)
     write_atomically(Path(folder) / MARKER, json.dumps({"stage": stage}))
 
 
 def check_folder(folder: str | Path, stage: str, resume: bool = True, world_size: int | None = None) -> None:
-    """Refuse an output folder in which a run of ``stage`` would resume from, or write over, the wrong checkpoint.
+    """Refuse an output folder in which a run of ``stage`` would resume from or overwrite the wrong checkpoint.
 
     Args:
-        folder: trainer.default_local_dir; may be absent.
+        folder: trainer.default_local_dir; need not exist.
         stage: seqkd, warmup or gad.
         resume: the run resumes from the newest checkpoint (trainer.resume_mode=auto), so that one must be complete.
         world_size: workers of this run; FSDP shards load only with as many workers as saved them.
 
     Raises:
-        ValueError: names the file and what to do.
+        InputError: names the file and the fix.
     """
     folder = Path(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file, expected a folder. Fix: set trainer.default_local_dir to another path")
+        raise InputError(f"{folder} is a file, expected a folder", fix="set trainer.default_local_dir to another path")
     steps = step_folders(folder)
     owner = stage_of(folder)
-    other = "Fix: set trainer.default_local_dir (--output_dir) to a new folder"
+    new_folder = "set trainer.default_local_dir (--output_dir) to a new folder"
     if steps and owner is None:
-        raise ValueError(
-            f"{folder} holds checkpoints ({_names(steps)}) of an unknown run: it has no {MARKER}. {other}; or, if a "
-            f'{stage} run wrote them, write {{"stage": "{stage}"}} into {folder / MARKER}'
+        raise InputError(
+            f"{folder} holds checkpoints ({_names(steps)}) of an unknown run: it has no {MARKER}",
+            fix=f'{new_folder}; or, if a {stage} run wrote them, write {{"stage": "{stage}"}} into {folder / MARKER}',
         )
     if steps and owner != stage:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds checkpoints ({_names(steps)}) of stage {owner}, and this run is of stage {stage}: "
-            f"it would resume or overwrite them. {other}"
+            "it would resume or overwrite them",
+            fix=new_folder,
         )
     if resume:
         _check_tracker(folder, steps, stage != "seqkd", world_size)
@@ -350,32 +358,33 @@ def _check_tracker(folder: Path, steps: dict[int, Path], has_critic: bool, world
     tracker = folder / TRACKER
     usable = {step for step, path in steps.items() if not resume_problems(path, has_critic)}
     if usable:
-        fix = f"Fix: write {max(usable)} into {tracker} to resume from {steps[max(usable)].name}"
+        fix = f"write {max(usable)} into {tracker} to resume from {steps[max(usable)].name}"
     else:
-        fix = f"Fix: delete {tracker} to start this run from the beginning"
+        fix = f"delete {tracker} to start this run from the beginning"
     if not tracker.exists():
         if usable:
-            raise ValueError(f"{folder} holds {_names(steps)} but no {TRACKER}: verl would write over them. {fix}")
+            raise InputError(f"{folder} holds {_names(steps)} but no {TRACKER}: verl would overwrite them", fix)
         return
     text = tracker.read_text(errors="replace").strip()
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{tracker} holds {text!r}, expected the number of a step. {fix}")
+        raise InputError(f"{tracker} holds {text!r}, expected the number of a step", fix)
     step = int(text)
     if step not in steps:
-        raise ValueError(f"{tracker} names step {step}, but {folder / f'global_step_{step}'} is missing. {fix}")
+        raise InputError(f"{tracker} names step {step}, but {folder / f'global_step_{step}'} is missing", fix)
     if problems := resume_problems(steps[step], has_critic):
-        raise ValueError(f"{tracker} names step {step}, which is not complete: {'; '.join(problems)}. {fix}")
+        raise InputError(f"{tracker} names step {step}, which is not complete: {'; '.join(problems)}", fix)
     saved_by = shard_counts(steps[step] / "actor")[1]
     if world_size and saved_by and saved_by != world_size:
-        raise ValueError(
-            f"{steps[step]} was saved by {saved_by} workers and only as many can resume it; this run has {world_size} "
-            f"(trainer.nnodes x trainer.n_gpus_per_node). Fix: run with {saved_by}, or start a new run in another "
-            "trainer.default_local_dir from its huggingface folders"
+        raise InputError(
+            f"{saved_by} workers saved {steps[step]}, and only as many can resume it; this run has {world_size} "
+            "(trainer.nnodes x trainer.n_gpus_per_node)",
+            fix=f"run with {saved_by}, or start a new run in another trainer.default_local_dir from its huggingface "
+            "folders",
         )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit code is 2 on errors."""
+    """Run the command line; returns the exit code, 2 on errors."""
     parser = argparse.ArgumentParser(
         prog="python -m recipe.gad.run.checkpoint", description=(__doc__ or "").split("\n")[0]
     )

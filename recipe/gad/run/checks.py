@@ -1,24 +1,20 @@
-"""Checks a GAD run before any model is loaded: configuration, data, model folders, output folder, Ray's CPUs.
+"""Checks of a GAD run before any model is loaded: configuration, data, model folders, output folder, Ray's CPUs.
 
-    python -m recipe.gad.run.checks [--config-name gad_trainer] [key=value ...]     exit code 2 if anything is wrong
-    python -m recipe.gad.run.checks --print-config [key=value ...]
-
-The trainer calls :func:`check_config` too, and ``gad doctor`` adds slower checks (recipe/gad/doctor/checks.py). Every
-check is a generator of messages, errors as ``str``, warnings as :class:`Warn`, and what is worth knowing as
-:class:`Note`; an error or a warning names the key, its value, what was expected, and the fix.
+The trainer calls :func:`check_config`. ``gad doctor`` runs these checks and slower ones (recipe/gad/doctor/checks.py).
+Every check is a generator of findings that name the key, its value, what was expected, and the fix.
 """
 
-import argparse
 import io
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from recipe.gad.run.checkpoint import check_folder, resume_problems, stage_of
 from recipe.gad.run.config import (
@@ -26,7 +22,6 @@ from recipe.gad.run.config import (
     ACTOR_MODEL,
     REF,
     ROLLOUT,
-    compose_config,
     files_of,
     get,
     has_discriminator,
@@ -35,154 +30,209 @@ from recipe.gad.run.config import (
     needs_reference,
     neighbours,
     parallelism,
+    resolved,
     world_size,
 )
 from recipe.gad.run.data_file import data_file_problems
-from recipe.gad.run.findings import Check, ConfigError, Messages, Warn, one_line, run_checks
+from recipe.gad.run.findings import (
+    Check,
+    ConfigError,
+    Finding,
+    Findings,
+    InputError,
+    either,
+    error,
+    note,
+    one_line,
+    warning,
+)
 from recipe.gad.run.model_checks import check_critic_lora, check_models, check_tokenizers
 
 STAGES = ("seqkd", "warmup", "gad")
 OBJECTIVES = ("policy_gradient", "imitation")
 RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
-"""Made by `ray start` on this machine: ray.init() without an address joins that cluster."""
+"""`ray start` writes this file; ray.init() without an address then joins that cluster."""
 
 
-def check_config(config: DictConfig) -> list[str]:
-    """Everything about a GAD run that can be known before models are loaded.
+def check_config(config: DictConfig) -> list[Finding]:
+    """Check everything about a GAD run that can be known before models are loaded.
 
     Args:
-        config: gad_trainer.yaml composed with overrides; left as it is.
+        config: gad_trainer.yaml composed with overrides; it is not changed.
 
     Returns:
-        Warnings.
+        Warnings; ``str`` gives their text.
 
     Raises:
         ConfigError: (a ValueError) lists every error found.
     """
     findings = run_checks(config, CHECKS)
-    errors, warnings = ([f.message for f in findings if f.level == level] for level in ("error", "warning"))
+    warnings = [finding for finding in findings if finding.level == "warning"]
+    errors: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.level == "error":
+            errors.setdefault(str(finding), finding)  # two checks may read the same bad key
     if errors:
-        raise ConfigError(list(dict.fromkeys(errors)), warnings)
+        raise ConfigError(list(errors.values()), warnings)
     return warnings
+
+
+def run_checks(config: DictConfig, checks: Iterable[Check]) -> list[Finding]:
+    """Findings of ``checks``, in their order; a check that finds nothing gives one finding of level ``ok``.
+
+    Args:
+        config: gad_trainer.yaml composed with overrides; it is not changed.
+        checks: see :data:`recipe.gad.run.findings.Check`.
+    """
+    try:
+        config = resolved(config)
+    except InputError as problem:
+        return [replace(problem.finding, where="configuration")]
+    findings: list[Finding] = []
+    for check in checks:
+        found: list[Finding] = []
+        try:
+            for finding in check(config):
+                found.append(finding)
+        except InputError as problem:
+            found.append(problem.finding)
+        found = found or [note((check.__doc__ or "").split("\n")[0])]
+        findings.extend(replace(finding, where=name_of(check)) for finding in dict.fromkeys(found))
+    return findings
+
+
+def name_of(check: Check) -> str:
+    """``batches`` for ``check_batches``."""
+    return check.__name__.removeprefix("check_")
 
 
 # ---------------------------------------------------------------------- the overlay
 
 
-def check_plugin(config: DictConfig) -> Messages:
+def check_plugin(config: DictConfig) -> Findings:
     """Our changes to verl are active here and in every process that imports verl."""
     name = "recipe.gad.plugin"
     before_verl = "verl" not in sys.modules or name in sys.modules
     found = [entry.name for entry in entry_points(group="verl.plugins") if entry.value.partition(":")[0] == name]
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if not found:
-        yield f"no verl.plugins entry point {name} is installed: verl would run without GAD. Fix: pip install -e ."
+        yield error(
+            f"no verl.plugins entry point {name} is installed: verl would run without GAD", fix="pip install -e ."
+        )
     elif policy != "auto" and not set(found) & {part.strip() for part in policy.split(",")}:
-        yield (
-            f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl from loading the GAD plugin. "
-            "Fix: unset VERL_USE_EXTERNAL_PLUGINS"
+        yield error(
+            f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl from loading the GAD plugin",
+            fix="unset VERL_USE_EXTERNAL_PLUGINS",
         )
     try:
         with redirect_stderr(io.StringIO()) as printed:  # a plugin that fails prints its traceback
             from recipe.gad import plugin
-    except PackageNotFoundError as error:
-        yield f"the package {error.name} is not installed. Fix: pip install -e ."
+    except PackageNotFoundError as problem:
+        yield error(f"the package {problem.name} is not installed", fix="pip install -e .")
         return
-    except Exception as error:
-        yield f"the GAD plugin cannot be loaded: {one_line(error) or printed.getvalue().strip()}"
+    except Exception as problem:
+        yield error(f"the GAD plugin cannot be loaded: {one_line(problem) or printed.getvalue().strip()}")
         return
     if version("verl") != plugin.VERL_VERSION:
-        yield f"verl {version('verl')} is installed. Fix: pip install verl=={plugin.VERL_VERSION}"
+        yield error(f"verl {version('verl')} is installed", fix=f"pip install verl=={plugin.VERL_VERSION}")
     elif not (before_verl and plugin.installed()):
-        yield "verl was imported without the GAD plugin. Fix: pip install -e . and start Python again"
+        yield error("verl was imported without the GAD plugin", fix="pip install -e . and start Python again")
 
 
 # ---------------------------------------------------------------------- stage and sampling
 
 
-def check_stage(config: DictConfig) -> Messages:
+def check_stage(config: DictConfig) -> Findings:
     """Stage, objective and discriminator fit together."""
     stage, objective = get(config, "gad.stage"), get(config, "gad.actor_objective")
     critic = bool(get(config, "critic.enable"))
     if stage not in STAGES:
-        yield f"gad.stage={stage}: expected one of {', '.join(STAGES)}. Fix: gad.stage=gad"
+        yield error(f"gad.stage={stage}: expected one of {', '.join(STAGES)}", fix="gad.stage=gad")
         return
     if objective not in OBJECTIVES:
-        yield f"gad.actor_objective={objective}: expected {' or '.join(OBJECTIVES)}. Fix: set one of them"
+        yield error(f"gad.actor_objective={objective}: expected {either(OBJECTIVES)}", fix="set one of them")
         return
     if stage == "seqkd" and objective != "imitation":
-        yield f"gad.actor_objective={objective}: stage seqkd only imitates. Fix: gad.actor_objective=imitation"
+        yield error(f"gad.actor_objective={objective}: stage seqkd only imitates", fix="gad.actor_objective=imitation")
     if stage == "seqkd" and critic:
-        yield "critic.enable=True: stage seqkd trains no discriminator. Fix: critic.enable=False"
+        yield error("critic.enable=True: stage seqkd trains no discriminator", fix="critic.enable=False")
     if stage != "seqkd" and not critic:
-        yield f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains one. Fix: critic.enable=True"
+        yield error(
+            f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains a discriminator",
+            fix="critic.enable=True",
+        )
     if (stage, objective) in (("warmup", "policy_gradient"), ("gad", "imitation")):
         other = OBJECTIVES[objective == "policy_gradient"]
-        yield Warn(f"gad.actor_objective={objective} in stage {stage}: the paper uses {other}")
+        yield warning(f"gad.actor_objective={objective} in stage {stage}: the paper uses {other}")
     if not get(config, "trainer.use_v1"):
-        yield "trainer.use_v1=False: GAD is a v1 trainer. Fix: trainer.use_v1=True"
+        yield error("trainer.use_v1=False: GAD is a v1 trainer", fix="trainer.use_v1=True")
     if (mode := get(config, "trainer.v1.trainer_mode")) != "gad":
-        yield f"trainer.v1.trainer_mode={mode}: the GAD trainer would not run. Fix: trainer.v1.trainer_mode=gad"
+        yield error(f"trainer.v1.trainer_mode={mode}: the GAD trainer would not run", fix="trainer.v1.trainer_mode=gad")
+
+
+def check_polling(config: DictConfig) -> Findings:
+    """The trainer waits a positive time between two looks at the replay buffer."""
     poll = get(config, "gad.poll_interval")
     if isinstance(poll, bool) or not isinstance(poll, int | float) or poll <= 0:
-        yield f"gad.poll_interval={poll}: expected a number of seconds above 0. Fix: gad.poll_interval=0.1"
+        yield error(f"gad.poll_interval={poll}: expected a number of seconds above 0", fix="gad.poll_interval=0.1")
 
 
-def check_sampling(config: DictConfig) -> Messages:
+def check_sampling(config: DictConfig) -> Findings:
     """The samples of one prompt differ, and GRPO has at least two to compare."""
     n = integer(config, f"{ROLLOUT}.n")
     temperature = get(config, f"{ROLLOUT}.temperature")
     policy_gradient = get(config, "gad.actor_objective") == "policy_gradient"
     if policy_gradient and get(config, "algorithm.adv_estimator") == "grpo" and n < 2:
-        yield (
-            f"{ROLLOUT}.n={n}: GRPO normalises over the samples of one prompt, expected at least 2. Fix: {ROLLOUT}.n=8"
+        yield error(
+            f"{ROLLOUT}.n={n}: GRPO normalizes over the samples of one prompt, expected at least 2",
+            fix=f"{ROLLOUT}.n=8",
         )
+    fix = f"{ROLLOUT}.temperature=0.8"
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
-        yield f"{ROLLOUT}.temperature={temperature}: expected a number above 0. Fix: {ROLLOUT}.temperature=0.8"
+        yield error(f"{ROLLOUT}.temperature={temperature}: expected a number above 0", fix)
     elif n > 1 and temperature == 0:
-        yield (
-            f"{ROLLOUT}.temperature={temperature}: the {n} samples of a prompt would be the same text. "
-            f"Fix: {ROLLOUT}.temperature=0.8"
-        )
+        yield error(f"{ROLLOUT}.temperature={temperature}: the {n} samples of a prompt would be the same text", fix)
 
 
-def check_saving(config: DictConfig) -> Messages:
+def check_saving(config: DictConfig) -> Findings:
     """A warmup run leaves checkpoints for the GAD stage."""
     if get(config, "gad.stage") != "warmup":
         return
     if (save_freq := integer(config, "trainer.save_freq", -1, minimum=-1)) <= 0:
-        yield Warn(
-            f"trainer.save_freq={save_freq}: no checkpoint is saved for the GAD stage. Fix: trainer.save_freq=50"
+        yield warning(
+            f"trainer.save_freq={save_freq}: no checkpoint is saved for the GAD stage", fix="trainer.save_freq=50"
         )
     for role in (ACTOR, "critic"):
         if "hf_model" not in get(config, f"{role}.checkpoint.save_contents", []):
-            yield Warn(f"{role}.checkpoint.save_contents lacks hf_model, from which the GAD stage starts. Fix: add it")
+            yield warning(
+                f"{role}.checkpoint.save_contents lacks hf_model, from which the GAD stage starts", fix="add hf_model"
+            )
 
 
 # ---------------------------------------------------------------------- data
 
 
-def check_data(config: DictConfig) -> Messages:
+def check_data(config: DictConfig) -> Findings:
     """Every row of every file has a prompt and a teacher answer; there are enough rows for one step."""
     prompt_key, teacher_key = get(config, "data.prompt_key"), get(config, "data.teacher_key")
     if teacher_key is None:
-        yield "data.teacher_key=null: GAD needs the teacher's answers. Fix: data.teacher_key=teacher_response"
+        yield error("data.teacher_key=null: GAD needs the teacher's answers", fix="data.teacher_key=teacher_response")
     if (truncation := get(config, "data.truncation")) not in ("error", "left", "right"):
-        yield f"data.truncation={truncation}: expected error, left or right. Fix: data.truncation=right"
+        yield error(f"data.truncation={truncation}: expected error, left or right", fix="data.truncation=right")
     checked: dict[str, int | None] = {}
     for key in ("data.train_files", "data.val_files"):
         files = files_of(get(config, key))
         if not files:
-            yield f"{key}={get(config, key)}: no file. Fix: {key}=/path/to/file.parquet"
+            yield error(f"{key}={get(config, key)}: no file", fix=f"{key}=/path/to/file.parquet")
         for file in (file for file in files if file not in checked):
             if file.startswith("hdfs://"):
                 checked[file] = None
-                yield Warn(f"{key}: {file} is not local and was not checked")
+                yield warning(f"{key}: {file} is not local and was not checked")
                 continue
             if file.startswith("~"):
-                yield f"{key}: verl does not expand ~ in {file}. Fix: {Path(file).expanduser()}"
+                yield error(f"{key}: verl does not expand ~ in {file}", fix=f"{Path(file).expanduser()}")
             checked[file], problems = data_file_problems(file, prompt_key, teacher_key)
-            yield from (f"{key}: {problem}" for problem in problems)
+            yield from (problem.about(key) for problem in problems)
     rows = [checked[file] for file in files_of(get(config, "data.train_files"))]
     if not rows or not all(rows):
         return
@@ -191,70 +241,71 @@ def check_data(config: DictConfig) -> Messages:
     total = min(total, limit) if limit > 0 else total
     batch = integer(config, "data.train_batch_size")
     if total < batch:
-        yield (
+        yield error(
             f"data.train_batch_size={batch}, but data.train_files has {total} rows (after data.train_max_samples): "
-            f"not one step. Fix: data.train_batch_size={total} or less, or more data"
+            "not one step",
+            fix=f"data.train_batch_size={total} or less, or more data",
         )
 
 
 def _valid_batches(key: str, batch: int, mini: int, ranks: int) -> str:
-    """ "critic.ppo_mini_batch_size=16 or 24 with data.train_batch_size=32 or 48": values that work together."""
-    minis = [int(value) for value in neighbours(mini, ranks).split(" or ")]
-    fix = f"{key}={' or '.join(map(str, minis))}"
+    """Values that fit ``ranks``: ``critic.ppo_mini_batch_size=16 or 24 with data.train_batch_size=32 or 48``."""
+    minis = neighbours(mini, ranks)
+    fix = f"{key}={either(minis)}"
     if all(batch % value == 0 for value in minis):
         return fix
     batches = [max(1, round(batch / value)) * value for value in minis]
-    return f"{fix} with data.train_batch_size={' or '.join(map(str, batches))}"
+    return f"{fix} with data.train_batch_size={either(batches)}"
 
 
-def check_batches(config: DictConfig) -> Messages:
+def check_batches(config: DictConfig) -> Findings:
     """Batches split evenly into mini-batches, and those over the data-parallel ranks."""
     batch, gpus = integer(config, "data.train_batch_size"), world_size(config)
     for role in (ACTOR, "critic") if has_discriminator(config) else (ACTOR,):
         key = f"{role}.ppo_mini_batch_size"
         mini = integer(config, key)
         if batch % mini:
-            yield (
-                f"data.train_batch_size={batch} is not a multiple of {key}={mini} (both count prompts). "
-                f"Fix: data.train_batch_size={neighbours(batch, mini)}, or {key}={batch}"
+            yield error(
+                f"data.train_batch_size={batch} is not a multiple of {key}={mini} (both count prompts)",
+                fix=f"data.train_batch_size={either(neighbours(batch, mini))}, or {key}={batch}",
             )
         parallel = parallelism(config, role)
         if parallel is None:
             continue
         copy, where = parallel[0], "trainer.nnodes x trainer.n_gpus_per_node"
         if gpus % copy:
-            yield (
-                f"{role}: its model parallelism takes {copy} GPUs, which does not divide the {gpus} of {where}. "
-                f"Fix: {neighbours(gpus, copy)} GPUs, or less parallelism"
+            yield error(
+                f"{role}: its model parallelism takes {copy} GPUs, which does not divide the {gpus} of {where}",
+                fix=f"{either(neighbours(gpus, copy))} GPUs, or less parallelism",
             )
         elif mini % (ranks := gpus // copy):
-            yield (
+            yield error(
                 f"{key}={mini} is not a multiple of the {ranks} data-parallel ranks ({where} = {gpus}, "
-                f"{copy} per rank). Fix: {_valid_batches(key, batch, mini, ranks)}, "
-                f"or {copy * max(r for r in range(1, ranks) if mini % r == 0)} GPUs"
+                f"{copy} per rank)",
+                fix=f"{_valid_batches(key, batch, mini, ranks)}, "
+                f"or {copy * max(r for r in range(1, ranks) if mini % r == 0)} GPUs",
             )
     names = ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size")
     engine = 1
     for name in names:
         engine *= integer(config, f"{ROLLOUT}.{name}", 1)
     if gpus % engine:
-        divisors = [str(size) for size in range(1, gpus + 1) if gpus % size == 0]
-        yield (
-            f"{ROLLOUT}.tensor_model_parallel_size={get(config, f'{ROLLOUT}.{names[0]}')}: one rollout engine takes "
-            f"{engine} GPUs, which does not divide {gpus}. "
-            f"Fix: {ROLLOUT}.tensor_model_parallel_size={' or '.join(divisors)}"
+        key = f"{ROLLOUT}.tensor_model_parallel_size"
+        yield error(
+            f"{key}={get(config, key)}: one rollout engine takes {engine} GPUs, which does not divide {gpus}",
+            fix=f"{key}={either(size for size in range(1, gpus + 1) if gpus % size == 0)}",
         )
     older = integer(config, "critic.ulysses_sequence_parallel_size", 1)
     if older > 1:
         key = "critic.fsdp.ulysses_sequence_parallel_size"
-        yield Warn(f"critic.ulysses_sequence_parallel_size={older} is not read by verl. Fix: {key}={older}")
+        yield warning(f"critic.ulysses_sequence_parallel_size={older} is not read by verl", fix=f"{key}={older}")
 
 
 # ---------------------------------------------------------------------- token limits
 
 
-def check_tokens(config: DictConfig) -> Messages:
-    """The longest trajectory fits each micro-batch, and the longest group of n + 1 that of D's update."""
+def check_tokens(config: DictConfig) -> Findings:
+    """The longest trajectory fits each micro-batch; the longest group of n + 1 fits the discriminator's update."""
     row = integer(config, "data.max_prompt_length") + integer(config, "data.max_response_length")
     n = integer(config, f"{ROLLOUT}.n")
     what = f"prompt + response = {row} tokens"
@@ -262,7 +313,7 @@ def check_tokens(config: DictConfig) -> Messages:
     limits = [(f"{ACTOR}.ppo", ACTOR, dynamic), (f"{ROLLOUT}.log_prob", ACTOR, dynamic)]
     if get(config, f"{ROLLOUT}.log_prob_use_dynamic_bsz") != dynamic:
         key = f"{ROLLOUT}.log_prob_use_dynamic_bsz"
-        yield f"{key} must equal {ACTOR}.use_dynamic_bsz={dynamic}. Fix: {key}={dynamic}"
+        yield error(f"{key} must equal {ACTOR}.use_dynamic_bsz={dynamic}", fix=f"{key}={dynamic}")
     if needs_reference(config):
         limits.append((f"{REF}.log_prob", REF, bool(get(config, f"{REF}.log_prob_use_dynamic_bsz"))))
     if has_discriminator(config):
@@ -277,58 +328,55 @@ def check_tokens(config: DictConfig) -> Messages:
         if get(config, "critic.use_dynamic_bsz"):
             yield from _token_limit(config, "critic.ppo_max_token_len_per_gpu", "critic", (n + 1) * row, group)
         elif (rows := integer(config, "critic.ppo_micro_batch_size_per_gpu")) < n + 1:
-            yield (
+            yield error(
                 f"critic.ppo_micro_batch_size_per_gpu={rows} rows, but the n + 1 = {n + 1} answers to one prompt are "
-                f"never split. Fix: critic.ppo_micro_batch_size_per_gpu={n + 1} or a multiple"
+                "never split",
+                fix=f"critic.ppo_micro_batch_size_per_gpu={n + 1} or a multiple",
             )
     key = f"{ROLLOUT}.max_model_len"
     if (longest := integer(config, key, row)) < row:
-        yield f"{key}={longest} does not hold {what}. Fix: {key}={row}"
+        yield error(f"{key}={longest} does not hold {what}", fix=f"{key}={row}")
 
 
-def _token_limit(config: DictConfig, key: str, role: str, needed: int, what: str) -> Messages:
+def _token_limit(config: DictConfig, key: str, role: str, needed: int, what: str) -> Findings:
     limit, sharing = integer(config, key), (parallelism(config, role) or (1, 1))[1]
     if limit * sharing < needed:
         over = f" x {sharing} GPUs that share a sequence" if sharing > 1 else ""
-        yield f"{key}={limit}{over} does not hold {what}. Fix: {key}={-(-needed // sharing)} or more"
+        yield error(f"{key}={limit}{over} does not hold {what}", fix=f"{key}={-(-needed // sharing)} or more")
 
 
 # ---------------------------------------------------------------------- output folder
 
 
-def check_output(config: DictConfig) -> Messages:
+def check_output(config: DictConfig) -> Findings:
     """The output folder is new, or holds checkpoints of the same stage from which the run can resume."""
     key, stage, mode = "trainer.default_local_dir", get(config, "gad.stage"), get(config, "trainer.resume_mode")
     folder = get(config, key)
     if not isinstance(folder, str) or not folder or folder.startswith("~"):
-        yield f"{key}={folder}: expected a path (verl does not expand ~). Fix: {key}=$HOME/checkpoints/gad"
+        yield error(f"{key}={folder}: expected a path (verl does not expand ~)", fix=f"{key}=$HOME/checkpoints/gad")
         return
     if mode not in ("auto", "disable", "resume_path"):
-        yield f"trainer.resume_mode={mode}: expected auto, disable or resume_path. Fix: trainer.resume_mode=auto"
+        yield error(
+            f"trainer.resume_mode={mode}: expected auto, disable or resume_path", fix="trainer.resume_mode=auto"
+        )
         return
-    try:
-        check_folder(folder, stage, resume=mode == "auto", world_size=world_size(config))
-        if mode == "resume_path":
-            yield from _resume_path_messages(config, stage)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        yield str(error)
+    check_folder(folder, stage, resume=mode == "auto", world_size=world_size(config))
+    if mode == "resume_path":
+        yield from _resume_path_findings(config, stage)
 
 
-def _resume_path_messages(config: DictConfig, stage: str) -> Messages:
+def _resume_path_findings(config: DictConfig, stage: str) -> Findings:
     key, path = "trainer.resume_from_path", get(config, "trainer.resume_from_path")
     if not isinstance(path, str) or not re.fullmatch(r"global_step_\d+", Path(path).name) or path.endswith("/"):
-        yield f"{key}={path}: expected the path of a global_step_N folder. Fix: {key}=DIR/global_step_N"
-        return
-    if not Path(path).is_dir():
-        yield f"{key}={path}: no such folder. Fix: name an existing global_step_N folder"
+        yield error(f"{key}={path}: expected the path of a global_step_N folder", fix=f"{key}=DIR/global_step_N")
+    elif not Path(path).is_dir():
+        yield error(f"{key}={path}: no such folder", fix="name an existing global_step_N folder")
     elif problems := resume_problems(Path(path), has_discriminator(config)):
-        yield f"{key}={path} is not complete: {'; '.join(problems)}. Fix: name another global_step_N folder"
+        yield error(f"{key}={path} is not complete: {'; '.join(problems)}", fix="name another global_step_N folder")
     elif (owner := stage_of(Path(path).parent)) not in (None, stage):
-        yield (
-            f"{key}={path} is of stage {owner}, and this run is of stage {stage}. "
-            f"Fix: gad.stage={owner}, or start from its huggingface folders (run_gad.sh --warmup_dir)"
+        yield error(
+            f"{key}={path} is of stage {owner}, and this run is of stage {stage}",
+            fix=f"gad.stage={owner}, or start from its huggingface folders (run_gad.sh --warmup_dir)",
         )
 
 
@@ -336,17 +384,17 @@ def _resume_path_messages(config: DictConfig, stage: str) -> Messages:
 
 
 def required_ray_cpus(config: DictConfig) -> int:
-    """Logical CPUs a run needs of Ray; with fewer, verl waits for ever without a message.
+    """Logical CPUs that a run needs of Ray; with fewer, verl hangs silently.
 
-    Actors that name no num_cpus hold none while they run (task runner, reward and agent-loop workers, rollout servers),
-    so only these count. Tried with Ray 2.60: one CPU less than the held ones and the placement group never comes up.
+    Only actors that name num_cpus hold CPUs while they run. Task runner, reward and agent-loop workers and rollout
+    servers name none. Tried with Ray 2.60: one CPU short, and the placement group never comes up.
     """
     # TransferQueue: one CPU for the controller, and one for each storage actor of its in-memory backend
     cpus = 1
     if get(config, "transfer_queue.backend.storage_backend", "SimpleStorage") == "SimpleStorage":
         cpus += integer(config, "transfer_queue.backend.SimpleStorage.num_data_storage_units")
     # training workers: a placement-group bundle of 3 CPUs per GPU (ResourcePoolManager.max_colocate_count), for the
-    # training pool and for the pools of their own that a reward model and verl's own distillation may have
+    # training pool and for the separate pools that a reward model and verl's distillation may have
     gpus = world_size(config)
     for pool, enabled in (("reward.reward_model", "enable_resource_pool"), ("distillation", "enabled")):
         if get(config, f"{pool}.{enabled}"):
@@ -360,7 +408,7 @@ def required_ray_cpus(config: DictConfig) -> int:
 
 
 def _starts_ray(config: DictConfig) -> bool:
-    """Does the run start a Ray cluster of its own, and not join one?"""
+    """True if the run starts a Ray cluster; False if it joins one."""
     address = get(config, "ray_kwargs.ray_init.address")
     if address is not None:
         return address == "local"
@@ -368,7 +416,7 @@ def _starts_ray(config: DictConfig) -> bool:
 
 
 def _ray_cpus(config: DictConfig) -> tuple[int, str] | None:
-    """(logical CPUs of Ray, where the number comes from); None if another cluster decides."""
+    """Logical CPUs of Ray, and where the number comes from; None if the run joins a cluster that is not known yet."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster"
@@ -379,62 +427,71 @@ def _ray_cpus(config: DictConfig) -> tuple[int, str] | None:
     return os.cpu_count() or 1, "ray_kwargs.ray_init.num_cpus=null, this machine's cores"
 
 
-def check_ray(config: DictConfig) -> Messages:
+def check_ray(config: DictConfig) -> Findings:
     """Ray has enough logical CPUs for every actor."""
     available = _ray_cpus(config)
     needed = required_ray_cpus(config)
     if available is None or available[0] >= needed:
         return
     units = get(config, "transfer_queue.backend.SimpleStorage.num_data_storage_units")
-    yield (
-        f"Ray has {available[0]} logical CPUs ({available[1]}), but this run needs {needed}; verl would hang without a "
-        f"message. Fix: ray_kwargs.ray_init.num_cpus={needed} (scheduling slots, not cores), or fewer "
-        f"transfer_queue.backend.SimpleStorage.num_data_storage_units (now {units})"
+    yield error(
+        f"Ray has {available[0]} logical CPUs ({available[1]}), but this run needs {needed}; verl would hang silently",
+        fix=f"ray_kwargs.ray_init.num_cpus={needed} (scheduling slots, not cores), or fewer "
+        f"transfer_queue.backend.SimpleStorage.num_data_storage_units (now {units})",
     )
 
 
 # ---------------------------------------------------------------------- runs without a GPU
 
 
-def check_device(config: DictConfig) -> Messages:
+def check_device(config: DictConfig) -> Findings:
     """Device, platform and engines fit together."""
     device, rollout = get(config, "trainer.device"), get(config, f"{ROLLOUT}.name")
     ray = sys.modules.get("ray")
     in_worker = ray is not None and ray.is_initialized()  # Ray may set the variable to "" for workers without a GPU
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" and not in_worker:
-        yield "CUDA_VISIBLE_DEVICES is the empty string, which ends Ray's node process. Fix: unset CUDA_VISIBLE_DEVICES"
+        yield error(
+            "CUDA_VISIBLE_DEVICES is the empty string, which ends Ray's node process", fix="unset CUDA_VISIBLE_DEVICES"
+        )
     lora = lora_rank(config, ACTOR_MODEL)
     if rollout == "hf" and lora > 0 and not get(config, f"{ACTOR_MODEL}.lora.merge"):
-        yield (
-            f"{ACTOR_MODEL}.lora.merge=False: the hf rollout takes whole weights, and the LoRA rank is {lora}. "
-            f"Fix: {ACTOR_MODEL}.lora.merge=True"
+        yield error(
+            f"{ACTOR_MODEL}.lora.merge=False: the hf rollout takes whole weights, and the LoRA rank is {lora}",
+            fix=f"{ACTOR_MODEL}.lora.merge=True",
         )
     platform = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    if device != "cpu":
-        if platform == "cpu":
-            yield f"VERL_PLATFORM=cpu, but trainer.device={device}. Fix: device=cpu, or unset VERL_PLATFORM"
-        return
+    if device == "cpu":
+        yield from _cpu_findings(config, rollout, platform, in_worker)
+    elif platform == "cpu":
+        yield error(f"VERL_PLATFORM=cpu, but trainer.device={device}", fix="device=cpu, or unset VERL_PLATFORM")
+
+
+def _cpu_findings(config: DictConfig, rollout: str, platform: str, in_worker: bool) -> Findings:
+    """What does not work with trainer.device=cpu."""
     sets = "(device=cpu sets it)"
     if platform != "cpu":
-        yield f"trainer.device=cpu, but VERL_PLATFORM={platform or 'is not set'}. Fix: export VERL_PLATFORM=cpu"
+        yield error(f"trainer.device=cpu, but VERL_PLATFORM={platform or 'is not set'}", fix="export VERL_PLATFORM=cpu")
     if rollout != "hf":
-        yield f"{ROLLOUT}.name={rollout} needs a GPU, and trainer.device=cpu. Fix: {ROLLOUT}.name=hf {sets}"
+        yield error(f"{ROLLOUT}.name={rollout} needs a GPU, and trainer.device=cpu", fix=f"{ROLLOUT}.name=hf {sets}")
     critic = has_discriminator(config)
     for key in (ACTOR, REF, "critic") if critic else (ACTOR, REF):
         if (strategy := get(config, f"{key}.strategy")) != "fsdp2":
-            yield f"{key}.strategy={strategy} needs a GPU, and trainer.device=cpu. Fix: {key}.strategy=fsdp2 {sets}"
+            yield error(
+                f"{key}.strategy={strategy} needs a GPU, and trainer.device=cpu", fix=f"{key}.strategy=fsdp2 {sets}"
+            )
     for key in (ACTOR_MODEL, "critic.model") if critic else (ACTOR_MODEL,):
         name = f"{key}.override_config.attn_implementation"
         if get(config, name, "flash_attention_2") == "flash_attention_2":
-            yield f"{name}=flash_attention_2 (verl's default) needs a GPU. Fix: ++{name}=sdpa {sets}"
+            yield error(f"{name}=flash_attention_2 (verl's default) needs a GPU", fix=f"++{name}=sdpa {sets}")
     key, gpus = "ray_kwargs.ray_init.num_gpus", world_size(config)
     if not in_worker and _ray_cpus(config) is not None and (slots := integer(config, key, 0, minimum=0)) < gpus:
-        yield f"{key}={slots}: verl places its workers on {gpus} logical GPUs. Fix: ++{key}={gpus} {sets}"
+        yield error(f"{key}={slots}: verl places its workers on {gpus} logical GPUs", fix=f"++{key}={gpus} {sets}")
 
 
 CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
+    check_polling,
     check_sampling,
     check_saving,
     check_device,
@@ -447,31 +504,3 @@ CHECKS: tuple[Check, ...] = (
     check_tokenizers,
     check_data,
 )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit code is 2 on errors."""
-    parser = argparse.ArgumentParser(prog="python -m recipe.gad.run.checks", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config-name", default="gad_trainer", help="configuration of recipe/gad/config")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, check nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        config = compose_config(options.overrides, options.config_name)
-        if options.print_config:
-            print(OmegaConf.to_yaml(config, resolve=True))
-            return 0
-        errors, warnings = [], check_config(config)
-    except ConfigError as error:
-        errors, warnings = error.errors, error.warnings
-    except (ValueError, OmegaConfBaseException) as error:
-        errors, warnings = [one_line(error)], []
-    for warning in warnings:
-        print(f"warning: {warning}")
-    for message in errors:
-        print(f"error: {one_line(message)}")
-    return 2 if errors else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Reading a run's configuration: dotted keys, what follows from them, and composing it with Hydra."""
+"""Composing a run's configuration with Hydra, reading its dotted keys, and what follows from them."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.gad.run.findings import ConfigError, one_line
+from recipe.gad.run.findings import InputError, one_line
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 ACTOR_MODEL = "actor_rollout_ref.model"
@@ -15,7 +15,7 @@ LORA_KEYS = ("lora_rank", "lora.rank")
 
 
 def get(config: DictConfig, key: str, default: Any = None) -> Any:
-    """Value of a dotted key, ``default`` if there is none or it is null."""
+    """Value of a dotted key; ``default`` if the key is absent or null."""
     value = OmegaConf.select(config, key)
     return default if value is None else value
 
@@ -24,18 +24,18 @@ def integer(config: DictConfig, key: str, default: int | None = None, minimum: i
     """Whole number of a dotted key.
 
     Raises:
-        ConfigError: it is not one, or below ``minimum``.
+        InputError: the value is no whole number, or below ``minimum``.
     """
     value = get(config, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError([f"{key}={value}: expected a whole number of at least {minimum}. Fix: set it"])
+        raise InputError(f"{key}={value}: expected a whole number of at least {minimum}", fix=f"set {key} to one")
     return value
 
 
-def neighbours(value: int, step: int) -> str:
-    """The multiples of ``step`` next to ``value``: "8 or 16"."""
+def neighbours(value: int, step: int) -> list[int]:
+    """The positive multiples of ``step`` next to ``value``, one on each side: 8 and 16 for 10 in steps of 8."""
     below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
+    return [below, below + step] if below else [step]
 
 
 def has_discriminator(config: DictConfig) -> bool:
@@ -47,7 +47,7 @@ def needs_reference(config: DictConfig) -> bool:
 
 
 def lora_rank(config: DictConfig, model: str) -> int:
-    """Rank of LoRA on a model (ACTOR_MODEL or "critic.model"), 0 without; verl reads two keys."""
+    """Rank of LoRA on a model (ACTOR_MODEL or "critic.model"), 0 without LoRA. verl reads two keys."""
     return max(integer(config, f"{model}.{name}", 0, minimum=0) for name in LORA_KEYS)
 
 
@@ -56,9 +56,10 @@ def world_size(config: DictConfig) -> int:
 
 
 def parallelism(config: DictConfig, role: str) -> tuple[int, int] | None:
-    """(GPUs that hold one model copy's worth of data, GPUs that share one sequence) of ``critic`` or the actor.
+    """How the actor or ``critic`` splits its work over GPUs; None for engines that GAD was never tried with.
 
-    None for engines that GAD has not been tried with.
+    Returns:
+        GPUs that form one data-parallel rank; GPUs that share one sequence.
     """
     strategy = get(config, f"{role}.strategy")
     if strategy == "megatron":
@@ -85,7 +86,9 @@ def files_of(value: Any) -> list[str]:
 def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfig:
     """The configuration that ``verl.trainer.main_ppo --config-path pkg://recipe.gad.config`` composes.
 
-    verl's YAML files are found without importing verl, which takes seconds.
+    Args:
+        overrides: as on the command line: ``key=value``, ``+key=value``.
+        name: a file of recipe/gad/config, without its ending.
 
     Raises:
         ValueError: verl is not installed, or an override does not fit the configuration.
@@ -93,9 +96,9 @@ def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfi
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
 
-    verl = find_spec("verl")
+    verl = find_spec("verl")  # importing verl takes seconds
     if verl is None or not verl.submodule_search_locations:
-        raise ValueError("the package verl is not installed. Fix: pip install -e .")
+        raise InputError("the package verl is not installed", fix="pip install -e .")
     folders = [Path(folder) / "trainer" / "config" for folder in verl.submodule_search_locations]
     searchpath = ",".join(f"'file://{folder}'" for folder in folders if folder.is_dir())
     try:
@@ -104,3 +107,16 @@ def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfi
     except (HydraException, OmegaConfBaseException) as error:
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
         raise ValueError(one_line(error) + cause) from None
+
+
+def resolved(config: DictConfig) -> DictConfig:
+    """A copy of ``config`` in which every ``${...}`` is replaced by its value.
+
+    Raises:
+        InputError: a reference names a missing key.
+    """
+    try:
+        return OmegaConf.create(OmegaConf.to_container(config, resolve=True))  # type: ignore[return-value]
+    except OmegaConfBaseException as problem:
+        what = f"the configuration does not resolve: {one_line(problem)}"
+        raise InputError(what, fix="correct the reference, or set the key that it names") from None

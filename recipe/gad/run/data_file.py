@@ -1,6 +1,6 @@
-"""Data files of a GAD run: every row has a prompt (chat messages) and the teacher's answer. Checked before training.
+"""Data files of a GAD run, checked before training: every row has a prompt (chat messages) and a teacher answer.
 
-Parquet is streamed by row group and only the two columns are read; .json and .jsonl files are streamed row by row.
+Files are streamed: parquet by row group, reading two columns only; .json and .jsonl row by row.
 """
 
 import json
@@ -12,12 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipe.gad.run.findings import Finding, InputError, error
+
 BATCH_ROWS = 4096
-"""Rows that are in memory at a time."""
+"""Rows held in memory at a time."""
 CHUNK_CHARS = 1 << 20
-"""Characters of a JSON list that are read at a time."""
+"""Characters of a JSON list read at a time."""
 LONGEST_ROW_CHARS = 1 << 26
-"""Characters of a row of a JSON list, at most: a list that is broken early is not read to its end."""
+"""Most characters of one row of a JSON list. The limit keeps a list that is broken early from being read to its end."""
 LIST_EMPTY, LIST_START, LIST_NEXT, LIST_END = map(re.compile, (r"\s*\[\s*\]", r"\s*\[\s*", r"\s*,\s*", r"\s*\]"))
 
 PROMPT_FORM = "a list of chat messages [{role, content}, ...] that ends with the user's (or a tool's) message"
@@ -28,7 +30,7 @@ def teacher_text(value: Any) -> str:
     """Text of a teacher answer, given as text or as one chat message.
 
     Raises:
-        ValueError: the value is neither, or the text is empty.
+        ValueError: the value has another type, or the text is empty.
     """
     problem = teacher_problem(value)
     if problem is not None:
@@ -70,24 +72,24 @@ def prompt_problem(messages: Any) -> str | None:
 
 
 def check_data_file(path: str | Path, prompt_key: str, teacher_key: str | None) -> int:
-    """Number of rows of a data file whose rows are all usable.
+    """Number of rows of a data file, all of which must be usable.
 
     Args:
         path: .parquet, .json or .jsonl; ``~`` is the home folder.
         prompt_key: column with the prompt's messages.
-        teacher_key: column with the teacher's answer; None: not looked at.
+        teacher_key: column with the teacher's answer; None: teacher answers are not checked.
 
     Raises:
-        ValueError: what is wrong, with file, row (counted from 0), value and fix.
+        ValueError: a row or the file is not usable; names file, row (counted from 0), value and fix.
     """
     rows, problems = data_file_problems(path, prompt_key, teacher_key)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(map(str, problems)))
     return rows
 
 
 def find_teacher(paths: Iterable[str | Path], teacher_key: str, text: str) -> str:
-    """ "FILE, row N" (counted from 0) of the first row whose teacher answer is ``text``, for an error message."""
+    """The first row whose teacher answer is ``text``, as "FILE, row N" (counted from 0) for an error message."""
     for file in map(Path, paths):
         batches = (
             _parquet_columns(file, [teacher_key]) if file.suffix == ".parquet" else _json_columns(file, [teacher_key])
@@ -98,27 +100,29 @@ def find_teacher(paths: Iterable[str | Path], teacher_key: str, text: str) -> st
     raise AssertionError("the text was read from one of these files")
 
 
-def data_file_problems(path: str | Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[str]]:
-    """Rows of a data file and its problems: the file's own, else the first bad row of each kind."""
+def data_file_problems(path: str | Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[Finding]]:
+    """Number of rows of a data file, and errors: one about the file, or one for each kind of bad row."""
     file = Path(path).expanduser()
     try:
         return _scan(file, prompt_key, teacher_key)
-    except (ValueError, OSError) as error:
-        return 0, [f"{file}: {error}"]
+    except InputError as problem:
+        return 0, [problem.finding.about(file)]
+    except (ValueError, OSError) as problem:
+        return 0, [error(f"{file}: {problem}")]
 
 
-def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[str]]:
+def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[Finding]]:
     keys = [prompt_key] if teacher_key is None else [prompt_key, teacher_key]
     if not file.exists():
-        raise ValueError("no such file. Fix: correct the path")
+        raise InputError("no such file", fix="correct the path")
     if not file.is_file():
-        raise ValueError("is a folder. Fix: name the files in it, as a list: '[a.parquet,b.parquet]'")
+        raise InputError("is a folder", fix="name the files in it, as a list: '[a.parquet,b.parquet]'")
     if file.suffix not in (".parquet", ".json", ".jsonl"):
-        raise ValueError(f"unknown ending {file.suffix!r}. Fix: convert it to .parquet, .json or .jsonl")
+        raise InputError(f"unknown ending {file.suffix!r}", fix="convert the file to .parquet, .json or .jsonl")
     if file.stat().st_size == 0:
-        raise ValueError("the file is empty (0 bytes; download or conversion cut off?). Fix: write it again")
+        raise InputError("the file is empty (0 bytes; download or conversion cut off?)", fix="write it again")
     batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
-    rows, found = 0, _Findings()
+    rows, found = 0, _BadRows()
     for prompts, teachers in batches:
         for row, value in enumerate(prompts, start=rows):
             if (problem := prompt_problem(value)) is not None:
@@ -128,22 +132,24 @@ def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, li
                 found.add(str(teacher_key), problem, row)
         rows += len(prompts)
     if rows == 0:
-        raise ValueError("holds 0 rows, expected at least one. Fix: write it again with data")
+        raise InputError("holds 0 rows, expected at least one", fix="write it again with data")
     forms = {prompt_key: PROMPT_FORM, teacher_key: TEACHER_FORM}
-    return rows, [f"{file}, {line}; expected {forms[key]}. Fix: repair or drop the row" for key, line in found.lines()]
+    return rows, [
+        error(f"{file}, {line}; expected {forms[key]}", fix="repair or drop the row") for key, line in found.lines()
+    ]
 
 
 def sample_rows(path: str | Path, prompt_key: str, teacher_key: str, size: int) -> tuple[int, list, list]:
-    """Evenly spaced rows of a data file whose rows are all usable (:func:`check_data_file`).
+    """Evenly spaced rows of a data file that has passed :func:`check_data_file`.
 
     Args:
         path: .parquet, .json or .jsonl.
         prompt_key: column with the prompt's messages.
         teacher_key: column with the teacher's answer.
-        size: rows to take; a smaller file is taken whole.
+        size: rows to take; all rows of a smaller file are taken.
 
     Returns:
-        Rows of the file; prompts; teacher answers as text.
+        Number of rows of the file; prompts of the sample; its teacher answers as text.
     """
     file, keys = Path(path).expanduser(), [prompt_key, teacher_key]
     if file.suffix == ".parquet":
@@ -165,8 +171,8 @@ def _evenly_spaced(total: int, size: int) -> list[int]:
     return [row * total // min(size, total) for row in range(min(size, total))]
 
 
-class _Findings:
-    """First row and number of rows of every kind of problem."""
+class _BadRows:
+    """First row and number of rows for every kind of problem."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], tuple[int, int]] = {}
@@ -181,41 +187,41 @@ class _Findings:
             yield key, f"row {row}: column {key!r} {problem}{more}"
 
 
-def _missing_columns(keys: Iterable[str], columns: Iterable[str]) -> str:
+def _missing_columns(keys: Iterable[str], columns: Iterable[str]) -> InputError:
     columns = list(columns)
     missing = " and ".join(repr(key) for key in keys if key not in columns)
-    return (
-        f"has no column {missing}; it has {', '.join(map(repr, columns))}. "
-        "Fix: set data.prompt_key and data.teacher_key to the columns that hold the messages and the teacher's answer"
+    return InputError(
+        f"has no column {missing}; it has {', '.join(map(repr, columns))}",
+        fix="set data.prompt_key and data.teacher_key to the columns that hold the messages and the teacher's answer",
     )
 
 
 def _parquet_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
-    """(first column, last column) of ``keys`` as lists, ``BATCH_ROWS`` rows at a time."""
+    """The first and the last column of ``keys`` as lists, ``BATCH_ROWS`` rows at a time."""
     try:
         with pq.ParquetFile(file, memory_map=True) as parquet:
             columns = parquet.schema_arrow.names
             if not set(keys) <= set(columns):
-                raise ValueError(_missing_columns(keys, columns))
+                raise _missing_columns(keys, columns)
             for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
                 yield batch.column(keys[0]).to_pylist(), batch.column(keys[-1]).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"is not a readable parquet file ({error}). Fix: write it again") from None
+    except (pa.ArrowException, OSError) as problem:
+        raise InputError(f"is not a readable parquet file ({problem})", fix="write it again") from None
 
 
 def _json_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
-    """The same for one JSON object per line, or one JSON list of objects; the columns are those of the first row."""
+    """The same for JSON: one object per line, or one list of objects. The first row names the columns."""
     columns: list[str] = []
     first: list[Any] = []
     last: list[Any] = []
     for number, (row, problem) in enumerate(json_rows(file)):
         if problem is not None:
-            raise ValueError(f"row {number} {problem}. Fix: repair or drop the line")
+            raise InputError(f"row {number} {problem}", fix="repair or drop the line")
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is of type {type(row).__name__}, not an object. Fix: write it again")
+            raise InputError(f"row {number} is of type {type(row).__name__}, not an object", fix="write it again")
         columns = columns or list(row)
         if not set(keys) <= set(columns):
-            raise ValueError(_missing_columns(keys, columns))
+            raise _missing_columns(keys, columns)
         first.append(row.get(keys[0]))
         last.append(row.get(keys[-1]))
         if len(first) == BATCH_ROWS:
@@ -225,13 +231,14 @@ def _json_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
 
 
 def json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
-    """Rows of a file with one JSON value per line, or of one JSON list; in bounded memory either way.
+    """Rows of a file that holds one JSON value per line or one JSON list, read in bounded memory.
 
     Yields:
-        (row, None); or (text of the line, "is not valid JSON (...)") and the rows behind it. Blank lines are no rows.
+        (row, None); or, for a line that is not JSON, (text of the line, "is not valid JSON (...)"). Blank lines are
+        skipped.
 
     Raises:
-        ValueError: the file is a JSON list, and broken: what stands behind the break cannot be told apart.
+        InputError: the JSON list is malformed; rows after the error cannot be recovered.
     """
     with file.open("rb") as lines:
         if lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
@@ -243,8 +250,8 @@ def json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
                 continue
             try:
                 yield json.loads(line), None
-            except ValueError as error:  # no JSON, or no UTF-8
-                yield line.decode("utf-8", "backslashreplace").rstrip("\r\n"), f"is not valid JSON ({error})"
+            except ValueError as problem:  # not JSON, or not UTF-8
+                yield line.decode("utf-8", "backslashreplace").rstrip("\r\n"), f"is not valid JSON ({problem})"
 
 
 def _list_rows(file: Path) -> Iterator[Any]:
@@ -255,20 +262,20 @@ def _list_rows(file: Path) -> Iterator[Any]:
         while True:
             if closing := (LIST_EMPTY if number == 0 else LIST_END).match(buffer, position):
                 if (buffer[closing.end() :] + text.read(CHUNK_CHARS)).strip():
-                    raise ValueError("goes on behind its JSON list. Fix: write one list, or one row per line")
+                    raise InputError("has more text after its JSON list", fix="write one list, or one row per line")
                 return
             opening = (LIST_START if number == 0 else LIST_NEXT).match(buffer, position)
             try:
                 if opening is None:
                     raise json.JSONDecodeError("expected , or ]", buffer, position)
                 row, end = decode(buffer, opening.end())
-                if end == len(buffer):  # "12" may go on as "123"
+                if end == len(buffer):  # "12" may be the start of "123"
                     raise json.JSONDecodeError("the list is not closed", buffer, end)
-            except json.JSONDecodeError as error:
+            except json.JSONDecodeError as problem:
                 buffer, position = buffer[position:], 0
                 more = text.read(max(CHUNK_CHARS, len(buffer))) if len(buffer) < LONGEST_ROW_CHARS else ""
                 if not more:
-                    raise ValueError(f"row {number} is not valid JSON ({error.msg}). Fix: write it again") from None
+                    raise InputError(f"row {number} is not valid JSON ({problem.msg})", fix="write it again") from None
                 buffer += more
                 continue
             yield row

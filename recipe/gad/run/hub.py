@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.run.findings import InputError
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def cached_model(repo: str) -> Path | None:
-    """Folder of a hub model in the Hugging Face cache, None if it was not downloaded."""
+    """Folder of a hub model in the Hugging Face cache; None if it was never downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     file = try_to_load_from_cache(repo, "config.json")
@@ -19,15 +21,15 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
     """Tokenizer of a model folder or hub id.
 
     Raises:
-        ValueError: there is none, or a broken one.
+        InputError: there is no tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a broken tokenizer raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"the tokenizer in {name} cannot be loaded ({reason}). Fix: copy or save it again, or name another folder "
-            "or hub id"
+    except Exception as problem:  # a broken tokenizer can raise anything
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise InputError(
+            f"the tokenizer in {name} cannot be loaded ({reason})",
+            fix="copy or save it again, or name another folder or hub id",
         ) from None

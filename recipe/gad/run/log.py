@@ -1,10 +1,10 @@
-"""What a training run leaves in its folder, read back: metrics, validation samples and settings.
+"""Reads what a training run leaves in its folder: metrics, validation samples and settings.
 
     RUN_DIR/metrics.jsonl            verl's file logger: a line {"step": 3, "data": {"critic/d_acc": 0.9, ...}} per step
     RUN_DIR/val_samples/<step>.jsonl verl's validation dump: input, output, gts (the teacher's answer), score, ...
     RUN_DIR/hydra/.hydra/*.yaml      the settings, as Hydra records them
 
-All of it may still be written while it is read: a last line without its newline does not count yet.
+The run may still be writing: a last line without its newline does not count yet.
 """
 
 import json
@@ -23,7 +23,7 @@ ROUGE_L = "val-aux/*/rouge_l/mean@*"
 
 
 class MetricLog:
-    """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only what was added."""
+    """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only the new lines."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -39,10 +39,10 @@ class MetricLog:
         """Read the lines added since the last call (all of them if a resumed run has replaced the file).
 
         Returns:
-            whether :attr:`metrics` changed; False while there is no file.
+            Whether :attr:`metrics` changed; False while there is no file.
 
         Raises:
-            ValueError: a complete line is not of the logger's form.
+            ValueError: a complete line is not one that the logger writes.
         """
         if not self.path.is_file():
             return False
@@ -83,7 +83,11 @@ def _parse_lines(data: bytes, path: Path, lines_before: int = 0) -> list[dict]:
 
 
 def load_metrics(jsonl_path: str | Path) -> Metrics:
-    """All metrics of a run. ValueError: no file, no complete line in it, or a line that is not the logger's."""
+    """All metrics of a run.
+
+    Raises:
+        ValueError: there is no file or no complete line, or a line is not one that the logger writes.
+    """
     log = MetricLog(jsonl_path)
     log.update()
     if not log.metrics:
@@ -97,12 +101,12 @@ def matching_names(metrics: Metrics, pattern: str) -> list[str]:
 
 
 def series(metrics: Metrics, name: str) -> dict[int, float]:
-    """Step -> value of one metric, in the order of the steps; empty if it was never logged."""
+    """Step -> value of one metric, in the order of the steps; empty if the run never logged it."""
     return {step: metrics[step][name] for step in sorted(metrics) if name in metrics[step]}
 
 
 def phase_seconds(row: dict[str, float]) -> dict[str, float]:
-    """Seconds of the phases of one step (a row of :data:`Metrics`) in their order; "other" is the rest of the step."""
+    """Seconds of the phases of one step (a row of :data:`Metrics`), in order; "other" is the rest of the step."""
     phases = {
         name.removeprefix("timing_s/"): seconds
         for name, seconds in row.items()
@@ -126,7 +130,11 @@ def dump_files(folder: str | Path) -> dict[int, Path]:
 
 
 def read_dump(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a validation dump. ValueError: no complete row, or a row without the texts input, output and gts."""
+    """Rows of a validation dump.
+
+    Raises:
+        ValueError: there is no complete row, or a row lacks one of the texts input, output and gts.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}")
@@ -140,12 +148,12 @@ def read_dump(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_samples(run_dir: str | Path, n: int) -> tuple[dict[int, list[dict]], list[str]]:
-    """Rows of up to ``n`` validation dumps of a run by step: the last, the first, and evenly between them.
+    """Rows of up to ``n`` validation dumps of a run, by step: the last, the first, and evenly spaced ones between.
 
-    Samples are an extra of a run: a dump that cannot be read is left out.
+    A dump that cannot be read is left out, because samples are optional.
 
     Returns:
-        the rows by step, and a line for every dump left out.
+        The rows by step, and a line of text for every dump left out.
     """
     files = dump_files(Path(run_dir) / "val_samples")
     steps = list(files)
@@ -161,14 +169,14 @@ def read_samples(run_dir: str | Path, n: int) -> tuple[dict[int, list[dict]], li
 
 
 def answers_over_training(dumps: Sequence[list[dict]], k: int) -> list[tuple[str, str, list[dict]]]:
-    """First ``k`` prompts (sorted) that all dumps hold, as (prompt, teacher's answer, its row in every dump)."""
+    """First ``k`` prompts (sorted) that are in all dumps, as (prompt, teacher's answer, its row in every dump)."""
     by_prompt = [{(row["input"], row["gts"]): row for row in dump} for dump in dumps]
     shared = sorted(set.intersection(*(set(rows) for rows in by_prompt))) if by_prompt else []
     return [(*key, [rows[key] for rows in by_prompt]) for key in shared[:k]]
 
 
 def read_overrides(run_dir: str | Path) -> dict[str, str]:
-    """Hydra overrides of a run, key -> value, the last of a key; empty if Hydra left no record.
+    """Hydra overrides of a run: key -> last value given; empty if Hydra left no record.
 
     The environment of the Ray workers (``ray_kwargs``) is left out: it may hold API keys, and reports are shared.
     """
@@ -178,14 +186,18 @@ def read_overrides(run_dir: str | Path) -> dict[str, str]:
 
 
 def total_training_steps(run_dir: str | Path) -> int | None:
-    """``trainer.total_training_steps`` of a run, None if it is not set to a number or Hydra left no record."""
+    """``trainer.total_training_steps`` of a run; None if it is not a number, or if Hydra left no record."""
     config = _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml", dict)
     steps = config.get("trainer", {}).get("total_training_steps")
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
 def _read_yaml(path: Path, kind: type) -> Any:
-    """Value of a YAML file, an empty ``kind`` if there is none or it is empty. ValueError: it holds something else."""
+    """Value of a YAML file; an empty ``kind`` if the file is missing or empty.
+
+    Raises:
+        ValueError: the file is not YAML, or holds another kind of value.
+    """
     import yaml
 
     try:

@@ -9,35 +9,36 @@ from omegaconf import DictConfig
 
 from recipe.gad.run.checkpoint import has_score_head, weight_problems
 from recipe.gad.run.config import ACTOR_MODEL, LORA_KEYS, get, has_discriminator, lora_rank
-from recipe.gad.run.findings import Messages, Warn
+from recipe.gad.run.findings import Finding, Findings, error, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
 
 
-def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[str]]:
-    """(local folder of a model key or None, messages)."""
+def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[Finding]]:
+    """Local folder of a model key, None if there is none to look into; and findings about the path."""
     path = get(config, key)
     if not isinstance(path, str) or not path:
-        return None, [f"{key}={path}: no model. Fix: {key}=/path/to/folder or organisation/name"]
+        return None, [error(f"{key}={path}: no model", fix=f"{key}=/path/to/folder or organisation/name")]
     if path.startswith("hdfs://"):
-        return None, [Warn(f"{key}={path} is not local and was not checked")]
+        return None, [warning(f"{key}={path} is not local and was not checked")]
     folder = Path(path).expanduser()
     if folder.is_dir():
         if path.startswith("~") or path.endswith("/"):
-            exact = str(folder.absolute())
-            return folder, [f"{key}={path}: verl takes neither a leading ~ nor a trailing /. Fix: {key}={exact}"]
+            exact = f"{key}={folder.absolute()}"
+            return folder, [error(f"{key}={path}: verl takes neither a leading ~ nor a trailing /", fix=exact)]
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) or "nothing"
-            return None, [f"{key}={path}: no config.json in this folder (found: {found}). Fix: name a model's folder"]
+            what = f"{key}={path}: no config.json in this folder (found: {found})"
+            return None, [error(what, fix="name a model's folder")]
         return folder, []
     if folder.exists() or path[0] in "/.~" or not HUB_ID.fullmatch(path):
         return None, [_no_folder(key, path)]
     if (os.environ.get("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on") and not cached_model(path):
-        return None, [Warn(f"{key}={path} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")]
+        return None, [warning(f"{key}={path} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")]
     return None, []
 
 
-def _no_folder(key: str, path: str) -> str:
-    return f"{key}={path}: no such folder. Fix: name an existing folder, or a hub model as organisation/name"
+def _no_folder(key: str, path: str) -> Finding:
+    return error(f"{key}={path}: no such folder", fix="name an existing folder, or a hub model as organisation/name")
 
 
 def _broken_weights(folder: Path) -> list[str]:
@@ -48,36 +49,36 @@ def _broken_weights(folder: Path) -> list[str]:
     return [f"{folder} holds no weights (model.safetensors or its shards)"]
 
 
-def check_models(config: DictConfig) -> Messages:
-    """Model folders exist and are whole; in the GAD stage the discriminator's head is a trained one."""
+def check_models(config: DictConfig) -> Findings:
+    """Model folders exist and are whole; in the GAD stage the discriminator has a trained score head."""
     actor_key, critic_key = f"{ACTOR_MODEL}.path", "critic.model.path"
     for key in (actor_key, critic_key) if has_discriminator(config) else (actor_key,):
-        folder, messages = _model_folder(config, key)
+        folder, findings = _model_folder(config, key)
         broken = [] if folder is None else _broken_weights(folder)
         if key == actor_key or get(config, critic_key) != get(config, actor_key):
-            yield from messages
-            yield from (f"{key}: {problem}. Fix: copy or save the model again" for problem in broken)
+            yield from findings
+            yield from (error(f"{key}: {problem}", fix="copy or save the model again") for problem in broken)
         if folder is None:
             continue
         if key == critic_key and get(config, "gad.stage") == "gad" and not broken and not has_score_head(folder):
-            yield (
-                f"{key}={folder} has no score head (no tensor score.weight): verl would draw a random discriminator. "
-                f"Fix: {key}=WARMUP_DIR/global_step_N/critic/huggingface (run_gad.sh --warmup_dir WARMUP_DIR)"
+            yield error(
+                f"{key}={folder} has no score head (no tensor score.weight): verl would draw a random discriminator",
+                fix=f"{key}=WARMUP_DIR/global_step_N/critic/huggingface (run_gad.sh --warmup_dir WARMUP_DIR)",
             )
 
 
-def check_critic_lora(config: DictConfig) -> Messages:
+def check_critic_lora(config: DictConfig) -> Findings:
     """The discriminator is trained whole: verl cannot train a LoRA adapter on it."""
     if has_discriminator(config) and (rank := lora_rank(config, "critic.model")):
-        fix = " ".join(f"critic.model.{name}=0" for name in LORA_KEYS)
-        yield (
+        yield error(
             f"critic.model: the LoRA rank is {rank}, but verl gives every adapter the task of a language model, which "
-            f"PEFT refuses for a discriminator (AttributeError). Fix: {fix}"
+            "PEFT refuses for a discriminator (AttributeError)",
+            fix=" ".join(f"critic.model.{name}=0" for name in LORA_KEYS),
         )
 
 
-def check_tokenizers(config: DictConfig) -> Messages:
-    """The discriminator, which reads the student's token ids, has the same vocabulary."""
+def check_tokenizers(config: DictConfig) -> Findings:
+    """The discriminator reads the student's token ids, so both have the same vocabulary."""
     keys = [f"{ACTOR_MODEL}.tokenizer_path", "critic.model.tokenizer_path", "critic.model.path"]
     keys = keys if has_discriminator(config) else keys[:1]
     for key in keys[:2]:
@@ -89,7 +90,7 @@ def check_tokenizers(config: DictConfig) -> Messages:
             return
     actor = get(config, keys[0]) or get(config, f"{ACTOR_MODEL}.path")
     if not isinstance(actor, str) or not Path(actor).expanduser().is_dir():
-        return  # a hub model, or reported by check_models
+        return  # a hub model, or an error that check_models reports
     for key in keys[1:]:
         critic = get(config, key)
         if not isinstance(critic, str) or critic == actor:
@@ -97,9 +98,9 @@ def check_tokenizers(config: DictConfig) -> Messages:
         folders = Path(actor).expanduser(), Path(critic).expanduser()
         if not (folders[1].is_dir() and any(folders[1].glob("*token*"))):
             if folders[1].is_dir() or HUB_ID.fullmatch(critic):
-                yield Warn(f"{key}={critic}: no local tokenizer to compare with the vocabulary of {actor}")
+                yield warning(f"{key}={critic}: no local tokenizer to compare with the vocabulary of {actor}")
         elif not _same_tokenizer_files(*folders):
-            yield from _vocabulary_messages(key, *folders, bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
+            yield from _vocabulary_findings(key, *folders, bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
 
 
 def _same_tokenizer_files(first: Path, second: Path) -> bool:
@@ -118,18 +119,14 @@ def _same_tokenizer_files(first: Path, second: Path) -> bool:
     return files[0].read_bytes() == files[1].read_bytes() and added_tokens(first) == added_tokens(second)
 
 
-def _vocabulary_messages(key: str, actor: Path, critic: Path, trust_remote_code: bool) -> Messages:
-    try:
-        ours, theirs = (load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (actor, critic))
-    except ValueError as error:
-        yield str(error)
-        return
+def _vocabulary_findings(key: str, actor: Path, critic: Path, trust_remote_code: bool) -> Findings:
+    ours, theirs = (load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (actor, critic))
     if ours == theirs:
         return
     differing = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))[:3]
     examples = ", ".join(f"{token!r} {ours.get(token)} / {theirs.get(token)}" for token in differing)
-    yield (
+    yield error(
         f"{key}={critic} has another vocabulary than the actor ({actor}): {len(theirs)} and {len(ours)} tokens; "
-        f"ids that differ (actor / critic): {examples}. "
-        "Fix: start the discriminator from the student or a model of its family"
+        f"ids that differ (actor / critic): {examples}",
+        fix="start the discriminator from the student or a model of its family",
     )

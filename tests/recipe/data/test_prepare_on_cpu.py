@@ -289,7 +289,7 @@ def test_a_csv_row_with_too_many_cells(write, tmp_path):
         ("d.xlsx", "x", "unknown ending '.xlsx'"),
         ("d.parquet", "PAR1", "d.parquet: is not a readable parquet file"),
         ("d.json", '[{"prompt": "q", "response": "a"},', "d.json: row 1 is not valid JSON"),
-        ("d.json", '[{"prompt": "q", "response": "a"}]\n[]', "goes on behind its JSON list"),
+        ("d.json", '[{"prompt": "q", "response": "a"}]\n[]', "has more text after its JSON list"),
         ("d.csv", 'prompt,response\nq,"open', "d.csv: is not a readable CSV file"),
         ("d.csv", b"prompt,response\nq,\xff\n", "d.csv: is not a readable CSV file"),
     ],

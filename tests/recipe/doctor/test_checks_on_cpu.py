@@ -23,8 +23,8 @@ from recipe.gad.doctor.checks import (
     check_lengths,
     check_rollout_heads,
     check_versions,
-    diagnose,
-    memory_messages,
+    examine,
+    memory_findings,
 )
 from recipe.gad.doctor.memory import (
     GIB,
@@ -37,8 +37,8 @@ from recipe.gad.doctor.memory import (
     roles,
     training,
 )
+from recipe.gad.run.checks import run_checks
 from recipe.gad.run.data_file import sample_rows
-from recipe.gad.run.findings import run_checks
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -59,7 +59,7 @@ def overrides(tiny_problem, tmp_path, monkeypatch):
 
 
 def messages(check, config, level):
-    return [finding.message for finding in run_checks(config, [check]) if finding.level == level]
+    return [str(finding) for finding in run_checks(config, [check]) if finding.level == level]
 
 
 def run_cli(*arguments):
@@ -82,15 +82,18 @@ def test_a_good_run(overrides, capsys):
 def test_errors_of_both_kinds_of_checks_as_json(overrides, capsys):
     assert run_cli("--json", *overrides, "data.max_prompt_length=3", "gad.poll_interval=0") == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
-    errors = {finding["check"]: finding["message"] for finding in findings if finding["level"] == "error"}
-    assert errors.keys() == {"stage", "lengths"} and all("Fix: " in message for message in errors.values())
-    assert "data.max_prompt_length=3" in errors["lengths"] and "gad.poll_interval=0" in errors["stage"]
+    assert all(finding.keys() == {"level", "where", "what", "evidence", "fix"} for finding in findings)
+    errors = {finding["where"]: finding for finding in findings if finding["level"] == "error"}
+    assert errors.keys() == {"polling", "lengths"} and all(finding["fix"] for finding in errors.values())
+    assert "data.max_prompt_length=3" in errors["lengths"]["what"]
+    assert "gad.poll_interval=0" in errors["polling"]["what"] and errors["polling"]["fix"] == "gad.poll_interval=0.1"
+    assert not any("Fix: " in text for finding in findings for text in finding.values())
 
 
 def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
     assert run_cli(*overrides, f"{MODEL}.path=/no/such", "data.seed=1") == 1
     out = capsys.readouterr().out
-    assert "warning end_token: not checked, because of the errors of models" in out
+    assert "warning end_token: skipped: 'models' failed. Fix: resolve those errors first" in out
     assert out.splitlines()[-1].endswith("this run cannot start")
 
 
@@ -106,9 +109,26 @@ def test_a_reference_to_a_missing_key(overrides, capsys):
     assert "error   configuration: the configuration does not resolve" in capsys.readouterr().out
 
 
+def test_warnings_do_not_stop_a_run_and_nothing_is_written(overrides, tmp_path, capsys):
+    assert run_cli(*overrides, "gad.actor_objective=policy_gradient", "++trainer.nothing=1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("warning ")] == [
+        "warning stage: gad.actor_objective=policy_gradient in stage warmup: the paper uses imitation"
+    ]
+    assert lines[-1] == "0 errors, 1 warning" and not (tmp_path / "run").exists()
+
+
+def test_the_resolved_configuration_is_printed(capsys):
+    assert run_cli("--print_config", "device=cpu", "gad.stage=warmup") == 0
+    config = OmegaConf.create(capsys.readouterr().out)
+    assert config.trainer.v1.trainer_mode == "gad" and config.gad.stage == "warmup"
+    assert run_cli("--print-config", "data.seed=${no.such.key}") == 2
+    assert "error: the configuration does not resolve" in capsys.readouterr().err
+
+
 def test_composing_imports_neither_verl_nor_torch():
     script = (
-        "import sys; from recipe.gad.run.checks import compose_config; config = compose_config(['gad.stage=warmup'])\n"
+        "import sys; from recipe.gad.run.config import compose_config; config = compose_config(['gad.stage=warmup'])\n"
         "assert config.gad.stage == 'warmup' and config.trainer.use_v1\n"
         "assert not {'torch', 'transformers', 'verl'} & set(sys.modules)"
     )
@@ -254,7 +274,7 @@ def data(compose_config, tmp_path):
 
 
 def test_answers_over_the_limit(data):
-    config = data([5] * 9 + [19], "data.max_response_length=12")  # 9 x 6 + 20 tokens; 8 of 74 behind the limit
+    config = data([5] * 9 + [19], "data.max_response_length=12")  # 9 x 6 + 20 tokens; 8 of 74 beyond the limit
     (warning,) = messages(check_lengths, config, "warning")
     for part in ("data.train_files (all 10 rows)", "7 tokens on average, longest 20", "10.0% longer than",
                  "data.max_response_length=12", "cut by data.truncation=right; 10.8%",
@@ -421,25 +441,28 @@ def test_a_run_against_a_gpu(compose_config):
     def levels(gib, *changes):
         for key, value in changes:
             OmegaConf.update(config, key, value)
-        found = list(memory_messages(config, gib * GIB))
-        return [type(message).__name__ for message in found], "\n".join(found)
+        found = list(memory_findings(config, gib * GIB))
+        return [finding.level for finding in found], "\n".join(map(str, found))
 
     kinds, text = levels(80.0)
-    assert set(kinds) == {"Note"} and "22,624 parameters over 1 GPUs" in text, text
+    assert set(kinds) == {"ok"} and "22,624 parameters over 1 GPUs" in text, text
     kinds, text = levels(0.0001)  # 107 KB: less than the states of one role
-    assert "str" in kinds and "weights, gradients and Adam alone take" in text and "Fix: " in text
+    assert "error" in kinds and "weights, gradients and Adam alone take" in text and "Fix: " in text
     kinds, text = levels(0.05)  # the states fit, the activations of 32768 tokens do not
-    assert kinds.count("Warn") >= 1 and "a smaller critic.ppo_max_token_len_per_gpu" in text
+    assert kinds.count("warning") >= 1 and "a smaller critic.ppo_max_token_len_per_gpu" in text
     kinds, text = levels(80.0, (f"{ROLLOUT}.gpu_memory_utilization", 1e-9))
-    assert kinds.count("str") == 1 and "room for 0 tokens, and prompt + response = 28" in text
+    assert kinds.count("error") == 1 and "room for 0 tokens, and prompt + response = 28" in text
     kinds, text = levels(80.0, (f"{ROLLOUT}.gpu_memory_utilization", 1.0))
-    assert kinds.count("str") == 1 + 3 and "Fix: actor_rollout_ref.rollout.gpu_memory_utilization=0.99 or less" in text
+    assert (
+        kinds.count("error") == 1 + 3 and "Fix: actor_rollout_ref.rollout.gpu_memory_utilization=0.99 or less" in text
+    )
 
 
 def test_without_a_gpu_the_estimate_is_not_compared(compose_config, monkeypatch):
     monkeypatch.setattr(doctor, "this_gpu_bytes", lambda: None)
-    found = list(memory_messages(compose_config("trainer.device=cuda"), None))
-    assert "Fix: --gpu_memory_gb N" in found[-1] and [type(m).__name__ for m in found] == ["Note"] * 3 + ["Warn"]
+    found = list(memory_findings(compose_config("trainer.device=cuda"), None))
+    assert found[-1].fix.startswith("--gpu_memory_gb N")
+    assert [finding.level for finding in found] == ["ok"] * 3 + ["warning"]
 
 
 def test_heads_that_do_not_split(compose_config):
@@ -527,5 +550,5 @@ def test_a_package_without_metadata(compose_config, installed, tmp_path, monkeyp
 
 
 def test_what_the_doctor_needs_are_checks(overrides):
-    base = {finding.check for finding in diagnose(overrides)}
-    assert all(wants.needs <= base for wants in doctor.doctor_checks(None))
+    base = {finding.where for finding in examine(overrides)}
+    assert all(prerequisites.needs <= base for prerequisites in doctor.doctor_checks(None))

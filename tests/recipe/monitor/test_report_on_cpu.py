@@ -155,7 +155,7 @@ def test_pipeline_folder_counts_on_from_the_warmup(tmp_path):
     assert {"sft_loss", "pg_loss"} <= set(Page(tmp_path / "report.html").ids)
 
 
-def test_verdicts_are_on_the_page(tmp_path):
+def test_findings_are_on_the_page(tmp_path):
     run = write_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "r+", encoding="utf-8") as file:
         rows = [json.loads(text) for text in file.read().splitlines()[:-1]]
@@ -164,9 +164,9 @@ def test_verdicts_are_on_the_page(tmp_path):
         file.truncate()
         file.writelines(json.dumps(row) + "\n" for row in rows)
     (written,) = write_report([run], tmp_path / "report.html")
-    assert [verdict.title for verdict in written.verdicts] == ["NaN or infinite numbers"]
+    assert [finding.what for finding in written.findings] == ["NaN or infinite numbers"]
     texts = Page(tmp_path / "report.html").texts
-    assert "Problem: NaN or infinite numbers" in texts
+    assert "Error: NaN or infinite numbers" in texts
     assert "actor/pg_loss in 1 steps, first 5, last 5." in texts
 
 
@@ -200,7 +200,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         (["empty"], "empty holds no run"),
         (["run", "run"], "given twice"),
         (["torn"], "no complete line"),
-        (["run", "--output", "empty"], "empty is a folder. Fix: --output"),
+        (["run", "--output", "empty"], "empty is a folder. Fix: name a file with --output"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):

@@ -1,4 +1,4 @@
-"""recipe/gad/monitor/rules.py: every verdict from hand-made curves, and none on healthy ones."""
+"""recipe/gad/monitor/rules.py: every finding from hand-made curves, and none on healthy ones."""
 
 import math
 import random
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recipe.gad.monitor import rules as health
-from recipe.gad.monitor.rules import Curve, diagnose, passed_verdicts
+from recipe.gad.monitor.rules import Curve, apply_rules, earlier_findings
 
 
 def curve(values) -> Curve:
@@ -57,8 +57,8 @@ def answers(n=64) -> list[dict]:
 @pytest.mark.parametrize("steps", range(1, 121, 7))
 def test_a_healthy_run_gives_no_alarm_at_any_time(steps):
     metrics = {step: row for step, row in healthy_metrics().items() if step <= steps}
-    verdicts, looked_at = diagnose(metrics, answers())
-    assert verdicts == []
+    findings, looked_at = apply_rules(metrics, answers())
+    assert findings == []
     assert {"critic/d_acc", "actor/entropy", "validation samples", "gad/missing_rollouts"} <= set(looked_at)
 
 
@@ -66,22 +66,22 @@ def test_warmup_may_have_a_certain_discriminator():
     metrics = {
         step: {"critic/d_acc": 1.0, "actor/sft_loss": 1.5, "actor/entropy": 2.0 / step} for step in range(1, 101)
     }
-    verdicts, looked_at = diagnose(metrics)
-    assert verdicts == [] and "actor/entropy" not in looked_at  # the rule on entropy is for policy steps
+    findings, looked_at = apply_rules(metrics)
+    assert findings == [] and "actor/entropy" not in looked_at  # the rule on entropy is for policy steps
 
 
 def test_saturated_discriminator():
-    verdict = health.saturated_discriminator(curve([0.7] * 10 + [0.99] * 50))
-    assert verdict.level == "warning" and "0.99 (mean of steps 11-60)" in verdict.evidence
-    assert "critic.optim.lr" in verdict.advice
+    finding = health.saturated_discriminator(curve([0.7] * 10 + [0.99] * 50))
+    assert finding.level == "warning" and "0.99 (mean of steps 11-60)" in finding.evidence
+    assert "critic.optim.lr" in finding.fix
     assert health.saturated_discriminator(curve([0.99] * 49)) is None
     assert health.saturated_discriminator(curve([1.0] * 25 + [0.95] * 25)) is None  # it falls
     assert health.saturated_discriminator(curve([0.94] * 60)) is None
 
 
 def test_guessing_discriminator():
-    verdict = health.guessing_discriminator(noisy([0.5] * 40, scale=0.1))
-    assert "from the start" in verdict.evidence and "trainer.critic_warmup" in verdict.advice
+    finding = health.guessing_discriminator(noisy([0.5] * 40, scale=0.1))
+    assert "from the start" in finding.evidence and "trainer.critic_warmup" in finding.fix
     assert health.guessing_discriminator(noisy([0.5] * 29)) is None
     assert health.guessing_discriminator(curve([0.98] * 10 + [0.5] * 100)) is None  # it has learnt once
 
@@ -98,9 +98,9 @@ def test_frozen_discriminator():
 
 
 def test_collapsed_entropy():
-    verdict = health.collapsed_entropy(curve([0.8] * 5 + [0.4] * 20 + [0.02] * 5))
-    assert verdict.level == "problem"
-    assert "0.8 (mean of steps 1-5) to 0.02 (mean of steps 26-30)" in verdict.evidence
+    finding = health.collapsed_entropy(curve([0.8] * 5 + [0.4] * 20 + [0.02] * 5))
+    assert finding.level == "error"
+    assert "0.8 (mean of steps 1-5) to 0.02 (mean of steps 26-30)" in finding.evidence
     assert health.collapsed_entropy(curve([0.8] * 20 + [0.17] * 5)) is None
     assert health.collapsed_entropy(curve([0.8] * 5 + [0.01] * 4)) is None  # too short
 
@@ -108,11 +108,11 @@ def test_collapsed_entropy():
 def test_reward_hacking_needs_both_curves():
     rouge = Curve(np.array([0, 10, 20, 30, 40]), np.array([0.3, 0.5, 0.45, 0.3, 0.2]))
     closing, opening = curve(np.linspace(5, 1, 40)), curve(np.linspace(1, 5, 40))
-    verdict = health.falling_validation(rouge, closing)
-    assert verdict.level == "problem" and "reward hacking" in verdict.title
-    assert "0.5 (step 10) to 0.2 (step 40)" in verdict.evidence
-    assert "kl_loss_coef" in verdict.advice
-    assert health.falling_validation(rouge, opening).title == "Validation gets worse"
+    finding = health.falling_validation(rouge, closing)
+    assert finding.level == "error" and "reward hacking" in finding.what
+    assert "0.5 (step 10) to 0.2 (step 40)" in finding.evidence
+    assert "kl_loss_coef" in finding.fix
+    assert health.falling_validation(rouge, opening).what == "Validation gets worse"
     rouge.values[-1] = 0.48
     assert health.falling_validation(rouge, closing) is None  # a single bad validation
     assert health.falling_validation(curve([0.1, 0.2]), closing) is None
@@ -120,14 +120,14 @@ def test_reward_hacking_needs_both_curves():
 
 def test_clip_fraction():
     assert health.clip_fraction(curve([0.5] * 20)).level == "warning"
-    assert health.clip_fraction(curve([0.01] * 20)).level == "note"
+    assert health.clip_fraction(curve([0.01] * 20)).level == "ok"
     assert health.clip_fraction(curve([0.2] * 20)) is None
     assert health.clip_fraction(curve([0.0] * 200)) is None  # one update per batch: nothing can be clipped
 
 
 def test_kl():
     assert "before: 0.1" in health.kl_blow_up(curve([0.1] * 20 + [1.5] * 5)).evidence
-    assert health.kl_blow_up(curve([6.0] * 40)).level == "problem"
+    assert health.kl_blow_up(curve([6.0] * 40)).level == "error"
     assert health.kl_blow_up(curve(np.linspace(0, 1.5, 100))) is None
     assert health.kl_blow_up(curve([0.001] * 20 + [0.5] * 5)) is None
     assert "0.2 (mean" in health.large_policy_steps(curve([0.2] * 20)).evidence
@@ -137,9 +137,9 @@ def test_kl():
 
 def test_length_drift():
     teacher = curve([100] * 40)
-    verdict = health.length_drift(curve([100] * 10 + [300] * 30), teacher)
-    assert "too long" in verdict.title and "from 1 (mean of steps 1-5) to 3 (mean of steps 21-40)" in verdict.evidence
-    assert "too short" in health.length_drift(curve([100] * 10 + [20] * 30), teacher).title
+    finding = health.length_drift(curve([100] * 10 + [300] * 30), teacher)
+    assert "too long" in finding.what and "from 1 (mean of steps 1-5) to 3 (mean of steps 21-40)" in finding.evidence
+    assert "too short" in health.length_drift(curve([100] * 10 + [20] * 30), teacher).what
     assert health.length_drift(curve(np.linspace(30, 60, 40)), teacher) is None  # on its way to the teacher
     assert health.length_drift(curve([130] * 40), teacher) is None
     # the sides are compared step by step: D alone trained in the first 20 steps and logged no student
@@ -150,10 +150,10 @@ def test_length_drift():
 def test_swinging_lengths():
     teacher = curve([50] * 90)
     down_and_up = curve([50] * 30 + [38] * 30 + [50] * 30)
-    verdict = health.swinging_lengths(down_and_up, teacher)
-    assert verdict.title == "The length of the student's answers swings"
+    finding = health.swinging_lengths(down_and_up, teacher)
+    assert finding.what == "The length of the student's answers swings"
     numbers = r": 1\.00 \(steps (\d+)-\d+\), {} \(steps (\d+)-(\d+)\), 1\.00 \(steps (\d+)-\d+\)\."
-    before, first, last, after = map(int, re.search(numbers.format("0\\.76"), verdict.evidence).groups())
+    before, first, last, after = map(int, re.search(numbers.format("0\\.76"), finding.evidence).groups())
     assert before <= 21 and 31 <= first <= last - 9 <= 51 and 61 <= after
     up_and_down = health.swinging_lengths(curve([50] * 30 + [75] * 30 + [50] * 30), teacher)
     assert re.search(numbers.format("1\\.50"), up_and_down.evidence)
@@ -172,8 +172,8 @@ def test_cut_answers():
 
 
 def test_missing_rollouts():
-    verdict = health.missing_rollouts(curve([0, 3, 0, 2]))
-    assert "5 samples in 2 of 4 steps, first in step 2, last in step 4" in verdict.evidence
+    finding = health.missing_rollouts(curve([0, 3, 0, 2]))
+    assert "5 samples in 2 of 4 steps, first in step 2, last in step 4" in finding.evidence
     assert health.missing_rollouts(curve([0] * 9)) is None
 
 
@@ -181,18 +181,18 @@ def test_missing_rollouts():
 def test_not_finite(value):
     metrics = healthy_metrics(10)
     metrics[4]["actor/grad_norm"] = metrics[7]["actor/grad_norm"] = value
-    (verdict,), _ = diagnose(metrics)
-    assert verdict.level == "problem" and "actor/grad_norm in 2 steps, first 4, last 7" in verdict.evidence
+    (finding,), _ = apply_rules(metrics)
+    assert finding.level == "error" and "actor/grad_norm in 2 steps, first 4, last 7" in finding.evidence
     metrics = healthy_metrics(10)
     metrics[4]["perf/mfu/actor"] = value  # not a number that training hangs on
-    assert diagnose(metrics)[0] == []
+    assert apply_rules(metrics)[0] == []
 
 
 def test_looping_answers():
     teacher = ["The quick brown fox jumps over the lazy dog, and then goes home to sleep for a while."] * 20
     fine, loop = teacher[0].upper(), "I am sorry. " * 30
-    verdict = health.looping_answers([fine] * 17 + [loop] * 3, teacher)
-    assert "3 of 20" in verdict.evidence and "I am sorry." in verdict.evidence
+    finding = health.looping_answers([fine] * 17 + [loop] * 3, teacher)
+    assert "3 of 20" in finding.evidence and "I am sorry." in finding.evidence
     assert health.looping_answers([fine] * 19 + [loop], teacher) is None
     assert health.looping_answers([loop] * 20, [loop.lower()] * 20) is None  # so does the teacher
     assert health.looping_answers(["好的。" * 40] * 20, teacher) is not None  # no words needed
@@ -202,8 +202,8 @@ def test_looping_answers():
 def test_same_answers():
     prompts = [str(i) for i in range(20)]
     various = [f"answer {i}" for i in range(20)]
-    verdict = health.same_answers(prompts, ["yes"] * 5 + various[5:], various)
-    assert verdict.level == "problem" and "5 of 20" in verdict.evidence and "'yes'" in verdict.evidence
+    finding = health.same_answers(prompts, ["yes"] * 5 + various[5:], various)
+    assert finding.level == "error" and "5 of 20" in finding.evidence and "'yes'" in finding.evidence
     assert health.same_answers(prompts, ["yes"] * 5 + various[5:], ["yes"] * 4 + various[4:]) is None
     # eight samples of one prompt may well agree
     assert health.same_answers(["p"] * 8 + prompts, ["yes"] * 8 + various, various[:8] + various) is None
@@ -212,8 +212,8 @@ def test_same_answers():
 def test_worst_first_and_missing_metrics_are_no_error():
     metrics = {step: {"actor/pg_loss": 0.0, "gad/missing_rollouts": 1.0} for step in range(1, 4)}
     metrics[2]["actor/pg_loss"] = math.nan
-    verdicts, looked_at = diagnose(metrics)
-    assert [verdict.level for verdict in verdicts] == ["problem", "warning"]
+    findings, looked_at = apply_rules(metrics)
+    assert [finding.level for finding in findings] == ["error", "warning"]
     assert "critic/d_acc" not in looked_at
 
 
@@ -225,20 +225,20 @@ def test_several_validation_sets_count_as_their_mean():
 
 def test_what_was_wrong_and_passed_is_told_with_its_steps():
     metrics = healthy_metrics()
-    assert passed_verdicts(metrics, []) == []
+    assert earlier_findings(metrics, []) == []
     for step in range(40, 61):
         metrics[step]["response_length/mean"] = 3.0
-    verdicts, _ = diagnose(metrics)
-    assert [verdict.title for verdict in verdicts] == ["The length of the student's answers swings"]
-    (passed,) = passed_verdicts(metrics, verdicts)
-    assert passed.verdict.title == "The student's answers grow too short"
+    findings, _ = apply_rules(metrics)
+    assert [finding.what for finding in findings] == ["The length of the student's answers swings"]
+    (earlier,) = earlier_findings(metrics, findings)
+    assert earlier.finding.what == "The student's answers grow too short"
     # means of 20 steps are below 10 / 1.5 from 10 short answers in 20 on: steps 49 to 70, seen at every fifth
-    assert passed.when() == "steps 49 to 69"
-    assert passed_verdicts(metrics, [*verdicts, passed.verdict]) == [], "it is told once"
+    assert earlier.when() == "steps 49 to 69"
+    assert earlier_findings(metrics, [*findings, earlier.finding]) == [], "it is told once"
 
 
 def test_a_long_run_is_looked_at_so_many_times_only(monkeypatch):
     looks = []
-    monkeypatch.setattr(health, "diagnose", lambda metrics: (looks.append(len(metrics)), ([], []))[1])
-    passed_verdicts({step: {} for step in range(1000)}, [], looks=10)
+    monkeypatch.setattr(health, "apply_rules", lambda metrics: (looks.append(len(metrics)), ([], []))[1])
+    earlier_findings({step: {} for step in range(1000)}, [], looks=10)
     assert looks == list(range(100, 1000, 100))

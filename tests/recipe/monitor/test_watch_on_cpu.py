@@ -77,7 +77,7 @@ def test_once_on_a_growing_file(run, capsys):
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('ta": {"critic/d_acc": null}}\n')
     text = printed()
-    assert "step 4/10" in text and "problem: NaN or infinite numbers" in text and "×" in text
+    assert "step 4/10" in text and "error   not_finite: NaN or infinite numbers" in text and "×" in text
 
 
 def test_total_is_unknown(run):
@@ -114,7 +114,7 @@ def test_bad_input_exits_with_2(run, capsys):
 
 
 def test_lines_until_the_last_step(run):
-    """Not a terminal: one line per growth, a verdict once, and the end with the run's last step."""
+    """Not a terminal: one line per growth, a finding once, and the end with the run's last step."""
     process = start(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = [process.stdout.readline()]
     for step in range(4, 11):
@@ -129,7 +129,7 @@ def test_lines_until_the_last_step(run):
         True,
         True,
     ]
-    assert [line.startswith("warning: Rollouts are missing.") for line in lines].count(True) == 1
+    assert [line.startswith("warning missing_rollouts: Rollouts are missing.") for line in lines].count(True) == 1
     assert "step 10/10" in lines[-1] and "finished" in lines[-1]
 
 

@@ -99,7 +99,7 @@ def test_damage_is_named(tmp_path, damage, expected):
     assert expected in "\n".join(verify_hf_folder(folder))
 
 
-def test_file_with_bytes_behind_its_tensors(tmp_path):
+def test_file_with_bytes_after_its_tensors(tmp_path):
     folder = write_hf_folder(tmp_path / "m")
     with (folder / "model.safetensors").open("ab") as stream:
         stream.write(b"xx")
@@ -262,7 +262,7 @@ def test_a_tracker_that_names_an_incomplete_checkpoint(warmup, part):
 
 def test_checkpoints_without_a_tracker(warmup):
     (warmup / TRACKER).unlink()
-    with pytest.raises(ValueError, match=rf"no {TRACKER}: verl would write over them. Fix: write 10 into"):
+    with pytest.raises(ValueError, match=rf"no {TRACKER}: verl would overwrite them. Fix: write 10 into"):
         check_folder(warmup, "warmup")
     for step in (5, 10):  # a first save that was cut off: the run simply starts again
         (warmup / f"global_step_{step}" / "data.pt").unlink()
@@ -280,7 +280,7 @@ def test_fsdp_shards_must_be_all_there_and_of_as_many_workers(warmup):
         for rank in range(2):
             (warmup / "global_step_10" / role / f"model_world_size_2_rank_{rank}.pt").write_bytes(b"")
     check_folder(warmup, "warmup", world_size=2)
-    with pytest.raises(ValueError, match="saved by 2 workers and only as many can resume it; this run has 1"):
+    with pytest.raises(ValueError, match="2 workers saved .*, and only as many can resume it; this run has 1"):
         check_folder(warmup, "warmup", world_size=1)
     (warmup / "global_step_10" / "critic" / "model_world_size_2_rank_0.pt").unlink()
     with pytest.raises(ValueError, match="critic has 1 of 2 model shards"):

@@ -21,9 +21,9 @@ from safetensors.numpy import load_file, save_file
 from recipe.gad import plugin
 from recipe.gad.run import checks as check
 from recipe.gad.run.checkpoint import TRACKER, claim_folder
-from recipe.gad.run.checks import check_config, main, required_ray_cpus
+from recipe.gad.run.checks import check_config, required_ray_cpus
 from recipe.gad.run.data_file import check_data_file, teacher_text
-from recipe.gad.run.findings import ConfigError
+from recipe.gad.run.findings import ConfigError, error, warning
 
 ROOT = Path(__file__).resolve().parents[3]
 ROLLOUT, ACTOR, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "actor_rollout_ref.model"
@@ -72,18 +72,23 @@ def critic(tiny_problem, tmp_path_factory):
 def errors_of(config) -> list[str]:
     try:
         check_config(config)
-    except ConfigError as error:
-        assert all(message in str(error) for message in error.errors)
-        return error.errors
+    except ConfigError as refused:
+        messages = [str(finding) for finding in refused.errors]
+        assert all(message in str(refused) for message in messages)
+        return messages
     return []
+
+
+def warnings_of(config) -> list[str]:
+    return [str(finding) for finding in check_config(config)]
 
 
 def expect(config, *parts: str) -> None:
     """Exactly one error, with all of ``parts`` in it, and a fix."""
-    (error,) = errors_of(config)
-    assert "Fix: " in error
+    (message,) = errors_of(config)
+    assert "Fix: " in message
     for part in parts:
-        assert part in error
+        assert part in message
 
 
 # ---------------------------------------------------------------------- the whole
@@ -114,15 +119,14 @@ def test_all_errors_are_listed_at_once(config):
 
 
 def test_errors_travel_between_processes():
-    error = pickle.loads(pickle.dumps(ConfigError(["one", "two"], ["three"])))
-    assert (error.errors, error.warnings, str(error)) == (
-        ["one", "two"], ["three"], "this GAD run cannot start:\n- one\n- two"
-    )  # fmt: skip
+    errors, warnings = [error("one", fix="mend it"), error("two")], [warning("three")]
+    refused = pickle.loads(pickle.dumps(ConfigError(errors, warnings)))
+    assert (refused.errors, refused.warnings) == (errors, warnings)
+    assert str(refused) == "this GAD run cannot start:\n- one. Fix: mend it\n- two"
 
 
 def test_a_reference_to_a_missing_key(config):
-    (error,) = errors_of(config({"data.seed": "${no.such.key}"}))
-    assert "does not resolve" in error and "no.such.key" in error
+    expect(config({"data.seed": "${no.such.key}"}), "does not resolve", "no.such.key")
 
 
 def test_numbers_that_are_none(config):
@@ -131,7 +135,7 @@ def test_numbers_that_are_none(config):
     expect(config({"trainer.nnodes": None}), "trainer.nnodes=None")
 
 
-# ---------------------------------------------------------------------- 1. plugin
+# ---------------------------------------------------------------------- plugin
 
 
 def test_plugin_kept_from_loading(config, monkeypatch):
@@ -167,7 +171,7 @@ def test_no_verl(config, monkeypatch):
     expect(config(), "the package verl is not installed", "pip install")
 
 
-# ---------------------------------------------------------------------- 2. data
+# ---------------------------------------------------------------------- data
 
 
 @pytest.fixture
@@ -333,7 +337,7 @@ def test_check_data_file_without_teacher(tmp_path):
         check_data_file(tmp_path / "plain.parquet", "content", "teacher_response")
 
 
-# ---------------------------------------------------------------------- 3. models and tokenizers
+# ---------------------------------------------------------------------- models and tokenizers
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no_such", "~/no_such", "no_such", "a/b/c"])
@@ -370,7 +374,7 @@ def test_hub_models(config, monkeypatch, tmp_path):
     hub = config({f"{MODEL}.path": "some-org/some-model"})
     assert check_config(hub) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "not in the Hugging Face cache" in check_config(hub)[0]
+    assert "not in the Hugging Face cache" in warnings_of(hub)[0]
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:
@@ -397,8 +401,8 @@ def test_vocabularies_must_be_the_same(config, critic, tiny_problem, tmp_path):
     expect(config(changes), str(other), "cannot be loaded", "Fix: copy or save it again")
     for file in other.glob("*token*"):
         file.unlink()
-    (warning,) = check_config(config(changes))
-    assert "no local tokenizer to compare" in warning
+    (message,) = warnings_of(config(changes))
+    assert "no local tokenizer to compare" in message
 
 
 def test_tokenizer_paths(config, tmp_path):
@@ -415,7 +419,7 @@ def test_lora_on_the_discriminator(config, key):
     assert errors_of(config({f"critic.model.{key}": 8, "gad.stage": "seqkd", "critic.enable": False})) == []
 
 
-# ---------------------------------------------------------------------- 4. and 10. stage and sampling
+# ---------------------------------------------------------------------- stage and sampling
 
 
 @pytest.mark.parametrize(
@@ -462,15 +466,15 @@ def test_the_gad_stage_needs_a_trained_head(config, critic, tmp_path):
 
 
 def test_warnings(config):
-    (warning,) = check_config(config({"gad.actor_objective": "policy_gradient"}))
-    assert "gad.actor_objective=policy_gradient in stage warmup: the paper uses imitation" in warning
-    (warning,) = check_config(config({"trainer.save_freq": -1}))
-    assert "trainer.save_freq=-1" in warning
-    (warning,) = check_config(config({"critic.checkpoint.save_contents": ["model"]}))
-    assert "critic.checkpoint.save_contents lacks hf_model" in warning
+    (message,) = warnings_of(config({"gad.actor_objective": "policy_gradient"}))
+    assert "gad.actor_objective=policy_gradient in stage warmup: the paper uses imitation" in message
+    (message,) = warnings_of(config({"trainer.save_freq": -1}))
+    assert "trainer.save_freq=-1" in message
+    (message,) = warnings_of(config({"critic.checkpoint.save_contents": ["model"]}))
+    assert "critic.checkpoint.save_contents lacks hf_model" in message
 
 
-# ---------------------------------------------------------------------- 5. batches
+# ---------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize(
@@ -512,8 +516,8 @@ def test_sequence_parallelism_lowers_the_number_of_ranks(gpu):
         "critic.fsdp.ulysses_sequence_parallel_size": 2,
     }
     assert errors_of(gpu({**small, **sequence})) == []
-    (warning,) = check_config(gpu({"critic.ulysses_sequence_parallel_size": 2}))
-    assert "is not read by verl" in warning
+    (message,) = warnings_of(gpu({"critic.ulysses_sequence_parallel_size": 2}))
+    assert "is not read by verl" in message
 
 
 def test_megatron_ranks(gpu):
@@ -534,7 +538,7 @@ def test_megatron_ranks(gpu):
     )
 
 
-# ---------------------------------------------------------------------- 6. token limits
+# ---------------------------------------------------------------------- token limits
 
 
 @pytest.mark.parametrize(
@@ -593,7 +597,7 @@ def test_fixed_micro_batches(config):
     expect(config({**fixed, f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}), "log_prob_use_dynamic_bsz", "must equal")
 
 
-# ---------------------------------------------------------------------- 7. output folder
+# ---------------------------------------------------------------------- output folder
 
 
 def test_output_folder(config, tmp_path):
@@ -626,7 +630,7 @@ def test_resume_from_a_path(config, tmp_path):
     expect(config({**mode, key: str(step)}), "is of stage gad, and this run is of stage warmup")
 
 
-# ---------------------------------------------------------------------- 8. Ray
+# ---------------------------------------------------------------------- Ray
 
 
 @pytest.mark.parametrize(
@@ -663,7 +667,7 @@ def test_too_few_ray_cpus(config, monkeypatch):
     assert errors_of(few) == []
 
 
-# ---------------------------------------------------------------------- 9. devices
+# ---------------------------------------------------------------------- devices
 
 
 @pytest.mark.parametrize(
@@ -701,37 +705,7 @@ def test_environment(config, monkeypatch):
     expect(config(), "VERL_PLATFORM=is not set", "export VERL_PLATFORM=cpu")
 
 
-# ---------------------------------------------------------------------- command line
-
-
-def test_command_line(tiny_problem, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("VERL_PLATFORM", "cpu")
-    overrides = [
-        "--config-name", "gad_trainer", "device=cpu", "gad.stage=warmup", "data.train_batch_size=8",
-        f"actor_rollout_ref.model.path={tiny_problem}/model", f"data.train_files={tiny_problem}/train.parquet",
-        f"data.val_files={tiny_problem}/val.parquet", f"trainer.default_local_dir={tmp_path}/run",
-        f"hydra.run.dir={tmp_path}/run/hydra",
-        f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='{tmp_path}/run/metrics.jsonl'",
-    ]  # fmt: skip
-    assert main(overrides) == 0
-    assert capsys.readouterr().out.startswith("warning: gad.actor_objective=policy_gradient in stage warmup")
-    assert (
-        main([*overrides, "data.train_batch_size=7", "data.train_files=/no/such.parquet", "critic.enable=False"]) == 2
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == ["warning", "error", "error"]
-    assert "critic.enable=False" in lines[1] and "/no/such.parquet: no such file" in lines[2]
-    assert not (tmp_path / "run").exists()
-    assert main(["device=cpu", "--print-config"]) == 0
-    assert OmegaConf.create(capsys.readouterr().out).trainer.v1.trainer_mode == "gad"
-
-
-@pytest.mark.parametrize("override", ["gad.stagee=gad", "gad.stage=[", "device=tpu", "data.seed=${no.key}"])
-def test_overrides_that_do_not_compose(override, capsys):
-    assert main([override]) == 2
-    captured = capsys.readouterr()
-    assert captured.out.startswith("error: ") and len(captured.out.splitlines()) == 1
-    assert "Traceback" not in captured.out + captured.err
+# ---------------------------------------------------------------------- imports
 
 
 def test_importing_the_checks_imports_no_torch():
