@@ -157,7 +157,7 @@ def evaluate(
     answers = make_answers(settings, output_dir, overwrite, vllm_options)
     scores = update_scores(output_dir, text=text_section(answers, seed))
     if test is not None:
-        scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test, seed))
+        scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test))
     if client is not None:
         pairs = against(answers, [answer["teacher"] for answer in answers])
         verdicts = judge(pairs, client, judge_settings, output_dir, judge_concurrency, seed)
@@ -182,11 +182,12 @@ def compare(
     Example: gad eval compare eval/seqkd eval/gad --output compare.json
     """
     from recipe.gad.evaluation.judge import JudgeSettings
+    from recipe.gad.evaluation.scores import add_differences, comparison_table, judge_against_first
     from recipe.gad.evaluation.scores import compare as compare_folders
-    from recipe.gad.evaluation.scores import comparison_table, judge_against_first
     from recipe.gad.run.atomic_io import write_atomically
 
     comparison = compare_folders(folders)
+    add_differences(comparison, seed)
     if judge_model is not None:
         judge_settings = JudgeSettings(judge_model, "pairwise", json_object("--judge_extra", judge_extra))
         judge_against_first(comparison, judge_settings, judge_base_url, judge_concurrency, seed)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.gad.evaluation.text_metrics import prompt_means
+from recipe.gad.evaluation.intervals import prompt_means
 from recipe.gad.openai_client import ChatClient, RequestFailed, for_each
 from recipe.gad.run.atomic_io import JsonLog
 

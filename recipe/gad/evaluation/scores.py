@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.evaluation.intervals import cross_fitted_mean, paired_difference
 from recipe.gad.evaluation.judge import RESULTS, JudgeSettings, against, judge, left_out
 from recipe.gad.evaluation.sampling import ANSWERS, IDENTITY, differences, read_answers, read_settings
-from recipe.gad.evaluation.text_metrics import text_metrics
+from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.run.atomic_io import read_object, write_atomically
 
@@ -53,6 +54,12 @@ def text_section(answers: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]
     return {name: {side: asdict(e) for side, e in by.items()} for name, by in text_metrics(answers, seed).items()}
 
 
+def _two_sample(scores: dict[str, Any]) -> dict[str, Any] | None:
+    """The section ``two_sample``; None if it is missing, or without wins: its interval is then too narrow."""
+    section = scores.get("two_sample", {})
+    return section if "wins_by_seed" in section else None
+
+
 # ---------------------------------------------------------------------- tables
 
 
@@ -62,9 +69,9 @@ def _cells(scores: dict[str, Any], side: str) -> dict[str, str]:
         title: _interval(scores["text"][name].get(side), 1 if name == "length" else 3)
         for name, title in TEXT_COLUMNS.items()
     }
-    if side == "student" and "two_sample" in scores:
-        test = scores["two_sample"]
-        cells["two-sample acc"] = f"{_interval(test['accuracy'], 3)} ± {test['accuracy_std']:.3f}"
+    test = _two_sample(scores)
+    if side == "student" and test is not None:
+        cells["two-sample acc"] = f"{_tested(test['accuracy'])} ± {test['accuracy_std']:.3f}"
     verdicts = scores.get("judge", {})
     if "score" in verdicts:
         cells["judge 1-10"] = _interval(verdicts["score"]["first" if side == "student" else "second"], 2)
@@ -77,6 +84,12 @@ def _interval(estimate: dict[str, float] | None, digits: int) -> str:
     if estimate is None:
         return "-"
     return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**estimate, d=digits)
+
+
+def _tested(estimate: dict[str, float], sign: str = "") -> str:
+    p = estimate["p_value"]
+    text = "{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]".format(**estimate, sign=sign)
+    return f"{text} p{f'={p:.3f}' if p >= 0.0005 else '<0.001'}"
 
 
 def format_table(rows: dict[str, dict[str, str]]) -> str:
@@ -138,6 +151,35 @@ def _prompts(folder: Path) -> list[tuple[int, int, Any]]:
     return [(answer["index"], answer["sample"], answer["messages"]) for answer in read_answers(folder)]
 
 
+def add_differences(comparison: dict[str, dict[str, Any]], seed: int) -> None:
+    """Compare every model with the first one, prompt by prompt.
+
+    Adds "difference_to_first" to the entries after the first one: the entry's value minus the first's in ``rouge_l``,
+    and in ``two_sample`` where both have that section, each with its 95 % interval and the two-sided p-value of no
+    difference.
+
+    Args:
+        comparison: of :func:`compare`.
+        seed: of the bootstrap and of the permutations.
+    """
+
+    first, *others = comparison.values()
+    of_first = read_answers(first["folder"])
+    prompts = [answer["index"] for answer in of_first]
+    rouge_of_first = [rouge_l(answer) for answer in of_first]
+    for entry in others:
+        gains = [
+            rouge_l(answer) - other for answer, other in zip(read_answers(entry["folder"]), rouge_of_first, strict=True)
+        ]
+        found = {"rouge_l": asdict(paired_difference(prompts, gains, seed))}
+        before, after = _two_sample(first["scores"]), _two_sample(entry["scores"])
+        if before is not None and after is not None:
+            by_seed = zip(before["wins_by_seed"], after["wins_by_seed"], strict=True)
+            changes = [[b - a for a, b in zip(*wins, strict=True)] for wins in by_seed]
+            found["two_sample"] = asdict(cross_fitted_mean(prompts, changes, null=0.0))
+        entry["difference_to_first"] = found
+
+
 def judge_against_first(
     comparison: dict[str, dict[str, Any]], settings: JudgeSettings, base_url: str | None, concurrency: int, seed: int
 ) -> None:
@@ -167,6 +209,9 @@ def comparison_table(comparison: dict[str, dict[str, Any]]) -> str:
     first = next(iter(comparison))
     rows = {name: _cells(entry["scores"], "student") for name, entry in comparison.items()}
     for name, entry in comparison.items():
+        for key, title in (("rouge_l", "ROUGE-L"), ("two_sample", "two-sample acc")):
+            if key in entry.get("difference_to_first", {}):
+                rows[name][f"{title} minus {first}"] = _tested(entry["difference_to_first"][key], "+")
         if "judge_against_first" in entry:
             verdicts = entry["judge_against_first"]["pairwise"]
             rows[name] |= {f"{result} vs {first}": _interval(verdicts[result], 3) for result in RESULTS}

@@ -14,29 +14,15 @@ distinct falls as answers get longer or more numerous: compare it between models
 
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
+from recipe.gad.evaluation.intervals import Estimate, by_key, prompt_means
 from recipe.gad.reward import compute_score, words
 
-T = TypeVar("T")
-
 REPETITION_ORDER = 4
-RESAMPLES = 2000
-"""Bootstrap resamples: the ends of a 95 % interval then rest on 50 resamples each."""
-CONFIDENCE = 0.95
 Z = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def ngrams(tokens: Sequence[str], order: int) -> list[tuple[str, ...]]:
@@ -69,47 +55,14 @@ def distinct(texts_by_prompt: Sequence[Sequence[str]], order: int) -> Estimate:
     return Estimate(value, value - Z * error, value + Z * error)
 
 
-def bootstrap_means(values: Sequence[Sequence[float]], seed: int = 0) -> list[Estimate]:
-    """Mean of every column with its percentile bootstrap interval; whole rows (prompts) are resampled.
-
-    Args:
-        values: (prompts, metrics); a prompt with several answers holds their mean.
-        seed: of the resampling; same seed, same intervals.
-    """
-    import numpy as np
-
-    table = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.stack([table[rng.integers(len(table), size=len(table))].mean(axis=0) for _ in range(RESAMPLES)])
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return [Estimate(*map(float, triple)) for triple in zip(table.mean(axis=0), low, high, strict=True)]
-
-
-def prompt_means(prompts: Sequence[Hashable], values: Sequence[Sequence[float]], seed: int) -> list[Estimate]:
-    """Mean over prompts of their mean values, column by column, with bootstrap intervals over prompts.
-
-    Args:
-        prompts: what tells the prompts of the rows apart, (rows,).
-        values: (rows, metrics).
-        seed: of the bootstrap.
-    """
-    groups = by_key(prompts, values)
-    means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
-    return bootstrap_means(means, seed)
-
-
-def by_key(keys: Iterable[Hashable], items: Iterable[T]) -> list[list[T]]:
-    """Items of one key together, in the order in which the keys first appear."""
-    groups: dict[Hashable, list[T]] = {}
-    for key, item in zip(keys, items, strict=True):
-        groups.setdefault(key, []).append(item)
-    return list(groups.values())
+def rouge_l(answer: dict[str, Any]) -> float:
+    """ROUGE-L F1 in [0, 1] of a line of ``answers.jsonl``: the student's answer against the teacher's."""
+    return compute_score(answer["data_source"], answer["student"], answer["teacher"])["rouge_l"]
 
 
 def _answer_metrics(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
     """(metric, side) -> value of one answer."""
-    rouge = compute_score(answer["data_source"], answer["student"], answer["teacher"])["rouge_l"]
-    metrics = {("rouge_l", "student"): rouge}
+    metrics = {("rouge_l", "student"): rouge_l(answer)}
     for side in ("student", "teacher"):
         metrics["length", side] = answer[f"{side}_tokens"]
         metrics["cut", side] = float(answer[f"{side}_cut"])

@@ -1,16 +1,20 @@
 """Classifier two-sample test: can a FRESH discriminator tell the student's answers from the teacher's?
 
-The discriminator of training is no neutral judge, the student was optimised against it. Here a new one starts from a
-base model with a random score head, learns on half of the prompts by the Bradley-Terry loss of training
+The discriminator of training is not a neutral judge: the student was optimized against it. Here a new one starts from
+a base model with a random score head, learns on half of the prompts by the Bradley-Terry loss of training
 
     L_D = -E[ log sigmoid( D(x, y_teacher) - D(x, y_student) ) ]          (arXiv 2511.10643)
 
-and is measured on the pairs of the other half: held-out accuracy 0.5 means that it cannot tell them apart, 1.0 that it
-always can. Then the halves swap, so that every pair is held out once. The halves follow the seed.
+and is measured on the pairs of the other half: a held-out accuracy of 0.5 means that it cannot tell them apart, 1.0
+that it always can. Then the halves swap, so that every pair is held out once. The seed decides the halves.
+
+The interval is for the expected accuracy of a discriminator trained on half as many prompts as there are, over the
+choice of prompts, halves and seeds. It is wider than a bootstrap's, because each half trains the judge of the other:
+:func:`recipe.gad.evaluation.intervals.cross_fitted_mean` holds the formula and its coverage.
 
 D reads prompt and answer as in training: the chat template's prompt, the tokens of the text, and the end token unless
 the answer was cut; its score is the value at the last token. Both sides are tokenized from text by the base model's
-tokenizer, and padding stands behind the last token, so equal texts get equal scores.
+tokenizer, and padding follows the last token, so equal texts get equal scores.
 """
 
 import copy
@@ -18,10 +22,10 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from recipe.gad.evaluation.text_metrics import prompt_means
+from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.run.checkpoint import actor_folder, has_score_head
 
 WARMUP_SHARE = 0.1
@@ -74,20 +78,19 @@ class Pair:
     teacher: list[int]
 
 
-def run_two_sample_test(
-    answers: Sequence[dict[str, Any]], settings: TwoSampleSettings, bootstrap_seed: int = 0
-) -> dict[str, Any]:
+def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSettings) -> dict[str, Any]:
     """Held-out accuracy and AUC of fresh discriminators on the lines of ``answers.jsonl``.
 
     Args:
         answers: lines of the file.
         settings: base model, seeds and training of the discriminators.
-        bootstrap_seed: of the confidence interval.
 
     Returns:
-        ``accuracy`` (in [0, 1]: value, the mean over seeds, with low and high of its 95 % confidence interval over
-        prompts), ``auc`` (mean over seeds), ``accuracy_std`` and ``auc_std`` (sample standard deviations over seeds,
-        0 for one seed), ``by_seed``, ``pairs``, and the ``settings``.
+        ``accuracy`` (mean over prompts and seeds, with its 95 % interval kept within [0, 1], and the two-sided p-value
+        of accuracy 0.5), ``auc`` (mean over seeds), ``accuracy_std`` and ``auc_std`` (sample standard deviations over
+        seeds, 0 for one seed), ``by_seed``, ``pairs``, the ``settings``, ``wins_by_seed``
+        (per seed a list over ``answers``: 1 where the teacher's answer scored higher, 0.5 for a tie, else 0), and
+        ``wins`` (their mean over seeds).
 
     Raises:
         ValueError: fewer than two different prompts, or the base model has no chat template.
@@ -98,20 +101,22 @@ def run_two_sample_test(
     if len({pair.prompt for pair in pairs}) < 2:
         raise ValueError("the two-sample test needs at least two different prompts: one to learn from, one to hold out")
     base = load_base(settings.model)
-    correct, by_seed = [0.0] * len(pairs), []
+    prompts, wins, by_seed = [pair.prompt for pair in pairs], [], []
     for seed in tqdm(settings.seeds, desc="two-sample test", unit=" seeds", disable=None):
-        values, auc = _held_out(base, pairs, settings, seed)
-        by_seed.append({"seed": seed, "accuracy": statistics.fmean(values), "auc": auc})
-        correct = [total + value / len(settings.seeds) for total, value in zip(correct, values, strict=True)]
-    [accuracy] = prompt_means([pair.prompt for pair in pairs], [(value,) for value in correct], bootstrap_seed)
+        correct, auc = _held_out(base, pairs, settings, seed)
+        by_seed.append({"seed": seed, "accuracy": statistics.fmean(correct), "auc": auc})
+        wins.append(correct)
+    accuracy = cross_fitted_mean(prompts, wins, null=0.5)
     return {
-        "accuracy": asdict(accuracy),
+        "accuracy": asdict(replace(accuracy, low=max(accuracy.low, 0.0), high=min(accuracy.high, 1.0))),
         "accuracy_std": _spread([row["accuracy"] for row in by_seed]),
         "auc": statistics.fmean(row["auc"] for row in by_seed),
         "auc_std": _spread([row["auc"] for row in by_seed]),
         "by_seed": by_seed,
         "pairs": len(pairs),
         "settings": asdict(settings),
+        "wins": [statistics.fmean(column) for column in zip(*wins, strict=True)],
+        "wins_by_seed": wins,
     }
 
 

@@ -331,6 +331,33 @@ def test_compare_prints_a_row_per_model_and_writes_json(evaluated, tmp_path, cap
     assert f"{value:.3f}" in lines[2]
 
 
+def test_compare_tests_the_differences_to_the_first(evaluated, tiny_problem, tmp_path, capsys):
+    for name, model in (("a", tiny_problem / "model"), ("b", evaluated / "other")):
+        shutil.copytree(evaluated / name, tmp_path / name)
+        arguments = ["--max_prompt_length", "16", "--max_response_length", "6", "--output_dir", tmp_path / name]
+        test = ["--two_sample_model", tiny_problem / "model", "--two_sample_seeds", "0,1"]
+        assert gad("eval", "--model", model, "--val_files", tiny_problem / "val.parquet", *arguments, *test) == 0
+    folders = tmp_path / "a", tmp_path / "b", evaluated / "b"
+    assert gad("eval", "compare", *folders, "--output", tmp_path / "compare.json") == 0
+    first, second, untested = json.loads((tmp_path / "compare.json").read_text()).values()
+    assert "difference_to_first" not in first and set(untested["difference_to_first"]) == {"rouge_l"}
+    found = second["difference_to_first"]
+
+    def values(entry):
+        return (
+            entry["scores"]["text"]["rouge_l"]["student"]["value"],
+            entry["scores"]["two_sample"]["accuracy"]["value"],
+        )
+
+    (rouge, accuracy), (rouge_b, accuracy_b) = values(first), values(second)
+    assert found["rouge_l"]["value"] == pytest.approx(rouge_b - rouge)
+    assert found["two_sample"]["value"] == pytest.approx(accuracy_b - accuracy)
+    for difference in found.values():
+        assert difference["low"] <= difference["value"] <= difference["high"]
+        assert 0 <= difference["p_value"] <= 1
+    assert f"{found['rouge_l']['value']:+.3f} [" in capsys.readouterr().out
+
+
 def test_compare_lets_a_judge_decide_between_two_models(evaluated, capsys, chat_server):
     def longer_wins(body, earlier):
         texts = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_", body["messages"][-1]["content"])

@@ -2,11 +2,14 @@
 
 import itertools
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.evaluation.two_sample import (
     Pair,
     TwoSampleSettings,
@@ -19,7 +22,7 @@ from recipe.gad.evaluation.two_sample import (
     score,
     tokenize_pairs,
 )
-from recipe.gad.quickstart.problem import LETTERS, answer
+from recipe.gad.quickstart.problem import LETTERS, STYLES, answer
 
 PROMPTS = [" ".join(letters) for letters in itertools.permutations(LETTERS, 3)]
 BATCH = 16
@@ -91,7 +94,46 @@ def test_same_seed_same_numbers_and_the_spread_is_over_seeds(model):
     assert first["accuracy"]["value"] == pytest.approx(np.mean(values))
     assert first["accuracy"]["low"] <= first["accuracy"]["value"] <= first["accuracy"]["high"]
     assert first["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
+    wins = np.array(first["wins_by_seed"])
+    assert wins.shape == (3, 40) and wins.mean(axis=1) == pytest.approx(values)
+    assert first["accuracy"] == asdict(cross_fitted_mean(range(40), wins, null=0.5))
+    assert first["wins"] == pytest.approx(wins.mean(axis=0))
     assert len(set(values)) > 1
+
+
+def test_rows_of_one_prompt_count_as_one(model):
+    """Every answer twice: the same verdicts, and no narrower interval than one verdict per prompt gives."""
+    once = answers_of("base", "teacher", 20)
+    result = run([line for line in once for _ in range(2)], model, seeds=(0, 1), lr=3e-4, epochs=1)
+    wins = np.array(result["wins_by_seed"])
+    assert wins.shape == (2, 40) and (wins[:, ::2] == wins[:, 1::2]).all()
+    expected = cross_fitted_mean(range(20), wins[:, ::2], null=0.5)
+    assert result["accuracy"]["p_value"] == pytest.approx(expected.p_value)
+    assert result["accuracy"]["high"] == pytest.approx(min(expected.high, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("student", "truth"), [("teacher", 0.5), ("near", None)])
+def test_the_interval_holds_the_truth(model, monkeypatch, student, truth):
+    """40 data sets; the bound is the 1 % quantile of a binomial with probability 0.95, which 0.82 would miss."""
+    mixed = {
+        slot: [0.8 * t + 0.2 * b for t, b in zip(STYLES["teacher"][slot], STYLES["base"][slot], strict=True)]
+        for slot in ("opener", "joiner", "filler", "closer")
+    }
+    monkeypatch.setitem(STYLES, "near", {**mixed, "in_order": 0.93})
+    found = []
+    for data_set in range(40):
+        rng = random.Random(data_set)
+        rows = [
+            row(index, prompt, answer(prompt, student, rng), answer(prompt, "teacher", rng))
+            for index, prompt in enumerate(rng.sample(PROMPTS, 60))
+        ]
+        found.append(run(rows, model)["accuracy"])
+    mean = np.mean([accuracy["value"] for accuracy in found])
+    assert mean == pytest.approx(truth or 0.66, abs=0.03)  # three standard errors: 0.063 / sqrt(40) each
+    truth = truth or mean
+    held = sum(accuracy["low"] <= truth <= accuracy["high"] for accuracy in found)
+    assert held >= stats.binom.ppf(0.01, len(found), 0.95)
 
 
 def test_scores_depend_neither_on_padding_nor_on_neighbours(model):
