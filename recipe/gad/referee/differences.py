@@ -1,44 +1,53 @@
-"""Differences between two arms on the same prompts: interval and p-value, both by scipy.
+"""Means and differences of arms, with intervals over training seeds and prompts.
 
 A table of results has a row per training seed and a column per prompt. Two arms are compared by the table of their
 differences, prompt by prompt and seed by seed.
 
-- *Interval*: bootstrap over prompts AND seeds. Prompts and seeds are drawn with replacement, each independently, and
-  the mean is taken over all pairs of what was drawn. It says what another training and other prompts may give. With
-  one seed only prompts are drawn, and the interval says nothing about another training. Few seeds are few: three
-  cannot show how far a fourth may be off, so every seed's own difference is reported beside the interval.
-- *p-value*: a permutation test over prompts. A prompt's results are averaged over the seeds first, since answers to one
-  prompt are not independent; then the names of the two arms are swapped prompt by prompt. It asks whether THESE
-  trainings differ on prompts of this kind; it knows nothing of other trainings.
+- *Interval*: bootstrap over prompts AND training seeds. Both are drawn with replacement, independently of each other,
+  and the mean is taken over all pairs of what was drawn. It says what another training and other prompts may give. For
+  three seeds it holds the truth in 97 to 99 % of simulated cases if the seeds differ little, and in about 90 % if their
+  spread dominates: three seeds cannot show how far a fourth may be off. So every seed's own difference is reported too.
+  With one seed only prompts are drawn, and the interval says nothing about another training.
+- *p-value*: a permutation test over prompts. A prompt's results are averaged over the seeds first, since the answers to
+  one prompt depend on each other. Then the two arms are swapped prompt by prompt. It asks whether THESE trainings
+  differ on prompts of this kind, and knows nothing of other trainings.
+- *Two-sample accuracy*: its discriminators learn from the same prompts that they judge, so prompts are not independent.
+  The interval is the wider one of the above and of the test's own
+  (:func:`recipe.gad.evaluation.intervals.cross_fitted_mean`), and the p-value is the latter's. As all prompts teach but
+  only the reporting half is counted, that one is slightly too wide.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.gad.evaluation.text_metrics import CONFIDENCE, RESAMPLES, Estimate
+from recipe.gad.evaluation.intervals import (
+    BATCH,
+    CONFIDENCE,
+    RESAMPLES,
+    Estimate,
+    TestedEstimate,
+    cross_fitted_mean,
+    paired_difference,
+)
 
-PERMUTATIONS = 9999
-"""Of the permutation test: the smallest p-value is 0.0001."""
-BATCH = 100
-"""Resamples held in memory at a time."""
+Table = Sequence[Sequence[float]]
+"""(seeds, prompts)."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus control."""
+    """Arm minus control; ``by_seed`` holds the mean of each training seed."""
 
-    estimate: Estimate
-    p: float
+    estimate: TestedEstimate
     by_seed: tuple[float, ...]
-    prompts: int
 
 
-def mean_estimate(table: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
-    """Mean of a table with its 95 % interval over prompts and seeds.
+def mean_estimate(table: Table, seed: int = 0) -> Estimate:
+    """Mean of a table with its 95 % interval over training seeds and prompts.
 
     Args:
-        table: (training seeds, prompts); one seed: only prompts are resampled. At least two prompts.
+        table: (training seeds, prompts), at least two prompts.
         seed: of the resampling.
     """
     import numpy as np
@@ -49,18 +58,18 @@ def mean_estimate(table: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
     if np.all(values == values.flat[0]):  # scipy warns of a distribution without width
         return Estimate(*[float(values.flat[0])] * 3)
 
-    def mean(prompt: Any, chosen: Any = None, axis: int = -1) -> Any:
-        """Means of the resampled columns ``prompt`` (..., prompts) and rows ``chosen`` (..., seeds)."""
-        rows = np.zeros((*prompt.shape[:-1], 1), int) if chosen is None else chosen
-        return values[rows[..., :, None], prompt[..., None, :]].mean(axis=(-2, -1))
+    def mean(columns: Any, rows: Any = None, axis: int = -1) -> Any:
+        """Means of what was drawn: ``columns`` (..., prompts) and ``rows`` (..., seeds)."""
+        rows = np.zeros((*columns.shape[:-1], 1), int) if rows is None else rows
+        return values[rows[..., :, None], columns[..., None, :]].mean(axis=(-2, -1))
 
+    drawn = (np.arange(prompts), np.arange(seeds))
     result = bootstrap(
-        (np.arange(prompts), np.arange(seeds))[: 2 if seeds > 1 else 1],
+        drawn if seeds > 1 else drawn[:1],
         mean,
         n_resamples=RESAMPLES,
         batch=BATCH,
         vectorized=True,
-        paired=False,
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
@@ -69,39 +78,35 @@ def mean_estimate(table: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def permutation_p(arm: Sequence[float], control: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p-value of the mean paired difference of two arms, a value per prompt each."""
-    import numpy as np
-    from scipy.stats import permutation_test
+def widened(estimate: Estimate, wins: Table, null: float) -> TestedEstimate:
+    """An estimate of two-sample accuracy that allows for prompts that teach each other's judges.
 
-    if np.array_equal(arm, control):
-        return 1.0
-    result = permutation_test(
-        (np.asarray(arm, dtype=np.float64), np.asarray(control, dtype=np.float64)),
-        lambda first, second, axis: np.mean(first - second, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=PERMUTATIONS,
-        batch=BATCH,
-        rng=np.random.default_rng(seed),
+    Args:
+        estimate: over training seeds and prompts.
+        wins: (seeds of the test, prompts), each the mean over the training seeds.
+        null: the mean under the null hypothesis of the p-value.
+    """
+    tested = cross_fitted_mean(range(len(wins[0])), wins, null)
+    return TestedEstimate(
+        estimate.value, min(estimate.low, tested.low), max(estimate.high, tested.high), tested.p_value
     )
-    return float(result.pvalue)
 
 
-def difference(arm: Sequence[Sequence[float]], control: Sequence[Sequence[float]], seed: int = 0) -> Difference:
+def difference(arm: Table, control: Table, wins: Table | None = None, seed: int = 0) -> Difference:
     """Arm minus control.
 
     Args:
         arm, control: (training seeds, prompts), the same seeds and prompts in the same order.
-        seed: of resampling and permutations.
+        wins: for two-sample accuracy, the differences as (seeds of the test, prompts).
+        seed: of resamples and permutations.
     """
     import numpy as np
 
-    first, second = np.asarray(arm, dtype=np.float64), np.asarray(control, dtype=np.float64)
-    table = first - second
-    return Difference(
-        mean_estimate(table.tolist(), seed),
-        permutation_p(first.mean(axis=0).tolist(), second.mean(axis=0).tolist(), seed),
-        tuple(table.mean(axis=1).tolist()),
-        table.shape[1],
-    )
+    table = np.asarray(arm, dtype=np.float64) - np.asarray(control, dtype=np.float64)
+    estimate = mean_estimate(table, seed)
+    if wins is not None:
+        tested = widened(estimate, wins, null=0.0)
+    else:
+        p_value = paired_difference(range(table.shape[1]), table.mean(axis=0).tolist(), seed).p_value
+        tested = TestedEstimate(estimate.value, estimate.low, estimate.high, p_value)
+    return Difference(tested, tuple(table.mean(axis=1).tolist()))

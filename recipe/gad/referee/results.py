@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipe.gad.evaluation.intervals import Estimate, by_key
 from recipe.gad.evaluation.sampling import read_answers
 from recipe.gad.evaluation.scores import compare as check_comparable
 from recipe.gad.evaluation.scores import read_scores
-from recipe.gad.evaluation.text_metrics import Estimate, _answer_metrics, by_key
-from recipe.gad.referee.differences import Difference, difference, mean_estimate
+from recipe.gad.evaluation.text_metrics import answer_metrics
+from recipe.gad.referee.differences import Difference, difference, mean_estimate, widened
 from recipe.gad.referee.jobs import Evaluation, Run
 from recipe.gad.referee.plan import Plan
 from recipe.gad.referee.verdict import METRICS, Verdict, headline, judge
@@ -23,27 +24,33 @@ SPLIT_SEED = 0
 MIN_PROMPTS = 4
 """Fewer cannot be halved and resampled."""
 
-Values = dict[str, dict[int, float]]
-"""Metric -> prompt (index of the answers) -> value, the mean over the prompt's answers."""
+ByPrompt = dict[int, float]
+"""Prompt (index of the answers) -> value, the mean over the prompt's answers."""
 
 
-def prompt_wins(two_sample: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """Share of a prompt's pairs, over the test's seeds, in which the fresh discriminator was right.
+@dataclass(frozen=True)
+class Values:
+    """Results of one evaluated checkpoint, prompt by prompt."""
 
-    Args:
-        two_sample: that section of ``scores.json``; its ``wins`` has a value in [0, 1] for every answer, in order.
-        answers: lines of ``answers.jsonl``.
+    metrics: dict[str, ByPrompt]
+    wins: tuple[ByPrompt, ...] = ()
+    """For each seed of the two-sample test, the share of a prompt's pairs in which its discriminator was right."""
+
+
+def prompt_wins(two_sample: dict[str, Any], answers: Sequence[dict[str, Any]]) -> tuple[ByPrompt, ...]:
+    """The wins of the two-sample test, from that section of ``scores.json`` and the lines of ``answers.jsonl``.
 
     Raises:
-        ValueError: the section holds no wins.
+        ValueError: the section holds no verdict on every answer.
     """
-    wins = two_sample.get("wins")
-    if wins is None or len(wins) != len(answers):
-        raise ValueError("scores.json holds no result of the two-sample test per answer. Fix: delete it, and rerun")
-    return _means([answer["index"] for answer in answers], wins)
+    by_seed = two_sample.get("wins_by_seed", [])
+    if not by_seed or any(len(wins) != len(answers) for wins in by_seed):
+        raise ValueError("scores.json holds no two-sample verdict on every answer. Fix: delete it, and rerun")
+    prompts = [answer["index"] for answer in answers]
+    return tuple(_means(prompts, wins) for wins in by_seed)
 
 
-def _means(prompts: Sequence[int], values: Sequence[float]) -> dict[int, float]:
+def _means(prompts: Sequence[int], values: Sequence[float]) -> ByPrompt:
     groups = by_key(prompts, values)
     return {prompt: sum(group) / len(group) for prompt, group in zip(dict.fromkeys(prompts), groups, strict=True)}
 
@@ -52,12 +59,18 @@ def read_values(evaluation: Evaluation) -> Values:
     """Values per prompt of a finished evaluation."""
     answers, scores = read_answers(evaluation.folder), read_scores(evaluation.folder)
     prompts = [answer["index"] for answer in answers]
-    rows = [_answer_metrics(answer) for answer in answers]
+    rows = [answer_metrics(answer) for answer in answers]
     names = [metric for metric in METRICS if (metric, "student") in rows[0]]
-    values = {name: _means(prompts, [row[name, "student"] for row in rows]) for name in names}
-    if "two_sample" in scores:
-        values["two_sample"] = prompt_wins(scores["two_sample"], answers)
-    return values
+    metrics = {name: _means(prompts, [row[name, "student"] for row in rows]) for name in names}
+    if "two_sample" not in scores:
+        return Values(metrics)
+    wins = prompt_wins(scores["two_sample"], answers)
+    metrics["two_sample"] = {prompt: _mean([by[prompt] for by in wins]) for prompt in wins[0]}
+    return Values(metrics, wins)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def halves(prompts: Sequence[int], seed: int = SPLIT_SEED) -> tuple[list[int], list[int]]:
@@ -74,7 +87,7 @@ def halves(prompts: Sequence[int], seed: int = SPLIT_SEED) -> tuple[list[int], l
 
 
 def mean(values: Values, metric: str, prompts: Sequence[int]) -> float:
-    return sum(values[metric][prompt] for prompt in prompts) / len(prompts)
+    return _mean([values.metrics[metric][prompt] for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ def results(plan: Plan, runs: Sequence[Run]) -> list[SizeResult]:
     if len(finished) > 1:
         check_comparable([evaluation.folder for evaluation in finished.values()])
     values = {name: read_values(evaluation) for name, evaluation in finished.items()}
-    choosing, reporting = halves(list(next(iter(values.values()))["rouge_l"]))
+    choosing, reporting = halves(list(next(iter(values.values())).metrics["rouge_l"]))
     return [
         _size(plan, rows, [run for run in runs if run.rows == rows], values, choosing, reporting)
         for rows in plan.train_rows
@@ -188,8 +201,14 @@ def choose(run: Run, values: dict[str, Values], measure: str, prompts: Sequence[
 
 
 def _table(scored: Sequence[Scored], metric: str, prompts: Sequence[int]) -> list[list[float]]:
-    """(seeds, prompts)."""
-    return [[one.values[metric][prompt] for prompt in prompts] for one in scored]
+    """(training seeds, prompts)."""
+    return [[one.values.metrics[metric][prompt] for prompt in prompts] for one in scored]
+
+
+def _wins(scored: Sequence[Scored], prompts: Sequence[int]) -> list[list[float]]:
+    """(seeds of the two-sample test, prompts): means over the training seeds."""
+    tests = range(len(scored[0].values.wins))
+    return [[_mean([one.values.wins[test][prompt] for one in scored]) for prompt in prompts] for test in tests]
 
 
 def _arm(
@@ -200,7 +219,11 @@ def _arm(
     chosen, last = [result.chosen for result in found], [result.last for result in found]
 
     def estimates(scored: list[Scored]) -> dict[str, Estimate]:
-        return {m: mean_estimate(_table(scored, m, prompts)) for m in METRICS if m in scored[0].values}
+        names = [metric for metric in METRICS if metric in scored[0].values.metrics]
+        means = {metric: mean_estimate(_table(scored, metric, prompts)) for metric in names}
+        if "two_sample" in means:
+            means["two_sample"] = widened(means["two_sample"], _wins(scored, prompts), null=0.5)
+        return means
 
     by_batches: dict[int, list[float]] = {}
     for evaluation in (evaluation for result in found for evaluation in result.run.evaluations):
@@ -210,6 +233,10 @@ def _arm(
     curve = tuple((batches, sum(points) / len(points)) for batches, points in sorted(by_batches.items()))
     seeds = tuple(result.run.seed for result in found)
     return ArmResult(name, seeds, estimates(chosen), estimates(last), tuple(found), curve)
+
+
+def _minus(first: list[list[float]], second: list[list[float]]) -> list[list[float]]:
+    return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(first, second, strict=True)]
 
 
 def compare_arms(
@@ -223,8 +250,13 @@ def compare_arms(
 
     def differences(which: str) -> dict[str, Difference]:
         first, second = ([getattr(result, which) for result in side] for side in zip(*pairs, strict=True))
-        names = [metric for metric in METRICS if metric in first[0].values]
-        return {m: difference(_table(first, m, prompts), _table(second, m, prompts)) for m in names}
+        found = {}
+        for metric in (metric for metric in METRICS if metric in first[0].values.metrics):
+            wins = None
+            if metric == "two_sample":
+                wins = _minus(_wins(first, prompts), _wins(second, prompts))
+            found[metric] = difference(_table(first, metric, prompts), _table(second, metric, prompts), wins)
+        return found
 
     chosen = differences("chosen")
     verdict = judge(arm, plan.control, chosen, plan.measure)

@@ -112,7 +112,7 @@ def headline(verdicts: Sequence[tuple[str, Verdict]], control: str) -> str:
 
 def _seeds(measure: str, difference: Difference) -> str:
     ahead = sum(METRICS[measure].sign * value > 0 for value in difference.by_seed)
-    return f"ahead in {ahead} of {len(difference.by_seed)} training seeds, p = {difference.p:.4f}"
+    return f"ahead in {ahead} of {len(difference.by_seed)} training seeds, p = {difference.estimate.p_value:.4f}"
 
 
 def _kept(differences: dict[str, Difference], measure: str) -> str:

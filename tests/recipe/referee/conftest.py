@@ -47,7 +47,12 @@ def write_evaluation():
             student = [word if rng.random() < quality else "wrong" for word in teacher]
             answers.append(
                 {
-                    **{"index": index, "sample": 0, "data_source": "toy", "messages": [{"role": "user", "content": "x"}]},
+                    **{
+                        "index": index,
+                        "sample": 0,
+                        "data_source": "toy",
+                        "messages": [{"role": "user", "content": "x"}],
+                    },
                     **{"teacher": " ".join(teacher), "student": " ".join(student), "teacher_tokens": 9},
                     **{"student_tokens": 9, "teacher_cut": False, "student_cut": False},
                 }
@@ -60,7 +65,7 @@ def write_evaluation():
         sections = {"text": text_section(answers, 0)}
         if wins is not None:
             values = [float(rng.random() < wins) for _ in answers]
-            sections["two_sample"] = {"wins": values, "settings": {}}
+            sections["two_sample"] = {"wins_by_seed": [values, values[::-1]], "settings": {}}
         update_scores(evaluation.folder, **sections)
 
     return write

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from recipe.gad.evaluation.text_metrics import Estimate
-from recipe.gad.referee.differences import Difference, difference, mean_estimate, permutation_p
+from recipe.gad.evaluation.intervals import Estimate, TestedEstimate, cross_fitted_mean
+from recipe.gad.referee.differences import Difference, difference, mean_estimate, widened
 from recipe.gad.referee.verdict import METRICS, headline, judge, losses
 
 
@@ -39,22 +39,27 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 
 def test_equal_values_have_no_width():
     assert mean_estimate([[0.25] * 5] * 2) == Estimate(0.25, 0.25, 0.25)
-    assert permutation_p([1.0, 2.0], [1.0, 2.0]) == 1.0
+    assert difference([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]]).estimate == TestedEstimate(0.0, 0.0, 0.0, 1.0)
 
 
-def test_the_p_value_is_the_share_of_sign_changes():
-    differences = [0.3, 0.1, 0.4, -0.05, 0.2, 0.15]
-    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+def test_the_p_value_is_the_share_of_swaps_of_whole_prompts():
+    first, second = np.array([[0.3, 0.2, 0.5, 0.0, 0.1, 0.2], [0.3, 0.0, 0.3, -0.1, 0.3, 0.1]]), np.zeros((2, 6))
+    prompts = first.mean(axis=0)  # both seeds of a prompt are swapped together
+    sums = [abs(sum(s * d for s, d in zip(signs, prompts, strict=True)))
             for signs in itertools.product((1, -1), repeat=6)]  # fmt: skip
-    exact = np.mean([value >= abs(sum(differences)) - 1e-12 for value in sums])
-    assert permutation_p(differences, [0.0] * 6) == pytest.approx(exact)
+    exact = np.mean([value >= abs(prompts.sum()) - 1e-12 for value in sums])
+    assert difference(first, second).estimate.p_value == pytest.approx(exact)
 
 
-def test_p_is_small_for_a_difference_and_uniform_without_one():
-    rng = np.random.default_rng(1)
-    assert permutation_p(rng.normal(size=100) + 0.6, rng.normal(size=100)) < 0.01
-    values = [permutation_p(rng.normal(size=12), rng.normal(size=12)) for _ in range(40)]
-    assert 0.3 < np.mean(values) < 0.7
+def test_two_sample_accuracy_takes_the_wider_interval_and_the_tests_own_p_value():
+    wins = np.random.default_rng(0).integers(0, 2, size=(3, 80)).astype(float)
+    tested = cross_fitted_mean(range(80), wins, null=0.5)
+    narrow = Estimate(float(wins.mean()), 0.5, 0.51)
+    assert widened(narrow, wins, null=0.5) == TestedEstimate(narrow.value, tested.low, tested.high, tested.p_value)
+    wide = Estimate(float(wins.mean()), 0.1, 0.9)
+    assert widened(wide, wins, null=0.5) == TestedEstimate(wide.value, 0.1, 0.9, tested.p_value)
+    found = difference([wins.mean(axis=0)], np.zeros((1, 80)), wins)
+    assert found.estimate.p_value == cross_fitted_mean(range(80), wins, null=0.0).p_value
 
 
 def test_a_difference_is_paired_by_prompt_and_seed():
@@ -64,14 +69,14 @@ def test_a_difference_is_paired_by_prompt_and_seed():
     assert found.estimate.value == pytest.approx(0.1, abs=0.01)
     assert found.estimate.low > 0.09 and found.estimate.high < 0.11  # the prompts' own spread is gone
     assert found.by_seed == pytest.approx((0.1, 0.1), abs=0.01)
-    assert found.p < 0.001 and found.prompts == 50
+    assert found.estimate.p_value < 0.001
 
 
 # ---------------------------------------------------------------------- verdicts
 
 
 def made(value, low, high, seeds=(1.0, 1.0, -1.0)):
-    return Difference(Estimate(value, low, high), 0.01, tuple(value * s for s in seeds), 100)
+    return Difference(TestedEstimate(value, low, high, 0.01), tuple(value * s for s in seeds))
 
 
 EVEN = {"rouge_l": made(0.0, -0.01, 0.01), "cut": made(0.0, -0.01, 0.01), "repetition": made(0.0, 0.0, 0.0)}

@@ -37,17 +37,29 @@ MISTAKES = {
     "untrained control": (plan_value(control="base"), "control 'base' is a reference"),
     "reference": (plan_value(references=["sft"]), "references 'sft': expected one of"),
     "overrides": (plan_value(overrides=["lr"]), "expected a list of Hydra overrides such as"),
-    "own key": (plan_value(overrides=["data.seed=3"]), "overrides set data.seed, which the referee sets. Use seeds of the"),
+    "own key": (
+        plan_value(overrides=["data.seed=3"]),
+        "overrides set data.seed, which the referee sets. Use seeds of the",
+    ),
     "own key added": (plan_value(overrides=["+trainer.save_freq=3"]), "Use save_every of the stage"),
     "evaluation": (plan_value(evaluation={"temprature": 1}), "evaluation: unknown key 'temprature'"),
     "choice": (plan_value(choose_by="loss"), "choose_by 'loss': expected one of two_sample, rouge_l"),
-    "choice without test": (plan_value(choose_by="two_sample"), "choose_by two_sample needs evaluation.two_sample_model"),
+    "choice without test": (
+        plan_value(choose_by="two_sample"),
+        "choose_by two_sample needs evaluation.two_sample_model",
+    ),
     "arm": (plan_value(arms=arms(gad="gad")), "arm 'gad': found 'gad', expected a list of stages"),
-    "kind": (plan_value(arms=arms(gad=[{"ppo": {}}])), "arm 'gad', stage 1: found {'ppo': {}}, expected one of seqkd, w"),
+    "kind": (
+        plan_value(arms=arms(gad=[{"ppo": {}}])),
+        "arm 'gad', stage 1: found {'ppo': {}}, expected one of seqkd, w",
+    ),
     "no steps": (plan_value(arms=arms(x=[{"seqkd": {}}])), "arm 'x', stage 1: seqkd lacks steps"),
     "stage key": (plan_value(arms=arms(x=[{"seqkd": {"steps": 1, "lr": 1}}])), "stage 1: seqkd: unknown key 'lr'"),
     "kind as key": (plan_value(arms=arms(x=[{"seqkd": {"steps": 1, "kind": "gad"}}])), "seqkd: unknown key 'kind'"),
-    "steps": (plan_value(arms=arms(x=[{"seqkd": {"steps": True}}])), "steps True: expected a whole number of at least 1"),
+    "steps": (
+        plan_value(arms=arms(x=[{"seqkd": {"steps": True}}])),
+        "steps True: expected a whole number of at least 1",
+    ),
     "step time": (
         plan_value(arms=arms(x=[{"seqkd": {"steps": 1, "seconds_per_step": 0}}])),
         "seconds_per_step 0: expected a number above 0",
@@ -148,9 +160,7 @@ def test_stages_start_where_the_one_before_ended(plan, tmp_path):
 
 
 def test_a_discriminator_goes_along_and_may_be_named(tmp_path):
-    value = plan_value(
-        arms=arms(x=[{"warmup": {"steps": 20, "reward_model": "larger"}}, {"warmup": {"steps": 30}}])
-    )
+    value = plan_value(arms=arms(x=[{"warmup": {"steps": 20, "reward_model": "larger"}}, {"warmup": {"steps": 30}}]))
     first, second = chain(parse_plan(value), tmp_path, "x")
     assert first.start() == ["--model", "student", "--reward_model", "larger"]
     checkpoint = f"{first.folder}/global_step_20"
