@@ -4,10 +4,11 @@ A table of results has a row per training seed and a column per prompt. Two arms
 differences, prompt by prompt and seed by seed.
 
 - *Interval*: bootstrap over prompts AND training seeds. Both are drawn with replacement, independently of each other,
-  and the mean is taken over all pairs of what was drawn. It says what another training and other prompts may give. For
-  three seeds it holds the truth in 97 to 99 % of simulated cases if the seeds differ little, and in about 90 % if their
-  spread dominates: three seeds cannot show how far a fourth may be off. So every seed's own difference is reported too.
-  With one seed only prompts are drawn, and the interval says nothing about another training.
+  and the mean is taken over all pairs of what was drawn. It says what another training and other prompts may give. In
+  simulations with three seeds and 100 prompts it holds the truth in 97 to 98 % of the cases if the spread of the seeds
+  is no larger than the noise of a seed's mean, in 89 % for three times as large, and in 79 % if it is all there is:
+  three seeds cannot show how far a fourth may be off. So every seed's own difference is reported beside it. With one
+  seed only prompts are drawn, and the interval says nothing about another training.
 - *p-value*: a permutation test over prompts. A prompt's results are averaged over the seeds first, since the answers to
   one prompt depend on each other. Then the two arms are swapped prompt by prompt. It asks whether THESE trainings
   differ on prompts of this kind, and knows nothing of other trainings.

@@ -45,18 +45,10 @@ def write_evaluation():
         for index in range(prompts):
             teacher = [f"word{index + i}" for i in range(8)]
             student = [word if rng.random() < quality else "wrong" for word in teacher]
-            answers.append(
-                {
-                    **{
-                        "index": index,
-                        "sample": 0,
-                        "data_source": "toy",
-                        "messages": [{"role": "user", "content": "x"}],
-                    },
-                    **{"teacher": " ".join(teacher), "student": " ".join(student), "teacher_tokens": 9},
-                    **{"student_tokens": 9, "teacher_cut": False, "student_cut": False},
-                }
-            )
+            texts = {"teacher": " ".join(teacher), "student": " ".join(student)}
+            sizes = {"teacher_tokens": 9, "student_tokens": 9, "teacher_cut": False, "student_cut": False}
+            messages = [{"role": "user", "content": f"prompt {index}"}]
+            answers.append({"index": index, "sample": 0, "data_source": "toy", "messages": messages, **texts, **sizes})
         evaluation.folder.mkdir(parents=True)
         lines = "".join(json.dumps(answer) + "\n" for answer in answers)
         (evaluation.folder / "answers.jsonl").write_text(lines)

