@@ -12,7 +12,7 @@ from recipe.gad.referee.jobs import Run, jobs_of
 from recipe.gad.referee.plan import Plan
 from recipe.gad.referee.results import ArmResult, Comparison, SizeResult
 from recipe.gad.referee.schedule import State, error_of
-from recipe.gad.referee.verdict import GUARDS, MARGINS, METRICS, TOLERANCE
+from recipe.gad.referee.verdict import GUARDS, MARGINS, METRICS, TOLERANCE, p_text
 from recipe.gad.run.atomic_io import write_atomically
 
 WIDTH, LEFT, RIGHT, ROW = 720, 170, 20, 34
@@ -52,6 +52,7 @@ def write_page(
         margin=MARGINS[plan.measure],
         tolerance=TOLERANCE,
         interval=interval,
+        p_text=p_text,
     )
     write_atomically(output_dir / "referee.html", page)
     return output_dir / "referee.html"

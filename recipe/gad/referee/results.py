@@ -6,7 +6,7 @@ the page come from the other half. So no arm gains by having more checkpoints to
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recipe.gad.evaluation.intervals import Estimate, by_key
@@ -222,7 +222,8 @@ def _arm(
         names = [metric for metric in METRICS if metric in scored[0].values.metrics]
         means = {metric: mean_estimate(_table(scored, metric, prompts)) for metric in names}
         if "two_sample" in means:
-            means["two_sample"] = widened(means["two_sample"], _wins(scored, prompts), null=0.5)
+            wide = widened(means["two_sample"], _wins(scored, prompts), null=0.5)
+            means["two_sample"] = replace(wide, low=max(wide.low, 0.0), high=min(wide.high, 1.0))
         return means
 
     by_batches: dict[int, list[float]] = {}

@@ -54,6 +54,11 @@ def difference_text(metric: str, difference: Difference) -> str:
     return f"{title} {estimate.value:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
 
 
+def p_text(p: float) -> str:
+    """``p = 0.0123``, or ``p < 0.0001``."""
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.4f}"
+
+
 def gain(metric: str, difference: Difference) -> tuple[float, float, float]:
     """Difference and ends of its interval with the sign turned so that more is better."""
     estimate, sign = difference.estimate, METRICS[metric].sign
@@ -112,7 +117,7 @@ def headline(verdicts: Sequence[tuple[str, Verdict]], control: str) -> str:
 
 def _seeds(measure: str, difference: Difference) -> str:
     ahead = sum(METRICS[measure].sign * value > 0 for value in difference.by_seed)
-    return f"ahead in {ahead} of {len(difference.by_seed)} training seeds, p = {difference.estimate.p_value:.4f}"
+    return f"ahead in {ahead} of {len(difference.by_seed)} training seeds, {p_text(difference.estimate.p_value)}"
 
 
 def _kept(differences: dict[str, Difference], measure: str) -> str:

@@ -14,6 +14,7 @@ from recipe.gad.referee.plan import parse_plan
 from recipe.gad.referee.results import Values, choose, halves, mean, prompt_wins, read_values, results
 from recipe.gad.referee.run import Settings, run_plan, show_costs
 from recipe.gad.referee.schedule import State
+from recipe.gad.referee.verdict import p_text
 
 from .conftest import plan_value
 
@@ -236,7 +237,7 @@ def test_the_page_and_the_json_hold_everything(evaluated, tmp_path):
         size["comparisons"][0]["verdict"]["text"],
         "gad: better",
         "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference["estimate"]),
-        f"p = {difference['estimate']['p_value']:.4f}",
+        p_text(difference["estimate"]["p_value"]),
         "seqkd 20 + discriminator 10 + gad 20",
         "2 seeds are few",
     ):
@@ -258,7 +259,7 @@ def test_failures_are_named_with_their_log_and_texts_are_escaped(evaluated, tmp_
     state.record(training.name, status="failed")
     state.record(f"eval-{training.name}-step20", status="left out")
     page, data = write(plan, runs, tmp_path, state)
-    assert "2 jobs failed or were left out" in " ".join(page.text.split())
+    assert "2 jobs failed or could not start" in " ".join(page.text.split())
     assert "error: <b>no memory</b>" in page.text and "b" not in page.ids
     assert str(log) in page.text and data["failures"][0]["arms"] == ["gad"]
     assert [failure["status"] for failure in failed_jobs(runs, state)] == ["failed", "left out"]
