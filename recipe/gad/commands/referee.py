@@ -16,7 +16,7 @@ def referee(
     gpus: Annotated[
         str, typer.Option("--gpus", help="CUDA_VISIBLE_DEVICES of the jobs in turn, such as 0,1. Default: as they are.")
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print jobs, teacher batches and cost, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print jobs, teacher batches and cost, and stop.")] = False,
     scripts_dir: Annotated[
         Path | None, typer.Option("--scripts_dir", help="Launch scripts. Default: examples/gad of the checkout.")
     ] = None,

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.evaluation.sampling import Settings
 from recipe.gad.evaluation.scores import read_scores
 from recipe.gad.referee.plan import ALL_ROWS, KINDS, Arm, Plan, Stage
 from recipe.gad.referee.schedule import Job
@@ -21,6 +22,8 @@ SHARDS = "*_world_size_*.pt"
 """Files of a checkpoint that only a resumed run reads: weights and optimizer state of every worker."""
 MEMORY_KEYS = ("gpu_memory_utilization", "kv_cache_gib", "enforce_eager")
 """Settings of an evaluation without influence on its results."""
+SAME_FOR_ALL = ("temperature", "max_prompt_length", "max_response_length", "prompt_key", "teacher_key")
+"""Settings that must agree between the models of a comparison."""
 SCRIPTS = Path(__file__).resolve().parents[3] / "examples/gad"
 """Launch scripts of the checkout."""
 
@@ -198,9 +201,13 @@ class Evaluation:
 
 
 def eval_options(settings: dict[str, Any]) -> list[str]:
-    """Options of ``gad eval`` from the plan's ``evaluation``."""
+    """Options of ``gad eval`` from the plan's ``evaluation``.
+
+    What the plan leaves out gets the default of ``gad eval``: not all models have a run whose settings could count.
+    """
+    defaults = {name: getattr(Settings, name) for name in SAME_FOR_ALL}
     options = []
-    for key, value in settings.items():
+    for key, value in {**defaults, "chat_template_kwargs": {}, **settings}.items():
         if isinstance(value, bool):
             options += [f"--{key}"] if value else []
             continue

@@ -40,7 +40,7 @@ class Settings:
 
 
 def show_costs(settings: Settings) -> str:
-    """The text of ``--dry-run``. Nothing is written."""
+    """The text of ``--dry_run``. Nothing is written."""
     runs = expand(settings.plan, settings.output_dir)
     return "\n".join([dry_run(settings.plan, runs, State(settings.state_file), settings.slots), *_warnings(settings)])
 
