@@ -18,7 +18,7 @@ def plan_file(tiny_problem, tmp_path):
     plan = yaml.safe_load((ROOT / "examples/gad/referee/toy.yaml").read_text())
     plan |= {"model": f"{tiny_problem}/model", "train_batch_size": 8}
     plan |= {f"{part}_files": f"{tiny_problem}/{part}.parquet" for part in ("train", "val")}
-    plan["overrides"].append("gad.poll_interval=0.02")
+    plan["overrides"] += ["gad.poll_interval=0.02", "actor_rollout_ref.rollout.agent.num_workers=1"]
     plan["evaluation"] |= {"two_sample_model": f"{tiny_problem}/model", "two_sample_epochs": 1}
     for stage in (stage for stages in plan["arms"].values() for stage in stages):
         next(iter(stage.values())).update(steps=2, save_every=2)
