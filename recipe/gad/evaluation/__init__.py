@@ -1,1 +1,1 @@
-"""``gad eval``: sample answers -> score them -> compare models."""
+"""``gad eval``: sampling (answers.jsonl) -> text_metrics, two_sample, judge -> scores (scores.json, comparison)."""

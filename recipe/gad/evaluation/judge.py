@@ -1,13 +1,13 @@
-"""A language model as judge, at any OpenAI-compatible API: pairs of answers (win, tie, lose) and scores from 1 to 10.
+"""Lets a language model at an OpenAI-compatible API judge: pairs of answers (win, tie, lose), and scores from 1 to 10.
 
-Judges favour a position, so every pair is asked in both orders: a side wins if it is preferred in both, and every
-other outcome is a tie. Equal texts are a tie without a question. The score is the paper's kind of measure (a judge
-rates one answer from 1 to 10, arXiv 2511.10643); the wording of both prompts is our own.
+Judges favor a position, so every pair is asked in both orders. A side wins if the judge prefers it in both orders;
+every other outcome is a tie. Equal texts are a tie, and the judge is not asked. The score follows the paper, in which a
+judge rates one answer from 1 to 10 (arXiv 2511.10643); the wording of both prompts is ours.
 
-A reply counts only if its last line is the verdict asked for; others are counted as unparsable and left out, and so are
-requests that failed. Replies are kept in ``judge.jsonl``, appended one by one as they come, so that a killed run loses
-the requests in flight only, and nothing is asked twice. They are known by a hash of the messages (prompt and answers),
-the judge model, the version of the prompts, and the extra fields of the request.
+A reply counts only if its last line is the verdict. Other replies are counted as unparsable and left out; failed
+requests are left out too. Each reply is appended to ``judge.jsonl`` as it arrives, so a killed run loses only the
+requests in flight, and no question is asked twice. A reply is found again by a hash of the messages (prompt and
+answers), the judge model, the version of the prompts, and the extra fields of the request.
 """
 
 import asyncio
@@ -26,9 +26,12 @@ from recipe.gad.run.atomic_io import JsonLog
 REPLIES = "judge.jsonl"
 MODES = ("pairwise", "score", "both")
 PROMPT_VERSION = 1
-"""Rises with every change of the prompts below: replies to other versions do not count."""
+"""Raise it with every change of the prompts below: replies to other versions do not count."""
 SHOWN_FAILURES = 3
 RESULTS = ("win", "tie", "lose")
+DEFAULT_EXTRA = {"temperature": 0}
+CONCURRENCY = 16
+"""Requests to the judge at a time, unless the caller says otherwise."""
 
 PAIRWISE_PROMPT = """\
 Two assistants, A and B, answered the last message of the conversation below. Decide which answer serves the user \
@@ -86,14 +89,14 @@ class JudgeSettings:
     """Name of the judge at the API."""
     mode: str = "both"
     """pairwise | score | both"""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=DEFAULT_EXTRA.copy)
     """More fields of the request body."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"judge mode {self.mode!r}: expected one of {', '.join(MODES)}")
 
-    def asks(self, mode: str) -> bool:
+    def uses(self, mode: str) -> bool:
         return self.mode in (mode, "both")
 
     def record(self) -> dict[str, Any]:
@@ -140,13 +143,13 @@ def _conversation(messages: Sequence[dict[str, str]]) -> str:
 
 
 def parse_verdict(reply: str) -> str | None:
-    """ "A", "B" or "tie" if that is what the last line says, else None."""
+    """The verdict in the last line ("A", "B" or "tie"); None if the line says something else."""
     found = _VERDICT.fullmatch(_last_line(reply))
     return None if found is None else {"a": "A", "b": "B", "tie": "tie"}[found[1].lower()]
 
 
 def parse_score(reply: str) -> int | None:
-    """1 .. 10 if that is what the last line says, else None."""
+    """The score in the last line, 1 to 10; None if the line says something else."""
     found = _SCORE.fullmatch(_last_line(reply))
     return None if found is None else int(found[1])
 
@@ -156,7 +159,7 @@ def _last_line(reply: str) -> str:
 
 
 def outcome(first_as_a: str, first_as_b: str) -> float:
-    """Of the first answer: 1.0 won in both orders, 0.0 lost in both, 0.5 for everything else.
+    """Outcome for the first answer: 1.0 if it won in both orders, 0.0 if it lost in both, else 0.5.
 
     Args:
         first_as_a: verdict ("A", "B" or "tie") where the first answer was A.
@@ -176,14 +179,14 @@ def judge(
     concurrency: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Verdicts over pairs of answers, with 95 % confidence intervals over prompts.
+    """Ask the judge about pairs of answers; the rates have 95 % confidence intervals over prompts.
 
     Args:
-        candidates: the pairs; ``first`` is the side whose wins are counted.
+        candidates: the pairs; wins are those of ``first``.
         client: an open client; it is closed at the end.
-        settings: judge and questions.
-        folder: keeps the replies (``judge.jsonl``).
-        concurrency: requests in flight at most, 1 or more.
+        settings: the judge, and what to ask it.
+        folder: where the replies are kept (``judge.jsonl``).
+        concurrency: largest number of requests in flight, 1 or more.
         seed: of the bootstrap.
 
     Returns:
@@ -194,21 +197,21 @@ def judge(
         Both count ``unparsable`` and ``failed`` requests; pairs with one of them are left out.
 
     Raises:
-        ValueError: no pair has a verdict, or the replies' file is in use.
-        RequestFailed: (a ValueError) no request can succeed. Replies that came before are kept.
+        ValueError: no pair has a verdict, or another process uses the file of replies.
+        RequestFailed: (a ValueError) no request can succeed. Earlier replies are kept.
     """
     questions: list[str] = []
     for c in candidates:
-        if settings.asks("pairwise") and c.first != c.second:
+        if settings.uses("pairwise") and c.first != c.second:
             questions += c.in_both_orders()
-        if settings.asks("score"):
+        if settings.uses("score"):
             questions += c.one_by_one()
     questions = list(dict.fromkeys(questions))
     replies = asyncio.run(_ask(questions, client, settings, Path(folder) / REPLIES, concurrency))
     result: dict[str, Any] = {"settings": settings.record()}
-    if settings.asks("pairwise"):
+    if settings.uses("pairwise"):
         result["pairwise"] = _pairwise_result(candidates, replies, seed)
-    if settings.asks("score"):
+    if settings.uses("score"):
         result["score"] = _score_result(candidates, replies, seed)
     return result
 
@@ -245,7 +248,7 @@ def _score_result(candidates: Sequence[Candidates], replies: dict[str, str | Non
 
 
 def left_out(verdicts: dict[str, Any]) -> str:
-    """One line on what the rates of :func:`judge` leave out, and on how much the position mattered."""
+    """One line: what the rates of :func:`judge` leave out, and how often the two orders disagree."""
     parts = []
     for mode in ("pairwise", "score"):
         if mode in verdicts:
@@ -275,11 +278,11 @@ class _Counts:
 
 
 def _intervals(rows: Sequence[tuple], counts: _Counts, seed: int) -> list[dict[str, float]]:
-    """Estimates of the columns behind the first, which is the index of the prompt."""
+    """Estimates of all columns but the first, which is the index of the prompt."""
     if not rows:
         raise ValueError(
             f"the judge gave no verdict: {counts.failed} requests failed and {counts.unparsable} replies could not be "
-            f"read (see {REPLIES}). Fix: another judge, or a larger limit of its answer's length"
+            f"read (see {REPLIES}). Fix: use another judge, or let it write longer answers"
         )
     estimates = prompt_means([index for index, *_ in rows], [values for _, *values in rows], seed)
     return [asdict(estimate) for estimate in estimates]

@@ -1,12 +1,12 @@
-"""Answers of a model to validation prompts, each beside the teacher's: what every metric of ``gad eval`` reads.
+"""Samples a model's answers to validation prompts, and stores each with the teacher's: the input of all metrics.
 
 An evaluation folder holds ``settings.json`` (what the answers depend on) and ``answers.jsonl``, one line per answer:
 
-    index            row of the validation data, counted from 0 behind the filter of long prompts
+    index            row of the validation data, counted from 0 after long prompts are dropped
     sample           0 .. n-1, which of the n answers to this prompt
     data_source      as in the data
     messages         the prompt as chat messages
-    teacher, student texts, both decoded from token ids by the model's tokenizer, special tokens left out
+    teacher, student texts, decoded from token ids by the model's tokenizer without special tokens
     teacher_tokens, student_tokens   lengths in tokens of that tokenizer, the end token included
     teacher_cut, student_cut         the answer was cut at max_response_length: it has no end token
 
@@ -26,13 +26,13 @@ from typing import Any
 
 from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.checkpoint import TOKENIZER_FILES, actor_folder
-from recipe.gad.run.data_file import json_rows
+from recipe.gad.run.log import recorded_config
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
 BACKENDS = ("vllm", "hf")
 HF_BATCH_ANSWERS = 64
-"""Answers that the hf backend samples at a time."""
+"""Answers that the hf backend samples in one batch."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +83,59 @@ class Settings:
         }
 
 
-IDENTITY = ("model", "model_written")
+RUN_KEYS = {
+    "temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
+    "max_prompt_length": "data.max_prompt_length",
+    "max_response_length": "data.max_response_length",
+    "prompt_key": "data.prompt_key",
+    "teacher_key": "data.teacher_key",
+    "chat_template_kwargs": "data.apply_chat_template_kwargs",
+}
+"""Setting -> key of a run's configuration that decides it in the run's own validation."""
+MODEL_SETTINGS = ("model", "model_written")
 """Settings in which two models differ; all others must agree before their answers are compared."""
-NO_MATTER = ("val_files",)
+PATH_SETTINGS = ("val_files",)
 """Settings without influence on the answers: paths of data that is known by its hash."""
 
 
+def recorded_settings(model: str) -> tuple[Path | None, dict[str, Any]]:
+    """Settings that the run recorded which trained the model, by :data:`RUN_KEYS`.
+
+    Args:
+        model: as in :class:`Settings`. A run is recognised by its folder or any folder of a checkpoint in it.
+
+    Returns:
+        The run's folder, and the settings that its configuration sets; None and {} for any other model.
+
+    Raises:
+        ValueError: the recorded configuration cannot be read.
+    """
+    from omegaconf import OmegaConf
+
+    folder = Path(os.path.abspath(Path(model).expanduser()))
+    for run in (folder, *folder.parents[:3]):  # RUN/global_step_N/actor/huggingface
+        if values := recorded_config(run):
+            config = OmegaConf.create(values)
+            found = {name: OmegaConf.select(config, key) for name, key in RUN_KEYS.items()}
+            plain = {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in found.items()}
+            return run, {name: value for name, value in plain.items() if value is not None}
+    return None, {}
+
+
 def default_backend() -> str:
-    """vllm where it is installed and a GPU is there, else hf."""
+    """vllm if it is installed and there is a GPU, else hf."""
     import torch
 
     return "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "hf"
 
 
 def differences(first: dict[str, Any], second: dict[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-    """ "name: value of the first, value of the second" for every setting in which the two records differ."""
+    """A text "name: first value and second value" for every setting in which the two records differ."""
     names = dict.fromkeys([*first, *second])
     return [
         f"{name}: {first.get(name)!r} and {second.get(name)!r}"
         for name in names
-        if name not in {*ignore, *NO_MATTER} and first.get(name) != second.get(name)
+        if name not in {*ignore, *PATH_SETTINGS} and first.get(name) != second.get(name)
     ]
 
 
@@ -124,6 +157,8 @@ def read_answers(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is missing, empty or not JSON.
     """
+    from recipe.gad.run.data_file import json_rows
+
     path = Path(folder) / ANSWERS
     if not path.is_file():
         raise ValueError(f"{folder} has no {ANSWERS}. Fix: run gad eval first")
@@ -148,21 +183,21 @@ def make_answers(
     Args:
         settings: what the answers depend on.
         output_dir: evaluation folder; made if missing.
-        overwrite: delete what other settings made there.
-        vllm_options: arguments of vllm.LLM without influence on the answers' distribution (memory, CUDA graphs).
+        overwrite: delete answers that were made there with other settings.
+        vllm_options: arguments of vllm.LLM that do not change the distribution (memory, CUDA graphs).
 
     Returns:
         The lines of ``answers.jsonl``.
 
     Raises:
-        ValueError: the folder holds answers of other settings, or the data is unusable.
+        ValueError: the folder holds answers made with other settings, or the data cannot be used.
     """
     folder, record = Path(output_dir), settings.record()
     path = folder / ANSWERS
     if path.is_file() and not overwrite:
         if changed := differences(read_settings(folder), record):
             raise ValueError(
-                f"{folder} holds answers of other settings (there and now): {'; '.join(changed)}. "
+                f"{folder} holds answers made with other settings (there and now): {'; '.join(changed)}. "
                 "Fix: choose another --output_dir, or --overwrite"
             )
         print(f"{path}: made with the same settings, reused")
@@ -186,7 +221,7 @@ def make_answers(
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenizedRows:
     """Validation rows as token ids: dicts of prompt_ids, teacher_ids, messages, data_source."""
 
     rows: list[dict[str, Any]]
@@ -197,7 +232,7 @@ class Rows:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def answer(self, index: int, sample: int, student_ids: list[int]) -> dict[str, Any]:
-        """One line of ``answers.jsonl``; ids behind the first end token are dropped."""
+        """One line of ``answers.jsonl``; ids after the first end token are dropped."""
         end = next((i + 1 for i, token in enumerate(student_ids) if token in self.stop_ids), len(student_ids))
         student_ids, row = student_ids[:end], self.rows[index]
         return {
@@ -214,8 +249,8 @@ class Rows:
         }
 
 
-def load_rows(settings: Settings) -> Rows:
-    """Rows of the validation files by the trainer's dataset class; prompts that are too long are dropped, as there."""
+def load_rows(settings: Settings) -> TokenizedRows:
+    """Rows of the validation files, read by the trainer's dataset class; it drops prompts that are too long."""
     from omegaconf import OmegaConf
 
     import recipe.gad.plugin  # noqa: F401  (activates the overlay)
@@ -246,7 +281,7 @@ def load_rows(settings: Settings) -> Rows:
         }
         for row in map(dataset.__getitem__, range(len(dataset)))
     ]
-    return Rows(rows, tokenizer, sorted(stop_token_ids(tokenizer)))
+    return TokenizedRows(rows, tokenizer, sorted(stop_token_ids(tokenizer)))
 
 
 # ---------------------------------------------------------------------- sampling
@@ -258,7 +293,7 @@ def _sample_vllm(
     stop_ids: list[int],
     options: dict[str, Any],
 ) -> list[list[list[int]]]:
-    """n lists of token ids for every prompt."""
+    """Sample with vLLM: n lists of token ids per prompt."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # CUDA may already be in use here
     from vllm import LLM, SamplingParams
 
@@ -282,7 +317,7 @@ def _sample_vllm(
 
 
 def _sample_hf(settings: Settings, prompts: list[list[int]], stop_ids: list[int]) -> list[list[list[int]]]:
-    """The same by Hugging Face ``generate``: float32 on a CPU, bfloat16 on a GPU."""
+    """Sample with Hugging Face ``generate`` instead: float32 on a CPU, bfloat16 on a GPU."""
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -290,7 +325,7 @@ def _sample_hf(settings: Settings, prompts: list[list[int]], stop_ids: list[int]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(device).eval()
-    model.generation_config = GenerationConfig()  # the folder's own defaults would bend the distribution
+    model.generation_config = GenerationConfig()  # the folder's own defaults would change the distribution
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}

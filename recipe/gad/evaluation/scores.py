@@ -1,7 +1,7 @@
 """``gad eval``: scores of an evaluation folder (``scores.json``), and the comparison of several folders.
 
-``scores.json`` holds ``text``, ``two_sample`` and ``judge``, each written by the module of that name; the last two are
-there once they were asked for, as long as the answers stay the same.
+``scores.json`` holds ``text``, ``two_sample`` and ``judge``, each written by the module of that name. The last two
+are optional; they stay as long as the answers stay the same.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 from recipe.gad.evaluation.intervals import cross_fitted_mean, paired_difference
 from recipe.gad.evaluation.judge import RESULTS, JudgeSettings, against, judge, left_out
-from recipe.gad.evaluation.sampling import ANSWERS, IDENTITY, differences, read_answers, read_settings
+from recipe.gad.evaluation.sampling import ANSWERS, MODEL_SETTINGS, differences, read_answers, read_settings
 from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.run.atomic_io import read_object, write_atomically
@@ -30,7 +30,7 @@ TEXT_COLUMNS = {
 
 
 def read_scores(folder: str | Path) -> dict[str, Any]:
-    """``scores.json`` of an evaluation folder if it belongs to the answers that are there now, else {}."""
+    """``scores.json`` of an evaluation folder; {} if there is none, or if the answers have changed since."""
     path = Path(folder) / SCORES
     if not path.is_file():
         return {}
@@ -43,14 +43,14 @@ def _answers_hash(folder: str | Path) -> str:
 
 
 def update_scores(folder: str | Path, **sections: Any) -> dict[str, Any]:
-    """Add results (text, two_sample, judge) to the scores.json of a folder; earlier ones on the same answers stay."""
+    """Add results (text, two_sample, judge) to scores.json; earlier results for the same answers stay."""
     scores = {**read_scores(folder), "answers_sha256": _answers_hash(folder), **sections}
     write_atomically(Path(folder) / SCORES, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
 def text_section(answers: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """The text metrics as JSON; ``seed`` is the bootstrap's."""
+    """The text metrics as JSON; ``seed`` is for the bootstrap."""
     return {name: {side: asdict(e) for side, e in by.items()} for name, by in text_metrics(answers, seed).items()}
 
 
@@ -115,10 +115,10 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     """Scores of several evaluation folders on the same data and settings.
 
     Returns:
-        Folder name -> {"folder", "model", "scores"}; names are the shortest ends of the paths that differ.
+        Folder name -> {"folder", "model", "scores"}; each name is the shortest end of its path that tells it apart.
 
     Raises:
-        ValueError: fewer than two folders, one lacks its scores, or data or settings differ (names what).
+        ValueError: fewer than two folders, missing scores, or different data or settings (named).
     """
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if len(paths) < 2:
@@ -128,13 +128,13 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     for path, settings, prompts, scores in runs:
         if "text" not in scores:
             raise ValueError(f"{path} has no {SCORES} for its answers. Fix: run gad eval on it first")
-        changed = differences(first_settings, settings, ignore=IDENTITY)
+        changed = differences(first_settings, settings, ignore=MODEL_SETTINGS)
         for section in ("two_sample", "judge"):
             if section in scores and section in first_scores:
                 found = differences(first_scores[section]["settings"], scores[section]["settings"], ignore=("mode",))
                 changed += [f"{section} {line}" for line in found]
         if prompts != first_prompts and not changed:
-            changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different ones"]
+            changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different prompts"]
         if changed:
             raise ValueError(
                 f"{first_path} and {path} cannot be compared, they differ in {'; '.join(changed)}. "
@@ -147,7 +147,7 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
 
 
 def _prompts(folder: Path) -> list[tuple[int, int, Any]]:
-    """What the answers of a folder answer. It differs where the models' tokenizers drop different long prompts."""
+    """The prompts that the folder answers. They differ if two tokenizers drop different long prompts."""
     return [(answer["index"], answer["sample"], answer["messages"]) for answer in read_answers(folder)]
 
 

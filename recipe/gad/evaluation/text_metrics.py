@@ -1,15 +1,15 @@
 """Metrics of answers as text, with confidence intervals over prompts.
 
-Words are those of the ROUGE-L reward: lower case, without punctuation, characters for scripts without spaces.
+Words are those of the ROUGE-L reward: lower case, no punctuation, single characters in scripts without spaces.
 
     rouge_l      ROUGE-L F1 of the student's answer against the teacher's
     length       tokens of an answer, the end token included
     cut          share of answers that were cut at max_response_length
     distinct_1   different words of all answers together / words of all answers (Li et al., arXiv 1510.03055)
-    distinct_2   the same for pairs of neighbouring words inside an answer
+    distinct_2   the same for pairs of neighboring words inside an answer
     repetition   share of the 4-grams of an answer that an earlier 4-gram of the same answer equals; mean over answers
 
-distinct falls as answers get longer or more numerous: compare it between models on the same data only.
+distinct falls as answers get longer or more numerous, so compare models on the same data only.
 """
 
 import itertools
@@ -26,7 +26,7 @@ Z = 1.959964
 
 
 def ngrams(tokens: Sequence[str], order: int) -> list[tuple[str, ...]]:
-    """All runs of ``order`` neighbouring tokens, in order."""
+    """All runs of ``order`` neighboring tokens, in order."""
     return list(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
@@ -39,8 +39,8 @@ def repetition_rate(text: str) -> float:
 def distinct(texts_by_prompt: Sequence[Sequence[str]], order: int) -> Estimate:
     """Different n-grams / n-grams over all answers, in [0, 1]; 0 if no answer is long enough.
 
-    The interval is value +- 1.96 jackknife standard errors (one prompt left out at a time): bootstrap resamples hold
-    prompts twice, which lowers distinct by itself.
+    The interval is value +- 1.96 jackknife standard errors (one prompt left out at a time): a bootstrap
+    resample holds some prompts twice, which alone lowers distinct.
     """
     grams = [Counter(itertools.chain(*(ngrams(words(t), order) for t in texts))) for texts in texts_by_prompt]
     prompts_with = Counter(itertools.chain(*grams))

@@ -29,12 +29,12 @@ from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.run.checkpoint import actor_folder, has_score_head
 
 WARMUP_SHARE = 0.1
-"""Share of the optimizer steps in which the learning rate rises; it falls linearly to 0 in the others."""
+"""Share of the optimizer steps in which the learning rate rises; after them it falls linearly to 0."""
 GRAD_CLIP = 1.0
 HEAD_STD = 0.02
-"""Standard deviation of a new head's weights, transformers' usual initializer_range."""
+"""Standard deviation of a new head's weights: the usual initializer_range of transformers."""
 MAX_BATCH_TOKENS = 16384
-"""Padded tokens in one forward pass; larger optimizer batches accumulate gradients."""
+"""Largest number of padded tokens in a forward pass; larger optimizer batches accumulate gradients."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class TwoSampleSettings:
     """
 
     model: str
-    """Base model (Hugging Face folder or hub id) of every discriminator: the same for all students compared."""
+    """Base model (Hugging Face folder or hub id) of every discriminator; use one for all students you compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
     lr: float = 2e-5
     epochs: int = 3
     batch_pairs: int = 8
-    """Pairs of one optimizer step."""
+    """Pairs per optimizer step."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", actor_folder(self.model))
@@ -60,18 +60,18 @@ class TwoSampleSettings:
         if self.lr <= 0 or self.epochs < 1 or self.batch_pairs < 1:
             raise ValueError(
                 f"two-sample test with lr {self.lr}, {self.epochs} epochs and batches of {self.batch_pairs} pairs: "
-                "expected all of them above 0"
+                "expected all of them to be above 0"
             )
         if has_score_head(self.model):
             raise ValueError(
-                f"{self.model} has a score head: it is a trained discriminator, which is not neutral. "
+                f"{self.model} has a score head, so it is a trained discriminator and not neutral. "
                 "Fix: pass a base model"
             )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids (prompt and answer) of one student answer and of the teacher's; ``prompt`` tells prompts apart."""
+    """Token ids (prompt and answer) of a student's and the teacher's answer; ``prompt`` identifies the prompt."""
 
     prompt: str
     student: list[int]
@@ -125,7 +125,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
-    """Answers as token ids of the base model: prompt, text, and the end of turn unless the answer was cut."""
+    """Tokenize answers for the base model: prompt, text, and the end of turn unless the answer was cut."""
     import recipe.gad.plugin  # noqa: F401  (activates the overlay)
     from verl.utils import hf_tokenizer
     from verl.workers.rollout.teacher_trajectory import (
@@ -151,7 +151,7 @@ def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
 
 
 def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
-    """Positions of the pairs of random halves of the prompts; all pairs of one prompt are in the same half."""
+    """Split the pairs (their positions) into random halves by prompt: all pairs of a prompt are in the same half."""
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(seed).shuffle(prompts)
     first = set(prompts[: len(prompts) // 2])
@@ -160,7 +160,7 @@ def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
 
 
 def area_under_curve(student_scores, teacher_scores) -> float:
-    """Probability that a teacher's answer scores above a student's, whatever their prompts; ties count one half."""
+    """Probability that a teacher's answer scores above a student's of any prompt; ties count one half."""
     import torch
 
     students = student_scores.sort().values
@@ -170,7 +170,7 @@ def area_under_curve(student_scores, teacher_scores) -> float:
 
 
 def _held_out(base, pairs: Sequence[Pair], settings: TwoSampleSettings, seed: int) -> tuple[list[float], float]:
-    """1.0, 0.5 or 0.0 for every pair, by the discriminator that did not see its prompt, and the mean AUC."""
+    """Verdicts (1.0, 0.5 or 0.0) on all pairs by the discriminator that did not see their prompt; and the mean AUC."""
     from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 
     first, second = halves(pairs, seed)
@@ -214,7 +214,7 @@ def fresh_discriminator(base, seed: int):
 
 
 def _last_token_values(model, sequences: Sequence[Sequence[int]]):
-    """Scores (B,) in float32; padded on the right, which a causal model does not see."""
+    """Scores (B,) in float32; padding is on the right, where a causal model does not see it."""
     import torch
 
     width = max(map(len, sequences))
@@ -227,7 +227,7 @@ def _last_token_values(model, sequences: Sequence[Sequence[int]]):
 
 
 def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[range]:
-    """Runs of neighbouring items whose padded size (items x longest) stays within ``max_tokens``; at least one item."""
+    """Runs of neighboring items whose padded size (items x longest) stays within ``max_tokens``; at least one item."""
     start, longest = 0, 0
     for position, length in enumerate(lengths):
         longest = max(longest, length)

@@ -209,3 +209,12 @@ def _read_yaml(path: Path, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__} as Hydra writes it")
     return value
+
+
+def recorded_config(run_dir: str | Path) -> dict[str, Any]:
+    """Configuration of a run as Hydra recorded it, interpolations unresolved; empty if Hydra left no record.
+
+    Raises:
+        ValueError: the record is not YAML, or not a mapping.
+    """
+    return _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml", dict)

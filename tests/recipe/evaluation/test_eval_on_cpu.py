@@ -19,6 +19,7 @@ from recipe.gad.evaluation.sampling import (
     make_answers,
     read_answers,
     read_settings,
+    recorded_settings,
 )
 from recipe.gad.evaluation.scores import compare, format_table, read_scores
 from recipe.gad.run.checkpoint import actor_folder
@@ -228,6 +229,67 @@ def test_hub_ids_stay_and_missing_folders_are_errors(tmp_path):
             actor_folder(missing)
     with pytest.raises(ValueError, match="holds no model"):
         actor_folder(str(tmp_path))
+
+
+# ---------------------------------------------------------------------- what a run records
+
+RUN_CONFIG = """
+data:
+  max_prompt_length: 14
+  max_response_length: 5
+  prompt_key: content
+  teacher_key: null
+  apply_chat_template_kwargs: {enable_thinking: false}
+actor_rollout_ref:
+  rollout:
+    temperature: 1.0
+    val_kwargs: {temperature: "${oc.select:data.unknown,0.7}"}
+"""
+
+
+@pytest.fixture
+def run_folder(tiny_problem, tmp_path):
+    """A run with one checkpoint and Hydra's record."""
+    shutil.copytree(tiny_problem / "model", tmp_path / "run/global_step_2/actor/huggingface")
+    (tmp_path / "run/hydra/.hydra").mkdir(parents=True)
+    (tmp_path / "run/hydra/.hydra/config.yaml").write_text(RUN_CONFIG)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("inside", ["", "global_step_2", "global_step_2/actor", "global_step_2/actor/huggingface"])
+def test_a_run_and_its_checkpoints_give_the_settings_of_its_validation(run_folder, inside):
+    recorded = {
+        "temperature": 0.7,
+        "max_prompt_length": 14,
+        "max_response_length": 5,
+        "prompt_key": "content",
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert recorded_settings(str(run_folder / inside)) == (run_folder, recorded)
+
+
+def test_other_models_record_nothing(tiny_problem):
+    assert recorded_settings(str(tiny_problem / "model")) == (None, {})
+    assert recorded_settings("owner/name") == (None, {})
+
+
+def test_the_command_takes_what_the_run_records_and_flags_win(run_folder, tiny_problem, tmp_path, capsys):
+    data = ["--val_files", tiny_problem / "val.parquet", "--output_dir", tmp_path / "eval"]
+    assert gad("eval", "--model", run_folder, *data, "--max_response_length", "6") == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("from the configuration")]
+    assert line.startswith(f"from the configuration of {run_folder}: temperature 0.7, max_prompt_length 14, prompt_key")
+    assert "max_response_length" not in line
+    made = read_settings(tmp_path / "eval")
+    assert (made["temperature"], made["max_prompt_length"], made["max_response_length"]) == (0.7, 14, 6)
+    assert made["chat_template_kwargs"] == {"enable_thinking": False}
+    assert made["teacher_key"] == Settings.teacher_key
+
+
+def test_an_unreadable_record_is_an_error(run_folder, tiny_problem, tmp_path, capsys):
+    (run_folder / "hydra/.hydra/config.yaml").write_text("data: [")
+    data = ["--val_files", tiny_problem / "val.parquet", "--output_dir", tmp_path / "eval"]
+    assert gad("eval", "--model", run_folder, *data) == 2
+    assert "config.yaml is not readable YAML" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- the command

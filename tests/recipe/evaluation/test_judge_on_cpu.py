@@ -169,9 +169,9 @@ def test_nothing_is_asked_twice(chat_server, tmp_path):
     assert len(chat_server.bodies) == 4
     run(chat_server, tmp_path, [*pairs, Candidates(9, CONVERSATION, "new", "newer")])
     assert len(chat_server.bodies) == 6
-    run(chat_server, tmp_path, pairs, extra={"temperature": 0})  # another request
+    run(chat_server, tmp_path, pairs, extra={"temperature": 0.5})  # another request
     assert len(chat_server.bodies) == 10
-    assert chat_server.bodies[-1]["temperature"] == 0
+    assert chat_server.bodies[-1]["temperature"] == 0.5
 
 
 def test_replies_before_a_crash_are_kept_and_a_torn_line_is_asked_again(chat_server, tmp_path):
