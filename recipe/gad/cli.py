@@ -18,6 +18,7 @@ from recipe.gad.commands.collect import collect
 from recipe.gad.commands.doctor import doctor
 from recipe.gad.commands.export import export
 from recipe.gad.commands.prepare import prepare
+from recipe.gad.commands.referee import referee
 from recipe.gad.commands.report import report
 from recipe.gad.commands.watch import watch
 
@@ -49,6 +50,7 @@ app.command()(doctor)
 app.command()(watch)
 app.command()(report)
 app.add_typer(eval_command.app, name="eval")
+app.command()(referee)
 app.command()(export)
 
 

@@ -60,7 +60,7 @@ def rouge_l(answer: dict[str, Any]) -> float:
     return compute_score(answer["data_source"], answer["student"], answer["teacher"])["rouge_l"]
 
 
-def _answer_metrics(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
+def answer_metrics(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
     """(metric, side) -> value of one answer."""
     metrics = {("rouge_l", "student"): rouge_l(answer)}
     for side in ("student", "teacher"):
@@ -73,7 +73,7 @@ def _answer_metrics(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
 def text_metrics(answers: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, dict[str, Estimate]]:
     """Metric -> side ("student", and "teacher" where it has one) -> estimate, from the lines of ``answers.jsonl``."""
     prompts = [answer["index"] for answer in answers]
-    rows = [_answer_metrics(answer) for answer in answers]
+    rows = [answer_metrics(answer) for answer in answers]
     estimates = prompt_means(prompts, [list(row.values()) for row in rows], seed)
     metrics: dict[str, dict[str, Estimate]] = {}
     for (name, side), estimate in zip(rows[0], estimates, strict=True):

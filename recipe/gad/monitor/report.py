@@ -345,6 +345,18 @@ def step_phases(runs: Sequence[Run]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
+def page_template(file: Path) -> Any:
+    """Jinja template of a self-contained page; ``style`` in it is the style sheet that all pages share."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.globals["style"] = Markup(Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
+    return environment.from_string(file.read_text(encoding="utf-8"))
+
+
 def write_report(folders: Sequence[str | Path], output: str | Path = "report.html") -> list[Run]:
     """Write the report of the given runs, and its pictures (light) as PNGs beside it in ``<name of output>_png/``.
 
@@ -358,7 +370,6 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
     Raises:
         ValueError: a folder holds no run, or ``output`` is a folder; nothing is written.
     """
-    import jinja2
     from tqdm import tqdm
 
     runs, output = find_runs(folders), Path(output)
@@ -378,10 +389,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         write_atomically(png_path, pictures["light"])
         drawn[section].append((panel, {theme: base64.b64encode(png).decode() for theme, png in pictures.items()}))
 
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    template = page_template(Path(__file__).with_name("report.html.j2"))
     page = template.render(
         runs=runs,
         summary=_summary(runs),
