@@ -25,8 +25,9 @@ ALLOWED = {
     "export": {"verl", "run"},
     "monitor": {"run"},
     "quickstart": {"run"},
+    "referee": {"run", "monitor", "evaluation"},  # it evaluates with `gad eval` and draws like `gad report`
     # the command line: a module of arguments for each tool
-    "commands": {"run", "data", "doctor", "monitor", "evaluation", "export", "openai_client"},
+    "commands": {"run", "data", "doctor", "monitor", "evaluation", "export", "openai_client", "referee"},
     "cli": {"commands"},
     # the delta: tools may import it; of recipe/gad it needs what they share, and the CPU rollout that it registers
     "verl": {"run", "cpu"},
