@@ -153,7 +153,7 @@ def trainer_class():
     from omegaconf import open_dict
     from tensordict import TensorDict
 
-    from verl.trainer.ppo.v1.gad_rows import Group
+    from recipe.gad.training.rows import Group
     from verl.trainer.ppo.v1.trainer_gad import PPOTrainerGAD
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
     from verl.workers.critic.dp_critic import SCORING_FIELDS, DataParallelPPOCritic

@@ -26,7 +26,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pytest_arguments=()
 if [[ "${1:-}" == "--fast" ]]; then
     shift
-    pytest_arguments=(-m "not slow and not ray" tests/unit tests/recipe/test_wings_on_cpu.py)
+    pytest_arguments=(-m "not slow and not ray" tests/unit tests/recipe/training tests/recipe/test_wings_on_cpu.py)
     while [[ $# -gt 0 && "$1" != -* ]]; do
         if [[ ! -d "tests/recipe/$1" ]]; then
             wings="$(cd tests/recipe && echo */)"

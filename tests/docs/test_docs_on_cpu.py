@@ -150,9 +150,9 @@ def test_functions_behind_a_path_exist(doc):
 
 def test_the_algorithm_page_names_functions_of_each_part():
     files = {path for path, name in paths_in(ROOT / "docs/algorithm.md") if name}
-    assert {f"verl/{part}.py" for part in (
-        "trainer/ppo/core_algos", "trainer/ppo/v1/trainer_gad", "workers/critic/dp_critic", "workers/actor/dp_actor",
-        "workers/rollout/teacher_trajectory",
+    assert {f"{part}.py" for part in (
+        "verl/trainer/ppo/core_algos", "verl/trainer/ppo/v1/trainer_gad", "verl/workers/critic/dp_critic",
+        "verl/workers/actor/dp_actor", "recipe/gad/training/trajectory",
     )} <= files  # fmt: skip
 
 

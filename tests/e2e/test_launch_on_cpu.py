@@ -345,7 +345,6 @@ def cpu_only_plugin(site: Path) -> dict[str, str]:
         "workers/engine/fsdp/transformer_impl.py",
         "workers/rollout/base.py",
         "workers/rollout/replica.py",
-        "workers/rollout/teacher_trajectory.py",
         "experimental/agent_loop/single_turn_agent_loop.py",
     ]
     for name in cpu_parts:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transfer_queue as tq
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-from verl.trainer.ppo.v1.gad_rows import filler, sample_order
+from recipe.gad.training.rows import filler, sample_order
 from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
 
 KL_FORMULAS = {  # float64 estimates of KL(policy || reference) per token

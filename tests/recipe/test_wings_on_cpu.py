@@ -18,10 +18,11 @@ ALLOWED = {
     "openai_client": set(),
     "config": set(),
     # wings
-    "cpu": {"verl"},
-    "data": {"verl", "run", "openai_client"},
-    "doctor": {"verl", "run", "data"},  # data: the doctor counts tokens as `gad prepare` does
-    "evaluation": {"verl", "run", "openai_client", "plugin", "reward"},  # reward: ROUGE-L as in validation
+    "training": {"verl"},
+    "cpu": {"verl", "training"},
+    "data": {"run", "training", "openai_client"},
+    "doctor": {"verl", "run", "training", "data"},  # data: the doctor counts tokens as `gad prepare` does
+    "evaluation": {"verl", "run", "training", "openai_client", "plugin", "reward"},  # reward: ROUGE-L as in validation
     "export": {"verl", "run"},
     "monitor": {"run"},
     "quickstart": {"run"},
@@ -29,8 +30,8 @@ ALLOWED = {
     # the command line: a module of arguments for each tool
     "commands": {"run", "data", "doctor", "monitor", "evaluation", "export", "openai_client", "referee"},
     "cli": {"commands"},
-    # the delta: tools may import it; of recipe/gad it needs what they share, and the CPU rollout that it registers
-    "verl": {"run", "cpu"},
+    # the delta: tools may import it; it needs what they share, the trainer's plain code, and the CPU rollout
+    "verl": {"run", "cpu", "training"},
 }
 """Part (a wing, a module of recipe/gad, or the folder verl/) -> parts that it may import."""
 EXCEPTIONS = {("recipe/gad/run/checks.py", "plugin")}  # the check that the plugin is active has to ask the plugin

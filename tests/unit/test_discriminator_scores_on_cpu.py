@@ -8,15 +8,15 @@ from tensordict import TensorDict
 from transformers import AutoModelForTokenClassification
 
 from recipe.gad.quickstart.problem import tiny_llama
-from verl.utils.metric import Metric
-from verl.workers.critic.dp_critic import discriminator_loss, largest_divisor, last_token_scores
-from verl.workers.rollout.teacher_trajectory import (
+from recipe.gad.training.trajectory import (
     build_prompt_ids,
     build_teacher_trajectory,
     end_of_turn_ids,
     stop_token_ids,
     tokenize_teacher,
 )
+from verl.utils.metric import Metric
+from verl.workers.critic.dp_critic import discriminator_loss, largest_divisor, last_token_scores
 
 
 def jagged(rows):

@@ -27,11 +27,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from recipe.gad.training.trajectory import stop_token_ids
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
-from verl.workers.rollout.teacher_trajectory import stop_token_ids
 
 __all__ = ["HFReplica", "HFServer", "SeededSampling", "ServerAdapter"]
 

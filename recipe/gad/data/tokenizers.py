@@ -15,7 +15,7 @@ def token_counter(tokenizer: Any, apply_chat_template_kwargs: dict | None = None
     """
     from jinja2 import TemplateError
 
-    from verl.workers.rollout.teacher_trajectory import (
+    from recipe.gad.training.trajectory import (
         build_prompt_ids,
         end_of_turn_ids,
         stop_token_ids,

@@ -203,7 +203,7 @@ def turn_end(tokenizer: Any, template_kwargs: dict) -> TurnEnd:
         ValueError: the tokenizer names no end token.
         jinja2.TemplateError: the template refuses a question and its answer.
     """
-    from verl.workers.rollout.teacher_trajectory import end_of_turn_ids, stop_token_ids, turn_suffix_ids
+    from recipe.gad.training.trajectory import end_of_turn_ids, stop_token_ids, turn_suffix_ids
 
     stops = stop_token_ids(tokenizer)
     template = turn_suffix_ids(tokenizer, template_kwargs)

@@ -254,9 +254,9 @@ def load_rows(settings: Settings) -> TokenizedRows:
     from omegaconf import OmegaConf
 
     import recipe.gad.plugin  # noqa: F401  (activates the overlay)
+    from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids, stop_token_ids
     from verl.utils import hf_tokenizer
     from verl.utils.dataset.rl_dataset import RLHFDataset
-    from verl.workers.rollout.teacher_trajectory import TEACHER_IDS, build_prompt_ids, stop_token_ids
 
     tokenizer = hf_tokenizer(settings.model)
     config = OmegaConf.create(

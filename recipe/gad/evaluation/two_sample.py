@@ -127,13 +127,13 @@ def _spread(values: Sequence[float]) -> float:
 def tokenize_pairs(answers: Sequence[dict[str, Any]], model: str) -> list[Pair]:
     """Tokenize answers for the base model: prompt, text, and the end of turn unless the answer was cut."""
     import recipe.gad.plugin  # noqa: F401  (activates the overlay)
-    from verl.utils import hf_tokenizer
-    from verl.workers.rollout.teacher_trajectory import (
+    from recipe.gad.training.trajectory import (
         build_prompt_ids,
         end_of_turn_ids,
         stop_token_ids,
         tokenize_teacher,
     )
+    from verl.utils import hf_tokenizer
 
     tokenizer = hf_tokenizer(model)
     end_ids = end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))

@@ -9,9 +9,9 @@ import datasets
 import torch
 
 from recipe.gad.run.data_file import check_data_file, find_teacher, teacher_text
+from recipe.gad.training import trajectory as teacher
+from recipe.gad.training.trajectory import TEACHER_IDS, TEACHER_TEXT
 from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
-from verl.workers.rollout import teacher_trajectory as teacher
-from verl.workers.rollout.teacher_trajectory import TEACHER_IDS, TEACHER_TEXT
 
 __all__ = ["RLHFDataset"]
 

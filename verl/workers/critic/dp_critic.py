@@ -20,12 +20,12 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
+from recipe.gad.training.trajectory import PAIR_WEIGHT, ROW_NUMBER
 from verl.trainer.ppo.core_algos import compute_grouped_discriminator_loss
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.config import CriticConfig
-from verl.workers.rollout.teacher_trajectory import PAIR_WEIGHT, ROW_NUMBER
 from verl.workers.utils.losses import value_loss
 
 __all__ = ["DataParallelPPOCritic", "data_parallel_size", "discriminator_loss", "last_token_scores", "largest_divisor"]

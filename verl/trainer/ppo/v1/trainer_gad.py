@@ -26,8 +26,9 @@ from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
-from verl.trainer.ppo.v1 import gad_rows
-from verl.trainer.ppo.v1.gad_rows import Group, Row, Trajectory
+from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.rows import Group, Row, Trajectory
+from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -37,7 +38,6 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.actor.dp_actor import imitation_loss, on_policy_loss
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, data_parallel_size, largest_divisor
-from verl.workers.rollout.teacher_trajectory import TEACHER_IDS, build_prompt_ids
 from verl.workers.utils.losses import ppo_loss
 
 __all__ = ["PPOTrainerGAD", "PPOTrainerSeqKD", "PPOTrainerWarmup"]

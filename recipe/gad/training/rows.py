@@ -1,9 +1,8 @@
-"""New: the rows of one GAD step as plain data. The trainer reads and writes TransferQueue; this file computes.
+"""The rows of one GAD step as plain data. The trainer reads and writes TransferQueue; this file computes.
 
     student keys -> groups [teacher, s_1, ..., s_n] -> ranks and mini-batches -> a weight for every pair
 
 It is apart from the trainer so that the rules about rows can be tested without Ray.
-Goes when: verl ships a GAD trainer.
 """
 
 import random
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from recipe.gad.training import trajectory as names
+from recipe.gad.training.trajectory import build_teacher_trajectory, split_key
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
-from verl.workers.rollout import teacher_trajectory as names
-from verl.workers.rollout.teacher_trajectory import build_teacher_trajectory, split_key
 
 Trajectory = dict[str, torch.Tensor]
 

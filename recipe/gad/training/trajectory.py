@@ -1,9 +1,8 @@
-"""New: the teacher's answer as token ids and as a trajectory beside the student's rollouts, and the names of GAD's
-rows and fields in TransferQueue.
+"""The teacher's answer as token ids and as a trajectory beside the student's rollouts, and the names of GAD's rows
+and fields in TransferQueue.
 
 vLLM, SGLang and the Hugging Face replica need the same teacher trajectory, and no engine should know about it: it
 depends only on the prompt ids that the student really got and on the teacher's token ids.
-Goes when: verl can insert a given response as a rollout.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The rows of a GAD step (verl/trainer/ppo/v1/gad_rows.py): expected values by hand, nothing of Ray."""
+"""The rows of a GAD step (recipe/gad/training/rows.py): expected values by hand, nothing of Ray."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl.trainer.ppo.v1 import gad_rows, trainer_gad
-from verl.trainer.ppo.v1.gad_rows import Group, Row
-from verl.workers.rollout.teacher_trajectory import filler_key, split_key, teacher_key
+from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.rows import Group, Row
+from recipe.gad.training.trajectory import filler_key, split_key, teacher_key
+from verl.trainer.ppo.v1 import trainer_gad
 
 
 def update(mini_batch, shuffle=False, seed=1):

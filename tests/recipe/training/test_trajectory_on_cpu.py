@@ -1,12 +1,11 @@
-"""The teacher's answer as token ids (verl/workers/rollout/teacher_trajectory.py), on real tokenizers."""
+"""The teacher's answer as token ids (recipe/gad/training/trajectory.py), on real tokenizers."""
 
 import logging
 
 import pytest
 import torch
 
-from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
-from verl.workers.rollout.teacher_trajectory import (
+from recipe.gad.training.trajectory import (
     build_prompt_ids,
     build_teacher_trajectory,
     cut_teacher,
@@ -15,8 +14,9 @@ from verl.workers.rollout.teacher_trajectory import (
     teacher_tensors,
     tokenize_teacher,
 )
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
-LOGGER = "verl.workers.rollout.teacher_trajectory"
+LOGGER = "recipe.gad.training.trajectory"
 QUESTION = [{"role": "user", "content": "say hello"}]
 TURNS = "{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}\n{% else %}A: {{ m.content }}"
 """A template up to the end of an assistant turn."""
