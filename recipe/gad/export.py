@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.gad.run.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
+from recipe.gad.run.findings import InputError
 
 ROLES = ("actor", "critic")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -53,12 +54,12 @@ def find_sources(checkpoint: str | Path, role: str | None, count: int = 1) -> tu
     """
     path = Path(os.path.abspath(Path(checkpoint).expanduser()))
     if role is not None and role not in ROLES:
-        raise ValueError(f"--role {role}: expected {' or '.join(ROLES)}. Fix: pass --role actor")
+        raise InputError(f"--role {role}: expected {' or '.join(ROLES)}", fix="pass --role actor")
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder. Fix: pass a run's output folder or a global_step_N folder")
+        raise InputError(f"{path}: no such folder", fix="pass a run's output folder or a global_step_N folder")
     of_role = path.name in ROLES and (path / "huggingface").is_dir()
     if of_role and role not in (None, path.name):
-        raise ValueError(f"{path} is the {path.name}'s, and --role is {role}. Fix: pass {path.parent}")
+        raise InputError(f"{path} is the {path.name}'s, and --role is {role}", fix=f"pass {path.parent}")
     role = role or (path.name if of_role else "actor")
     usable, skipped = first_usable(role_folders(path, role), source_problems, count)
     if len(usable) == count:
@@ -66,17 +67,17 @@ def find_sources(checkpoint: str | Path, role: str | None, count: int = 1) -> tu
     if usable:
         steps = ", ".join(folder.parent.name for folder in usable)
         and_skipped = f"; skipped: {'; '.join(skipped)}" if skipped else ""
-        raise ValueError(
-            f"--average {count}: {path} has {len(usable)} complete checkpoints of the {role} ({steps}{and_skipped}). "
-            "Fix: pass the run's output folder or a smaller number, or keep more checkpoints in training "
-            f"(trainer.save_freq, trainer.max_{role}_ckpt_to_keep)"
+        raise InputError(
+            f"--average {count}: {path} has {len(usable)} complete checkpoints of the {role} ({steps}{and_skipped})",
+            fix="pass the run's output folder or a smaller number, or keep more checkpoints in training "
+            f"(trainer.save_freq, trainer.max_{role}_ckpt_to_keep)",
         )
     if skipped:
-        raise ValueError(f"{path} cannot be exported: {'; '.join(skipped)}. Fix: choose another checkpoint")
+        raise InputError(f"{path} cannot be exported: {'; '.join(skipped)}", fix="choose another checkpoint")
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    raise ValueError(
-        f"{path} holds no checkpoint of the {role} (found: {found}). Fix: pass a run's output folder, a "
-        f"global_step_N folder, or its {role} folder"
+    raise InputError(
+        f"{path} holds no checkpoint of the {role} (found: {found})",
+        fix=f"pass a run's output folder, a global_step_N folder, or its {role} folder",
     )
 
 
@@ -156,9 +157,10 @@ def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | Non
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
-            raise ValueError(
-                f"the weights of {folder} do not fit {type(model).__name__} ({what}: {some}). Fix: pass the right "
-                "--role. A run with save_lora_only=True cannot be exported: it saves only the adapter"
+            raise InputError(
+                f"the weights of {folder} do not fit {type(model).__name__} ({what}: {some})",
+                fix="pass the right --role. A run with save_lora_only=True cannot be exported: "
+                "it saves only the adapter",
             )
     return model.eval(), adapter
 
@@ -176,9 +178,10 @@ def load_average(folders: list[Path], role: str, scratch: Path) -> tuple[Any, Pa
 
     model, adapter = load_source(folders[0], role, scratch)
     if adapter is not None and len(folders) > 1:
-        raise ValueError(
+        raise InputError(
             f"--average {len(folders)}: {folders[0]} was trained with LoRA, and averaged adapters are not the "
-            "averaged models. Fix: export without --average"
+            "averaged models",
+            fix="export without --average",
         )
     for count, folder in enumerate(folders[1:], start=2):
         with tempfile.TemporaryDirectory(dir=scratch) as joined, torch.no_grad():
@@ -208,9 +211,9 @@ def _cast_parameters(model: Any, dtype: Any) -> Any:
 def _require_same(found: Any, expected: Any, what: str) -> None:
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= TOLERANCE * max(1.0, scale):
-        raise ValueError(
-            f"{what}: outputs differ by {difference:.3g} (largest output {scale:.3g}); nothing was written. "
-            "Fix: choose another checkpoint; if its outputs differ too, report it as a bug"
+        raise InputError(
+            f"{what}: outputs differ by {difference:.3g} (largest output {scale:.3g}); nothing was written",
+            fix="choose another checkpoint; if its outputs differ too, report it as a bug",
         )
 
 
@@ -245,20 +248,20 @@ def export_model(
     from transformers import AutoTokenizer
 
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: expected {', '.join(DTYPES)}. Fix: pass --dtype {DEFAULT_DTYPE}")
+        raise InputError(f"--dtype {dtype}: expected {', '.join(DTYPES)}", fix=f"pass --dtype {DEFAULT_DTYPE}")
     if lora not in LORA_CHOICES:
-        raise ValueError(f"--lora {lora}: expected {' or '.join(LORA_CHOICES)}. Fix: pass --lora {DEFAULT_LORA}")
+        raise InputError(f"--lora {lora}: expected {' or '.join(LORA_CHOICES)}", fix=f"pass --lora {DEFAULT_LORA}")
     target = Path(os.path.abspath(Path(output).expanduser()))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists. Fix: pass a new --output_dir, or remove this one")
+        raise InputError(f"{target} exists", fix="pass a new --output_dir, or remove this one")
     if average < 1:
-        raise ValueError(f"--average {average}: expected 1 or more. Fix: pass --average 3")
+        raise InputError(f"--average {average}: expected 1 or more", fix="pass --average 3")
     folders, role = find_sources(checkpoint, role, average)
     folder = folders[0]
     if verify_hf_folder(folder / "huggingface") and dtype != MERGER_DTYPE:
-        raise ValueError(
-            f"--dtype {dtype}: {folder} has only FSDP shards, and verl's merger writes them in {MERGER_DTYPE}. "
-            f"Fix: pass --dtype {MERGER_DTYPE}, or train without LoRA and with hf_model in checkpoint.save_contents"
+        raise InputError(
+            f"--dtype {dtype}: {folder} has only FSDP shards, and verl's merger writes them in {MERGER_DTYPE}",
+            fix=f"pass --dtype {MERGER_DTYPE}, or train without LoRA and with hf_model in checkpoint.save_contents",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -297,7 +300,7 @@ def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, d
 
 def _write_adapter(model: Any, adapter: Path | None, folder: Path, result: Path) -> None:
     if adapter is None:
-        raise ValueError(f"--lora adapter: {folder} was trained without LoRA. Fix: drop --lora adapter")
+        raise InputError(f"--lora adapter: {folder} was trained without LoRA", fix="drop --lora adapter")
     shutil.copytree(adapter, result)
     _with_adapter(model, result)
 
@@ -313,7 +316,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     wrong = {name for name in {*stored, *loaded} if name not in stored or name not in loaded}
     wrong |= {name for name in stored if name not in wrong and not loaded[name].equal(stored[name].to(loaded[name]))}
     if wrong:
-        raise ValueError(
-            f"the checkpoint's adapter does not fit its model ({min(wrong)}). Fix: choose another checkpoint"
+        raise InputError(
+            f"the checkpoint's adapter does not fit its model ({min(wrong)})", fix="choose another checkpoint"
         )
     return joined

@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from recipe.gad.run.findings import InputError
+
 T = TypeVar("T")
 
 API_KEY_ENV = "OPENAI_API_KEY"
@@ -93,7 +95,9 @@ class ChatClient:
             raise ValueError(f"timeout={timeout}: expected seconds above 0")
         key = os.environ.get(api_key_env)
         if not key and (base_url is None or api_key_env != API_KEY_ENV):
-            raise ValueError(f"the environment variable {api_key_env} is not set. Fix: export {api_key_env}=<API key>")
+            raise InputError(
+                f"the environment variable {api_key_env} is not set", fix=f"export {api_key_env}=<API key>"
+            )
         self._key = key
         # never None: the package would then read OPENAI_API_KEY and send it to any address
         self._client = AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)

@@ -15,11 +15,11 @@ ALLOWED = {
     # the plugin and the reward are loaded by verl in every process, so they stay light
     "plugin": set(),
     "reward": set(),
-    "openai_client": set(),
+    "openai_client": {"run"},
     "config": set(),
     # wings
-    "training": {"verl"},
-    "cpu": {"verl", "training"},
+    "training": {"verl", "run"},
+    "cpu": {"verl", "run", "training"},
     "data": {"run", "training", "openai_client"},
     "doctor": {"verl", "run", "training", "data"},  # data: the doctor counts tokens as `gad prepare` does
     "evaluation": {"verl", "run", "training", "openai_client", "plugin", "reward"},  # reward: ROUGE-L as in validation

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from recipe.gad.data import VAL_FRACTION
+from recipe.gad.run.findings import InputError
 
 
 def prepare(
@@ -78,7 +79,7 @@ def prepare(
         dataset = sources[0] if sources else public.dataset
         sources, val_sources = [f"{dataset}:{public.train_split}"], [f"{dataset}:{public.val_split}"]
     if not sources:
-        raise ValueError("no input. Fix: name files or data sets, or pass --preset lmsys-gpt5")
+        raise InputError("no input", fix="name files or data sets, or pass --preset lmsys-gpt5")
     default_prompt, default_response = default_lengths()
     result = prepare_files(
         sources,

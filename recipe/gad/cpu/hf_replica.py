@@ -27,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from recipe.gad.run.findings import InputError
 from recipe.gad.training.trajectory import stop_token_ids
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig, RolloutConfig
@@ -131,7 +132,7 @@ class HFServer:
             ValueError: the request has media.
         """
         if any(value is not None for value in media.values()):
-            raise ValueError("rollout.name=hf serves text only. Fix: use vllm or sglang for images, video and audio")
+            raise InputError("rollout.name=hf serves text only", fix="use vllm or sglang for images, video and audio")
         budget = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         max_tokens = int(sampling_params.get("max_tokens") or min(self.config.response_length, budget))
         settings = (
@@ -231,9 +232,9 @@ class HFServer:
         given = {own[name].data_ptr() for name in weights if name in own}  # tied weights arrive under one name
         missing = [name for name in result.missing_keys if own[name].data_ptr() not in given]
         if missing or result.unexpected_keys:
-            raise ValueError(
-                f"weights do not fit the rollout model: missing {missing[:5]}, unknown {result.unexpected_keys[:5]}. "
-                "Fix: with LoRA, rollout.name=hf needs actor_rollout_ref.model.lora.merge=True"
+            raise InputError(
+                f"weights do not fit the rollout model: missing {missing[:5]}, unknown {result.unexpected_keys[:5]}",
+                fix="with LoRA, rollout.name=hf needs actor_rollout_ref.model.lora.merge=True",
             )
         self.global_steps = global_steps
 
@@ -253,9 +254,10 @@ class HFReplica(RolloutReplica):
 
     async def launch_servers(self):
         if self.world_size != 1:
-            raise ValueError(
+            raise InputError(
                 f"rollout.name=hf runs in one process per replica, but tensor x data x pipeline parallel size is "
-                f"{self.world_size}. Fix: set actor_rollout_ref.rollout.tensor_model_parallel_size=1"
+                f"{self.world_size}",
+                fix="set actor_rollout_ref.rollout.tensor_model_parallel_size=1",
             )
         server = (
             ray.remote(HFServer)

@@ -26,6 +26,7 @@ from recipe.gad.data import CONCURRENCY, SAMPLES
 from recipe.gad.data.layouts import Message, Rejects, data_source_of, open_rejects, read_prompt, read_rows
 from recipe.gad.openai_client import ChatClient, Completion, RequestFailed, for_each
 from recipe.gad.run.atomic_io import JsonLog, read_object, write_atomically
+from recipe.gad.run.findings import InputError
 
 ID_BYTES = 12
 """Length of a request's hash. Among a billion requests, the chance that any two share one is 6e-12."""
@@ -138,9 +139,9 @@ async def collect_answers(
         result.rejected = rejects.count
         if not done:
             if not to_do:
-                raise ValueError(
-                    f"no prompt in {', '.join(inputs)} ({rejects.count} rows rejected). Fix: read the reasons above, "
-                    "or name the prompt's column with --prompt_key"
+                raise InputError(
+                    f"no prompt in {', '.join(inputs)} ({rejects.count} rows rejected)",
+                    fix="read the reasons above, or name the prompt's column with --prompt_key",
                 )
             write_atomically(out.with_suffix(".settings.json"), json.dumps(asdict(settings), indent=2) + "\n")
 
@@ -247,13 +248,13 @@ def _why_unusable(completion: Completion) -> str | None:
 def _check_same_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError if the answers were collected with other settings."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing, so these answers' settings are unknown. Fix: choose another --output")
-    before = read_object(path, ". Fix: choose another --output")
+        raise InputError(f"{path} is missing, so these answers' settings are unknown", fix="choose another --output")
+    before = read_object(path, "choose another --output")
     changed = [
         f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
     ]
     if changed:
-        raise ValueError(
-            f"{path}: these answers were collected with other settings ({'; '.join(changed)}). "
-            "Fix: use the same settings, or choose another --output"
+        raise InputError(
+            f"{path}: these answers were collected with other settings ({'; '.join(changed)})",
+            fix="use the same settings, or choose another --output",
         )

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.gad.run.data_file import json_rows, prompt_problem, teacher_problem, teacher_text
+from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import HUB_ID
 
 PROMPT_KEYS = ("content", "messages", "conversations", "prompt", "instruction", "question", "query")
@@ -99,7 +100,7 @@ def read_rows(source: str) -> Iterator[Row]:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in FILE_ENDINGS:
-            raise ValueError(f"{path}: unknown ending {path.suffix!r}. Fix: convert it to {', '.join(FILE_ENDINGS)}")
+            raise InputError(f"{path}: unknown ending {path.suffix!r}", fix=f"convert it to {', '.join(FILE_ENDINGS)}")
         rows = _FILE_READERS.get(path.suffix, json_rows)(path)
         try:
             for number, (value, problem) in enumerate(rows):
@@ -110,7 +111,7 @@ def read_rows(source: str) -> Iterator[Row]:
     name, _, split = (source, "", "") if path.exists() else source.partition(":")
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
-        raise ValueError(f"{source}: no such file or folder. Fix: correct the path, or name a data set as owner/name")
+        raise InputError(f"{source}: no such file or folder", fix="correct the path, or name a data set as owner/name")
     yield from _dataset_rows(str(folder) if folder.is_dir() else name, split or None)
 
 
@@ -122,7 +123,7 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
         found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
         splits = found if isinstance(found, dict) else {"train": found}
         if split is not None and split not in splits:
-            raise ValueError(f"no split {split!r}. Fix: choose from {', '.join(splits)}")
+            raise InputError(f"no split {split!r}", fix=f"choose from {', '.join(splits)}")
         for key in [split] if split is not None else list(splits):
             for number, value in enumerate(splits[key]):
                 yield Row(f"{name}:{key}", Path(name).name, number, value)
@@ -137,7 +138,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Any, None]]:
             for batch in parquet.iter_batches(READ_ROWS):
                 yield from ((row, None) for row in batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"is not a readable parquet file ({error}). Fix: write the file again") from None
+        raise InputError(f"is not a readable parquet file ({error})", fix="write the file again") from None
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
@@ -150,7 +151,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
                 problem = None if cells is None else f"has {len(row) + len(cells)} cells, the header has {len(row)}"
                 yield row, problem
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"is not a readable CSV file ({error}). Fix: write the file again as UTF-8") from None
+            raise InputError(f"is not a readable CSV file ({error})", fix="write the file again as UTF-8") from None
 
 
 def _text_rows(file: Path) -> Iterator[tuple[Any, None]]:
@@ -329,7 +330,7 @@ class Rejects:
         """
         where = f"{row.file}, row {row.number}: {reason}"
         if self._strict:
-            raise ValueError(f"{where}. Fix: repair or drop the row, or run without --strict")
+            raise InputError(where, fix="repair or drop the row, or run without --strict")
         self.count += 1
         if self.count <= SHOWN_REJECTS:
             print(f"rejected: {where}", file=sys.stderr)

@@ -25,6 +25,7 @@ from recipe.gad.data import VAL_FRACTION
 from recipe.gad.data.layouts import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
 from recipe.gad.data.tokenizers import TokenCounter, token_counter
 from recipe.gad.run.data_file import BATCH_ROWS
+from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
@@ -116,7 +117,7 @@ def prepare_files(
     finals = [out_dir / name for name in (TRAIN, VAL, REJECTS)]
     existing = [str(path) for path in finals if path.exists()]
     if existing and not overwrite:
-        raise ValueError(f"{', '.join(existing)}: already there. Fix: choose another --output_dir, or add --overwrite")
+        raise InputError(f"{', '.join(existing)}: already there", fix="choose another --output_dir, or add --overwrite")
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare.", dir=out_dir) as folder:
         written = [Path(folder) / path.name for path in finals]
@@ -168,15 +169,15 @@ def _read_sources(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, b
 
 def _check_not_empty(result: Prepared, val_wanted: bool) -> None:
     if result.train.rows == 0:
-        raise ValueError(
+        raise InputError(
             f"no training row is left of {result.rows} rows ({result.rejected} rejected, {result.duplicates} "
-            f"duplicates, {result.val.rows} for validation). Fix: read the reasons above, or name the columns with "
-            "--prompt_key and --teacher_key"
+            f"duplicates, {result.val.rows} for validation)",
+            fix="read the reasons above, or name the columns with --prompt_key and --teacher_key",
         )
     if val_wanted and result.val.rows == 0:
-        raise ValueError(
-            f"no row of {result.train.rows} went to validation. Fix: choose a larger --val_fraction, name "
-            "--val_inputs, or pass --val_fraction 0 for no validation file"
+        raise InputError(
+            f"no row of {result.train.rows} went to validation",
+            fix="choose a larger --val_fraction, name --val_inputs, or pass --val_fraction 0 for no validation file",
         )
 
 
@@ -239,7 +240,7 @@ def student_token_counter(path: str) -> TokenCounter:
     """
     tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {path} has no chat template. Fix: name the folder of the student itself")
+        raise InputError(f"the tokenizer of {path} has no chat template", fix="name the folder of the student itself")
     return token_counter(tokenizer)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from recipe.gad.evaluation.intervals import prompt_means
 from recipe.gad.openai_client import ChatClient, RequestFailed, for_each
 from recipe.gad.run.atomic_io import JsonLog
+from recipe.gad.run.findings import InputError
 
 REPLIES = "judge.jsonl"
 MODES = ("pairwise", "score", "both")
@@ -280,9 +281,10 @@ class _Counts:
 def _intervals(rows: Sequence[tuple], counts: _Counts, seed: int) -> list[dict[str, float]]:
     """Estimates of all columns but the first, which is the index of the prompt."""
     if not rows:
-        raise ValueError(
+        raise InputError(
             f"the judge gave no verdict: {counts.failed} requests failed and {counts.unparsable} replies could not be "
-            f"read (see {REPLIES}). Fix: use another judge, or let it write longer answers"
+            f"read (see {REPLIES})",
+            fix="use another judge, or let it write longer answers",
         )
     estimates = prompt_means([index for index, *_ in rows], [values for _, *values in rows], seed)
     return [asdict(estimate) for estimate in estimates]

@@ -26,6 +26,7 @@ from typing import Any
 
 from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.checkpoint import TOKENIZER_FILES, actor_folder
+from recipe.gad.run.findings import InputError
 from recipe.gad.run.log import recorded_config
 
 ANSWERS = "answers.jsonl"
@@ -62,7 +63,7 @@ class Settings:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend {self.backend!r}: expected one of {', '.join(BACKENDS)}")
         if self.backend == "vllm" and not importlib.util.find_spec("vllm"):
-            raise ValueError('backend vllm: not installed. Fix: pip install "verl-gad[vllm]", or --backend hf')
+            raise InputError("backend vllm: not installed", fix='pip install "verl-gad[vllm]", or --backend hf')
         if self.temperature < 0 or (self.temperature == 0 and self.n > 1):
             raise ValueError(
                 f"temperature {self.temperature} with n={self.n}: expected above 0, or 0 (greedy) with n=1"
@@ -147,8 +148,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / SETTINGS
     if not path.is_file():
-        raise ValueError(f"{folder} is no evaluation folder: it has no {SETTINGS}. Fix: run gad eval first")
-    return read_object(path, ". Fix: run gad eval --overwrite")
+        raise InputError(f"{folder} is no evaluation folder: it has no {SETTINGS}", fix="run gad eval first")
+    return read_object(path, "run gad eval --overwrite")
 
 
 def read_answers(folder: str | Path) -> list[dict[str, Any]]:
@@ -161,14 +162,14 @@ def read_answers(folder: str | Path) -> list[dict[str, Any]]:
 
     path = Path(folder) / ANSWERS
     if not path.is_file():
-        raise ValueError(f"{folder} has no {ANSWERS}. Fix: run gad eval first")
+        raise InputError(f"{folder} has no {ANSWERS}", fix="run gad eval first")
     answers = []
     for row, problem in json_rows(path):
         if problem is not None:
-            raise ValueError(f"{path} {problem}. Fix: run gad eval --overwrite")
+            raise InputError(f"{path} {problem}", fix="run gad eval --overwrite")
         answers.append(row)
     if not answers:
-        raise ValueError(f"{path} is empty. Fix: run gad eval --overwrite")
+        raise InputError(f"{path} is empty", fix="run gad eval --overwrite")
     return answers
 
 
@@ -196,9 +197,9 @@ def make_answers(
     path = folder / ANSWERS
     if path.is_file() and not overwrite:
         if changed := differences(read_settings(folder), record):
-            raise ValueError(
-                f"{folder} holds answers made with other settings (there and now): {'; '.join(changed)}. "
-                "Fix: choose another --output_dir, or --overwrite"
+            raise InputError(
+                f"{folder} holds answers made with other settings (there and now): {'; '.join(changed)}",
+                fix="choose another --output_dir, or --overwrite",
             )
         print(f"{path}: made with the same settings, reused")
         return read_answers(folder)

@@ -17,6 +17,7 @@ from recipe.gad.evaluation.sampling import ANSWERS, MODEL_SETTINGS, differences,
 from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.run.atomic_io import read_object, write_atomically
+from recipe.gad.run.findings import InputError
 
 SCORES = "scores.json"
 TEXT_COLUMNS = {
@@ -34,7 +35,7 @@ def read_scores(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SCORES
     if not path.is_file():
         return {}
-    scores = read_object(path, ". Fix: delete it and run gad eval again")
+    scores = read_object(path, "delete it and run gad eval again")
     return scores if scores.get("answers_sha256") == _answers_hash(folder) else {}
 
 
@@ -127,7 +128,7 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     first_path, first_settings, first_prompts, first_scores = runs[0]
     for path, settings, prompts, scores in runs:
         if "text" not in scores:
-            raise ValueError(f"{path} has no {SCORES} for its answers. Fix: run gad eval on it first")
+            raise InputError(f"{path} has no {SCORES} for its answers", fix="run gad eval on it first")
         changed = differences(first_settings, settings, ignore=MODEL_SETTINGS)
         for section in ("two_sample", "judge"):
             if section in scores and section in first_scores:
@@ -136,9 +137,9 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
         if prompts != first_prompts and not changed:
             changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different prompts"]
         if changed:
-            raise ValueError(
-                f"{first_path} and {path} cannot be compared, they differ in {'; '.join(changed)}. "
-                "Fix: run gad eval with the same data and settings for every model"
+            raise InputError(
+                f"{first_path} and {path} cannot be compared, they differ in {'; '.join(changed)}",
+                fix="run gad eval with the same data and settings for every model",
             )
     return {
         name: {"folder": str(path), "model": settings["model"], "scores": scores}

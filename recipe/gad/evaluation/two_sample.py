@@ -27,6 +27,7 @@ from typing import Any
 
 from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.run.checkpoint import actor_folder, has_score_head
+from recipe.gad.run.findings import InputError
 
 WARMUP_SHARE = 0.1
 """Share of the optimizer steps in which the learning rate rises; after them it falls linearly to 0."""
@@ -63,9 +64,9 @@ class TwoSampleSettings:
                 "expected all of them to be above 0"
             )
         if has_score_head(self.model):
-            raise ValueError(
-                f"{self.model} has a score head, so it is a trained discriminator and not neutral. "
-                "Fix: pass a base model"
+            raise InputError(
+                f"{self.model} has a score head, so it is a trained discriminator and not neutral",
+                fix="pass a base model",
             )
 
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.run.findings import InputError
+
 LETTERS = "abcdefghij"
 # the words of an answer, slot by slot: opener, then for each letter [joiner] [filler] letter, then closer
 SLOTS = {
@@ -224,7 +226,7 @@ def _is_complete(out_dir: Path, arguments: dict) -> bool:
     if found == arguments and not missing:
         return True
     reason = f"lacks {', '.join(missing)}" if found == arguments else f"holds {found}, asked for {arguments}"
-    raise ValueError(f"{out_dir} is not empty and {reason}. Fix: choose another folder, or delete this one")
+    raise InputError(f"{out_dir} is not empty and {reason}", fix="choose another folder, or delete this one")
 
 
 def _write_rows(path: Path, prompts: Sequence[str], rng: random.Random) -> None:

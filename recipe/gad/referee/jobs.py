@@ -17,6 +17,7 @@ from recipe.gad.evaluation.scores import read_scores
 from recipe.gad.referee.plan import ALL_ROWS, KINDS, Arm, Plan, Stage
 from recipe.gad.referee.schedule import Job
 from recipe.gad.run.checkpoint import TRACKER, step_folders, verify_hf_folder
+from recipe.gad.run.findings import InputError
 
 SHARDS = "*_world_size_*.pt"
 """Files of a checkpoint that only a resumed run reads: weights and optimizer state of every worker."""
@@ -282,11 +283,11 @@ def check_files(plan: Plan, scripts: Path = SCRIPTS) -> int:
     teacher_key = plan.evaluation.get("teacher_key", "teacher_response")
     for kind in {stage.kind for arm in plan.arms.values() for stage in arm.stages}:
         if not (scripts / KINDS[kind].script).is_file():
-            raise ValueError(
-                f"{scripts / KINDS[kind].script} is missing. Fix: --scripts_dir with the folder examples/gad"
+            raise InputError(
+                f"{scripts / KINDS[kind].script} is missing", fix="--scripts_dir with the folder examples/gad"
             )
     check_data_file(plan.val_files, prompt_key, teacher_key)
     rows = check_data_file(plan.train_files, prompt_key, teacher_key)
     if too_many := [size for size in plan.train_rows if size != ALL_ROWS and int(size) > rows]:
-        raise ValueError(f"train_rows {too_many[0]}: {plan.train_files} has {rows} rows. Fix: at most {rows}, or all")
+        raise InputError(f"train_rows {too_many[0]}: {plan.train_files} has {rows} rows", fix=f"at most {rows}, or all")
     return rows

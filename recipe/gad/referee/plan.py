@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.gad.run.findings import InputError
+
 DEVICES = ("gpu", "cpu")
 CHOICES = ("two_sample", "rouge_l")
 ALL_ROWS = "all"
@@ -106,13 +108,13 @@ class Arm:
         for number, stage in enumerate(self.stages, start=1):
             if KINDS[stage.kind].needs_discriminator and not (before and KINDS[before.kind].leaves_discriminator):
                 place = f"follows {before.kind}, which leaves no discriminator" if before else "comes first"
-                raise ValueError(
-                    f"stage {number} ({stage.kind}) {place}, but needs a trained discriminator. "
-                    "Fix: put {discriminator: {steps: ...}} or {warmup: {steps: ...}} before it"
+                raise InputError(
+                    f"stage {number} ({stage.kind}) {place}, but needs a trained discriminator",
+                    fix="put {discriminator: {steps: ...}} or {warmup: {steps: ...}} before it",
                 )
             before = stage
         if before and not KINDS[before.kind].trains_student:
-            raise ValueError(f"the last stage ({before.kind}) does not train the student. Fix: add a stage that does")
+            raise InputError(f"the last stage ({before.kind}) does not train the student", fix="add a stage that does")
 
     @property
     def teacher_batches(self) -> int:
@@ -158,7 +160,7 @@ class Plan:
         if self.choose_by is not None:
             _check_one_of("choose_by", self.choose_by, CHOICES)
         if self.choose_by == "two_sample" and "two_sample_model" not in self.evaluation:
-            raise ValueError("choose_by two_sample needs evaluation.two_sample_model. Fix: name the untrained student")
+            raise InputError("choose_by two_sample needs evaluation.two_sample_model", fix="name the untrained student")
 
     def _check_arms(self) -> None:
         for key, names in (("control", (self.control,)), ("references", self.references)):
@@ -169,10 +171,11 @@ class Plan:
         wanted = self.arms[self.control].teacher_batches
         for arm in self.compared():
             if arm.teacher_batches != wanted:
-                raise ValueError(
+                raise InputError(
                     f"arm {arm.name!r} uses {arm.teacher_batches} teacher batches and the control {self.control!r} "
-                    f"{wanted}: they cannot be compared. Fix: change the steps of one of them, or list "
-                    f"{arm.name!r} under references to show it without a comparison"
+                    f"{wanted}: they cannot be compared",
+                    fix=f"change the steps of one of them, or list {arm.name!r} under references to show it without a "
+                    "comparison",
                 )
 
     def is_reference(self, name: str) -> bool:

@@ -18,6 +18,7 @@ from recipe.gad.referee.differences import Difference, difference, mean_estimate
 from recipe.gad.referee.jobs import Evaluation, Run
 from recipe.gad.referee.plan import Plan
 from recipe.gad.referee.verdict import METRICS, Verdict, headline, judge
+from recipe.gad.run.findings import InputError
 
 SPLIT_SEED = 0
 """Of the halves of the prompts."""
@@ -45,7 +46,7 @@ def prompt_wins(two_sample: dict[str, Any], answers: Sequence[dict[str, Any]]) -
     """
     by_seed = two_sample.get("wins_by_seed", [])
     if not by_seed or any(len(wins) != len(answers) for wins in by_seed):
-        raise ValueError("scores.json holds no two-sample verdict on every answer. Fix: delete it, and rerun")
+        raise InputError("scores.json holds no two-sample verdict on every answer", fix="delete it, and rerun")
     prompts = [answer["index"] for answer in answers]
     return tuple(_means(prompts, wins) for wins in by_seed)
 

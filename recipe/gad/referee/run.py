@@ -13,6 +13,7 @@ from recipe.gad.referee.page import failed_jobs, write_page
 from recipe.gad.referee.plan import Plan, read_plan
 from recipe.gad.referee.results import results
 from recipe.gad.referee.schedule import Scheduler, State
+from recipe.gad.run.findings import InputError
 
 KV_CACHE = "kv_cache_memory_bytes"
 
@@ -96,5 +97,5 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another gad referee uses {folder}. Fix: wait for it, or another --output_dir") from None
+            raise InputError(f"another gad referee uses {folder}", fix="wait for it, or another --output_dir") from None
         yield

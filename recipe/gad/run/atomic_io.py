@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.run.findings import InputError
+
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:
     """Write a file under a temporary name and rename it; a missing folder is made.
@@ -34,7 +36,7 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
 
 
 def read_object(path: Path, fix: str = "") -> dict[str, Any]:
-    """Object of a JSON file; ``fix`` ends the message of the error.
+    """Object of a JSON file; ``fix`` is the remedy that the error names.
 
     Raises:
         ValueError: the file is not valid JSON, or holds another kind of value.
@@ -43,9 +45,9 @@ def read_object(path: Path, fix: str = "") -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is not valid JSON ({error}; cut off?){fix}") from None
+        raise InputError(f"{path} is not valid JSON ({error}; cut off?)", fix) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object{fix}")
+        raise InputError(f"{path} holds a {type(value).__name__}, expected a JSON object", fix)
     return value
 
 
@@ -70,7 +72,9 @@ class JsonLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"another {writer} writes to {path}. Fix: wait for it, or choose another output") from None
+            raise InputError(
+                f"another {writer} writes to {path}", fix="wait for it, or choose another output"
+            ) from None
 
     def __enter__(self) -> "JsonLog":
         return self
@@ -100,9 +104,9 @@ class JsonLog:
                     self._file.truncate(end)
                     return
             if not isinstance(record, dict) or not set(keys) <= set(record):
-                raise ValueError(
-                    f"{self._file.name}, row {number}: not written by {self._writer}. "
-                    "Fix: choose another output, or delete the file"
+                raise InputError(
+                    f"{self._file.name}, row {number}: not written by {self._writer}",
+                    fix="choose another output, or delete the file",
                 )
             if torn:
                 self._file.truncate(end)

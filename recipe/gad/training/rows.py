@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from recipe.gad.run.findings import InputError
 from recipe.gad.training import trajectory as names
 from recipe.gad.training.trajectory import build_teacher_trajectory, split_key
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
@@ -69,11 +70,12 @@ def group_rows(students: Sequence[Row], submitted: Iterable[str], n: int, n_prom
         groups.setdefault(uid, Group(uid, n)).students.append(row)
     for group in groups.values():
         if len(group.students) > n:
-            raise ValueError(
+            raise InputError(
                 f"prompt {group.uid}: {len(group.students)} student rows, expected at most "
                 f"actor_rollout_ref.rollout.n={n}. The agent loop returned several outputs for one sample, and the "
-                "discriminator scores one answer per sample. Fix: use an agent loop with one output per sample, such "
-                "as actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent"
+                "discriminator scores one answer per sample",
+                fix="use an agent loop with one output per sample, such "
+                "as actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
             )
     for uid in submitted:
         groups.setdefault(uid, Group(uid, n))
