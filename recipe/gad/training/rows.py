@@ -125,8 +125,8 @@ def spread(sizes: Sequence[int], update: DictConfig, n_ranks: int, step: int) ->
 def pair_weights(groups: Sequence[Group], ranks: list[list[list[int]]]) -> dict[str, float]:
     """Key -> weight in D's loss, in the order in which the rows go to the ranks (:func:`spread` of the groups).
 
-    A student weighs one over the real pairs of its optimizer step, over all ranks; teachers and fillers weigh 0. The loss
-    that reads the weights is ``verl.workers.critic.dp_critic.discriminator_loss``.
+    A student weighs one over the real pairs of its optimizer step, over all ranks; teachers and fillers weigh 0.
+    ``verl.workers.critic.dp_critic.discriminator_loss`` reads the weights.
     """
     pairs = [sum(len(groups[i].students) for part in parts for i in part) for parts in zip(*ranks, strict=True)]
     weights: dict[str, float] = {}
