@@ -8,18 +8,21 @@ It uses only ``chat.completions.create`` of the ``openai`` package, and switches
 
 import asyncio
 import email.utils
+import json
+import math
 import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
 from recipe.gad.run.findings import InputError
 
 T = TypeVar("T")
 
-API_KEY_ENV = "OPENAI_API_KEY"
+API_KEY_ENV, BASE_URL_ENV = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 MAX_RETRIES = 8
 """Attempts after the first one. With the delays below they span about 3 minutes, enough for a server to restart."""
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
@@ -35,7 +38,7 @@ HOPELESS_STATUS = (401, 402, 404)
 QUOTA_CODE = "insufficient_quota"
 """Error code of a 429 that waiting does not resolve."""
 MESSAGE_CHARS = 300
-"""Characters of a server's error text that are kept; some servers send whole HTML pages."""
+"""Characters of an error message that are kept; some servers send whole HTML pages."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ class ChatClient:
     """Asynchronous client for chat completions; any number of ``complete`` calls may run at the same time.
 
     Args:
-        base_url: address of the API ("http://localhost:8000/v1"); None takes OPENAI_BASE_URL, else OpenAI's address.
-        api_key_env: environment variable with the key, which never appears in a message. With a ``base_url``, the
-            default variable may be unset: some servers need no key.
+        base_url: address of the API ("http://localhost:8000/v1"); None takes OPENAI_BASE_URL, else OpenAI's address. It
+            is kept in files, so it must hold no password and no query.
+        api_key_env: environment variable with the key, which never appears in a message. White space around the key is
+            dropped. With a ``base_url``, the default variable may be unset: some servers need no key.
         requests_per_minute: attempts start at least 60 / requests_per_minute seconds apart.
         max_retries: attempts after the first one.
         timeout: seconds without a byte from the server before an attempt fails.
 
     Raises:
-        ValueError: the key is missing, or a number is out of range.
+        ValueError: the key or the address cannot be used, or a number is out of range.
     """
 
     def __init__(
@@ -87,18 +91,22 @@ class ChatClient:
     ):
         from openai import AsyncOpenAI
 
-        if requests_per_minute is not None and requests_per_minute <= 0:
+        if requests_per_minute is not None and not 0 < requests_per_minute < math.inf:
             raise ValueError(f"requests_per_minute={requests_per_minute}: expected a number above 0")
         if max_retries < 0:
             raise ValueError(f"max_retries={max_retries}: expected 0 or more")
-        if timeout <= 0:
+        if not 0 < timeout < math.inf:
             raise ValueError(f"timeout={timeout}: expected seconds above 0")
-        key = os.environ.get(api_key_env)
+        key = _read_key(api_key_env)
         if not key and (base_url is None or api_key_env != API_KEY_ENV):
             raise InputError(
                 f"the environment variable {api_key_env} is not set", fix=f"export {api_key_env}=<API key>"
             )
-        self._key = key
+        base_url = base_url or os.environ.get(BASE_URL_ENV) or None
+        if base_url is not None:
+            _check_address(base_url)
+        # a server may send the key back in a URL, or in JSON inside of JSON
+        self._secrets = {form for form in (key, quote(key, safe=""), json.dumps(key)[1:-1]) if form}
         # never None: the package would then read OPENAI_API_KEY and send it to any address
         self._client = AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
@@ -150,7 +158,7 @@ class ChatClient:
                 failure = _Failure.of(error)
                 if failure is None:
                     raise
-            message = self._without_key(failure.message)
+            message = self._shown(failure.message)
             if not failure.passing:
                 raise RequestFailed(message, failure.hopeless) from None
             if (failure.retry_after or 0) > LONGEST_RETRY_AFTER:
@@ -175,8 +183,11 @@ class ChatClient:
         # jitter only adds: never start before the server allows it
         await asyncio.sleep(failure.retry_after * random.uniform(1.0, 1.1))
 
-    def _without_key(self, message: str) -> str:
-        return message.replace(self._key, "<key>") if self._key else message
+    def _shown(self, message: str) -> str:
+        """The message without the key, and then cut: a cut through the key would leave a part of it."""
+        for form in sorted(self._secrets, key=len, reverse=True):
+            message = message.replace(form, "<key>")
+        return message if len(message) <= MESSAGE_CHARS else f"{message[:MESSAGE_CHARS]}..."
 
 
 async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concurrency: int) -> None:
@@ -199,6 +210,39 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], con
         await asyncio.gather(*workers, return_exceptions=True)
 
 
+def _read_key(variable: str) -> str:
+    """The key of an environment variable without white space around it; "" if it is unset.
+
+    Raises:
+        ValueError: no HTTP header can carry the key. The message does not show it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise InputError(
+            f"the environment variable {variable} holds a space, a line break or a character outside of ASCII, so it "
+            "is no API key",
+            fix=f"export {variable}=<API key>",
+        )
+    return key
+
+
+def _check_address(base_url: str) -> None:
+    """Raise ValueError, which shows no secret, if ``base_url`` is no http address or holds a password or a query."""
+    fix = "pass an address such as http://localhost:8000/v1"
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number up to 65535, or half a pair of brackets
+        valid = False
+    if not valid or not all("!" <= character <= "~" for character in base_url):
+        raise InputError("base_url is no valid http or https address", fix)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise InputError(
+            f"base_url of {parts.hostname} holds a user name, a password, a query or a fragment, and files keep it",
+            fix=f"{fix}, and put the key into the environment variable {API_KEY_ENV} (--api_key_env names another)",
+        )
+
+
 class _UnreadableAnswer(Exception):
     """HTTP 200 without a chat completion."""
 
@@ -206,7 +250,7 @@ class _UnreadableAnswer(Exception):
 def _completion(answer: Any) -> Completion:
     choices = getattr(answer, "choices", None)
     if not choices or choices[0].message is None:
-        raise _UnreadableAnswer(f"the server's answer is no chat completion: {str(answer)[:MESSAGE_CHARS]}")
+        raise _UnreadableAnswer(f"the server's answer is no chat completion: {answer}")
     usage, message = answer.usage, choices[0].message
     return Completion(
         text=message.content or "",
@@ -237,7 +281,7 @@ class _Failure:
             out_of_quota = error.code == QUOTA_CODE
             text = error.message.removeprefix(f"Error code: {status} - ")
             return cls(
-                message=f"HTTP {status}: {text[:MESSAGE_CHARS]}",
+                message=f"HTTP {status}: {text}",
                 passing=(status in RETRIED_STATUS or status >= 500) and not out_of_quota,
                 hopeless=status in HOPELESS_STATUS or out_of_quota,
                 status=status,

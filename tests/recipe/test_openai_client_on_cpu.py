@@ -4,7 +4,10 @@ import asyncio
 import email.utils
 import itertools
 import json
+import random
+import string
 import time
+from urllib.parse import quote
 
 import pytest
 
@@ -171,6 +174,61 @@ def test_the_key_is_in_no_message(chat_server):
     assert failure.value.__cause__ is None and failure.value.__suppress_context__
 
 
+@pytest.mark.parametrize("white", ["\n", "\r\n", " ", "\t \n"])
+def test_white_space_around_the_key_is_dropped(chat_server, monkeypatch, white):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{white}{KEY}{white}")
+    complete(chat_server)
+    assert chat_server.headers[0]["authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("OPENAI_API_KEY", white)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
+        ChatClient()
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r\n", " ", "\x7f", "é", "\u2028"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(chat_server, monkeypatch, inside):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY[:12] + inside + KEY[12:])
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds a space, a line break") as refusal:
+        ChatClient(chat_server.url)
+    assert KEY[:12] not in str(refusal.value) and KEY[12:] not in str(refusal.value)
+
+
+def test_no_part_of_the_key_stays_where_a_message_is_cut(chat_server, monkeypatch):
+    random_ = random.Random(0)
+    key = 'sk/+"%' + "".join(random_.choices(string.ascii_letters + string.digits, k=30))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    forms = [key, quote(key, safe=""), json.dumps(key)[1:-1]]
+    for length in range(openai_client.MESSAGE_CHARS - 120, openai_client.MESSAGE_CHARS + 5, 4):
+        for form in forms:
+            chat_server.reply = lambda *_, text=f"{'x' * length} {form}": chat_server.error(400, text)
+            with pytest.raises(RequestFailed) as failure:
+                complete(chat_server)
+            message = str(failure.value)
+            assert key[6:12] not in message and len(message) <= openai_client.MESSAGE_CHARS + 10
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://user:hunter2@localhost/v1", "holds a user name, a password"),
+        ("http://localhost/v1?api_key=hunter2", "a query"),
+        ("http://localhost/v1#hunter2", "a fragment"),
+        ("http://localhost:99999/v1", "no valid http"),
+        ("http://local\nhost/v1", "no valid http"),
+        ("http://[localhost/v1", "no valid http"),
+        ("localhost:8000/v1", "no valid http"),
+        ("ftp://localhost/v1", "no valid http"),
+        ("http://", "no valid http"),
+    ],
+)
+def test_addresses_with_secrets_or_mistakes_are_refused(monkeypatch, address, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        ChatClient(address)
+    assert "hunter2" not in str(refusal.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(ValueError, match=message):
+        ChatClient()
+
+
 def test_no_key(chat_server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
@@ -187,7 +245,17 @@ def test_the_key_of_another_variable(chat_server, monkeypatch):
     assert chat_server.headers[0]["authorization"] == "Bearer other"
 
 
-@pytest.mark.parametrize("argument", [{"requests_per_minute": 0}, {"max_retries": -1}, {"timeout": 0}])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"requests_per_minute": 0},
+        {"requests_per_minute": float("nan")},
+        {"max_retries": -1},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},
+    ],
+)
 def test_arguments_out_of_range(argument):
     with pytest.raises(ValueError, match=next(iter(argument))):
         ChatClient("http://localhost/v1", **argument)
