@@ -3,7 +3,8 @@
     async with ChatClient(base_url="http://localhost:8000/v1") as client:
         completion = await client.complete(messages, model="teacher", temperature=0.8, max_tokens=1536)
 
-It uses only ``chat.completions.create`` of the ``openai`` package, and switches that package's retries off.
+It uses only ``chat.completions`` of the ``openai`` package and switches that package's retries off. What a server sends
+is data: :func:`read_completion` reads it, and anything that is no chat completion counts as a failed attempt.
 """
 
 import asyncio
@@ -39,6 +40,8 @@ QUOTA_CODE = "insufficient_quota"
 """Error code of a 429 that waiting does not resolve."""
 MESSAGE_CHARS = 300
 """Characters of an error message that are kept; some servers send whole HTML pages."""
+MOST_TOKENS = 10**9
+"""Counts of tokens from here on are taken for a mistake of the server."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ class ChatClient:
         for attempt in range(self._max_retries + 1):
             await self._wait_for_start()
             try:
-                return _completion(await self._client.chat.completions.create(**body, extra_body=extra))
+                answer = await self._client.chat.completions.with_raw_response.create(**body, extra_body=extra)
+                return read_completion(answer.content)
             except Exception as error:
                 failure = _Failure.of(error)
                 if failure is None:
@@ -247,18 +251,44 @@ class _UnreadableAnswer(Exception):
     """HTTP 200 without a chat completion."""
 
 
-def _completion(answer: Any) -> Completion:
-    choices = getattr(answer, "choices", None)
-    if not choices or choices[0].message is None:
-        raise _UnreadableAnswer(f"the server's answer is no chat completion: {answer}")
-    usage, message = answer.usage, choices[0].message
+def read_completion(body: bytes) -> Completion:
+    """The first choice of a chat completion, as the server sent it.
+
+    The content is text, null, or a list of parts, of which those with a text are joined. Counts of tokens that are no
+    whole number of 0 or more are read as 0, and other fields of a wrong type as missing.
+
+    Raises:
+        _UnreadableAnswer: the body is no JSON, or has no first choice with a message and such a content.
+    """
+    try:
+        answer = json.loads(body)
+        choice = answer["choices"][0]
+        message = choice["message"]
+        text = _text(message["content"] if "content" in message else None)
+        reason, refusal, usage = choice.get("finish_reason"), message.get("refusal"), answer.get("usage")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        shown = body.decode("utf-8", "backslashreplace")
+        raise _UnreadableAnswer(f"the server's answer is no chat completion: {shown}") from None
+    counts = usage if isinstance(usage, dict) else {}
     return Completion(
-        text=message.content or "",
-        finish_reason=choices[0].finish_reason,
-        prompt_tokens=(usage and usage.prompt_tokens) or 0,
-        completion_tokens=(usage and usage.completion_tokens) or 0,
-        refusal=getattr(message, "refusal", None),
+        text=text,
+        finish_reason=reason if isinstance(reason, str) else None,
+        prompt_tokens=_count(counts.get("prompt_tokens")),
+        completion_tokens=_count(counts.get("completion_tokens")),
+        refusal=refusal if isinstance(refusal, str) else None,
     )
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(_text(part["text"]) for part in content if "text" in part)
+    if content is None or isinstance(content, str):
+        return content or ""
+    raise TypeError(f"content is of type {type(content).__name__}, expected text or a list of parts")
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < MOST_TOKENS else 0
 
 
 @dataclass(frozen=True)
@@ -295,8 +325,8 @@ class _Failure:
             return cls(str(error), passing=True)
         if isinstance(error, UnicodeEncodeError):
             return cls(f"the prompt cannot be sent as UTF-8 ({error})", passing=False)
-        if isinstance(error, ValueError):  # the package's JSON and schema errors
-            return cls(f"the server's answer is no chat completion ({error})", passing=True)
+        if isinstance(error, ValueError):  # the package's errors
+            return cls(f"the request failed ({error})", passing=True)
         return None
 
 
@@ -306,7 +336,11 @@ def _retry_after(headers: Any) -> float | None:
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
+        return max(0.0, seconds) if not math.isnan(seconds) else None
     except ValueError:
-        date = email.utils.parsedate_tz(value)
-        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):  # no date, or one that no calendar has
+        return None

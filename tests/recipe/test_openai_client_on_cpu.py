@@ -83,6 +83,79 @@ def test_what_may_pass_is_retried(chat_server, kind):
     assert (completion.text, chat.retries, len(chat_server.bodies)) == ("hi", 2, 3)
 
 
+def odd_values():
+    """JSON values of every type, and numbers that are no counts."""
+    deep = "[" * 20_000 + "]" * 20_000
+    return [*map(json.dumps, ["abc", "", 5, -1, 1e400, True, None, {}, [], [None], [5], {"text": 3}]), "NaN", deep]
+
+
+@pytest.mark.parametrize(
+    "place", ["all", "choices", "choice", "message", "content", "part", "finish_reason", "usage", "count"]
+)
+def test_odd_answers_are_read_or_refused(chat_server, place):
+    for odd in odd_values():
+        body = chat_server.answer("hi").body
+        choice = body["choices"][0]
+        message, usage = choice["message"], body["usage"]
+        holder, key = {
+            "all": ({}, 0),
+            "choices": (body, "choices"),
+            "choice": (body["choices"], 0),
+            "message": (choice, "message"),
+            "content": (message, "content"),
+            "part": (message, "content"),
+            "finish_reason": (choice, "finish_reason"),
+            "usage": (body, "usage"),
+            "count": (usage, "prompt_tokens"),
+        }[place]
+        holder[key] = "ODD"
+        text = json.dumps(holder if place == "all" else body)
+        text = (
+            odd
+            if place == "all"
+            else text.replace('"ODD"', f'[{{"type": "text", "text": "a"}}, {odd}]' if place == "part" else odd)
+        )
+        try:
+            found = openai_client.read_completion(text.encode())
+        except openai_client._UnreadableAnswer:
+            assert place not in ("finish_reason", "usage", "count") or odd == odd_values()[-1], "the answer is there"
+            continue
+        assert isinstance(found.text, str) and isinstance(found.finish_reason, str | None)
+        for count in (found.prompt_tokens, found.completion_tokens):
+            assert type(count) is int and count >= 0
+
+
+def test_random_damage_to_an_answer_is_read_or_refused(chat_server):
+    good = json.dumps(chat_server.answer("hi").body).encode()
+    for seed in range(500):
+        draw, body = random.Random(seed), bytearray(good)
+        for _ in range(draw.randint(1, 6)):
+            place = draw.randrange(len(body))
+            body[place : place + draw.randint(0, 4)] = draw.choice(
+                [b"", b"[", b"{", b'"', b"null", b"-1", b"\xff", b","]
+            )
+        try:
+            found = openai_client.read_completion(bytes(body))
+        except openai_client._UnreadableAnswer:
+            continue
+        assert isinstance(found.text, str) and type(found.prompt_tokens) is int
+
+
+def test_content_in_parts(chat_server):
+    parts = [{"type": "text", "text": "a"}, {"type": "reasoning"}, {"type": "text", "text": "b"}]
+    chat_server.reply = lambda *_: chat_server.answer(parts)
+    assert complete(chat_server)[0].text == "ab"
+
+
+@pytest.mark.parametrize("date", ["Fri, 31 Dec 99999 23:59:59 GMT", "Fri, 31 Foo 2100 00:00:00 GMT", "nan", "soon"])
+def test_an_unreadable_retry_after_is_ignored(chat_server, date):
+    chat_server.reply = lambda _, earlier: (
+        chat_server.answer("hi") if earlier else chat_server.error(503, **{"Retry-After": date})
+    )
+    completion, chat = complete(chat_server)
+    assert (completion.text, chat.retries) == ("hi", 1)
+
+
 def test_a_timeout_is_retried(chat_server):
     chat_server.reply = lambda _, earlier: chat_server.answer("hi", delay=0.0 if earlier else 1.0)
     completion, chat = complete(chat_server, timeout=0.3)

@@ -32,8 +32,10 @@ ID_BYTES = 12
 """Length of a request's hash. Among a billion requests, the chance that any two share one is 6e-12."""
 TOKENS_PER_PRICE = 1_000_000
 WRITER = "gad collect"
-COUNTED = ("id", "prompt_tokens", "completion_tokens")
-"""Fields that are read back from the lines of earlier runs; a failed one also has a reason."""
+COUNTED = {"id": str, "prompt_tokens": int, "completion_tokens": int}
+"""Fields that are read back from the lines of earlier runs, and their types."""
+FAILED = {**COUNTED, "reason": str}
+"""The same for a failed request."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ async def collect_answers(
     result = Collected()
     with JsonLog(out, WRITER) as answers, JsonLog(out.with_suffix(".failed.jsonl"), WRITER) as failed:
         done: set[str] = set()
-        for record in itertools.chain(*(file.records(*COUNTED) for file in (failed, answers))):
+        for record in itertools.chain(failed.records(**FAILED), answers.records(**COUNTED)):
             done.add(record["id"])
             result.add(record)
         if done:
@@ -147,8 +149,8 @@ async def collect_answers(
 
         async def ask(request: Request) -> None:
             record = await _ask_teacher(client, settings, request)
-            (failed if "reason" in record else answers).append(record)
             result.add(record)
+            (failed if "reason" in record else answers).append(record)
             result.new += 1
             cost = f", cost {result.cost(*prices):.2f}" if any(prices) else ""
             bar.set_postfix_str(f"{len(result.reasons)} failed, {client.retries} retries{cost}", refresh=False)
@@ -239,6 +241,8 @@ def _why_unusable(completion: Completion) -> str | None:
         return "cut at the token limit"
     if completion.refusal or completion.finish_reason == "content_filter":
         return "refused"
+    if any("\ud800" <= character <= "\udfff" for character in completion.text):
+        return "not valid Unicode"  # half a surrogate pair; gad prepare would reject the row
     return None if completion.text.strip() else "empty"
 
 

@@ -302,7 +302,7 @@ async def _ask(
     keys = {question: _key(question, settings) for question in questions}
     failures = 0
     with JsonLog(path, "gad eval") as file:
-        known = {record["key"]: record["reply"] for record in file.records("key", "reply")}
+        known = {record["key"]: record["reply"] for record in file.records(key=str, reply=str)}
         replies: dict[str, str | None] = {question: known[key] for question, key in keys.items() if key in known}
         with tqdm(total=len(questions), initial=len(replies), desc="judge", unit=" questions", disable=None) as bar:
 

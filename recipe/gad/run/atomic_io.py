@@ -84,26 +84,27 @@ class JsonLog:
             Path(self._file.name).unlink(missing_ok=True)
         self._file.close()
 
-    def records(self, *keys: str) -> Iterator[dict[str, Any]]:
+    def records(self, **types: type) -> Iterator[dict[str, Any]]:
         """Objects that earlier runs wrote. A last line without its newline was torn by a crash and is removed.
 
         Args:
-            keys: keys that every object must have.
+            types: key -> type of its value, for keys that every object must have; the writer puts the first key first.
 
         Raises:
-            ValueError: a line is not an object with these keys.
+            ValueError: a line is not an object with these keys, so another program wrote it.
         """
+        start = f'{{"{next(iter(types))}": '.encode()
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file):
             torn, record = not line.endswith(b"\n"), None
             try:
                 record = json.loads(line)
-            except ValueError:
-                if torn:
+            except (ValueError, RecursionError):
+                if torn and line[: len(start)] == start[: len(line)]:
                     self._file.truncate(end)
                     return
-            if not isinstance(record, dict) or not set(keys) <= set(record):
+            if not isinstance(record, dict) or any(type(record.get(key)) is not kind for key, kind in types.items()):
                 raise InputError(
                     f"{self._file.name}, row {number}: not written by {self._writer}",
                     fix="choose another output, or delete the file",

@@ -90,6 +90,38 @@ def test_every_layout_is_a_prompt_file_and_its_answers_are_left_out(chat_server,
     assert found == {str(prompt): "chat" if prompt is turns else "rows" for prompt in expected}
 
 
+def test_odd_answers_fail_alone_and_the_output_can_be_resumed(chat_server, tmp_path):
+    def odd(text="fine", **changes):
+        reply = chat_server.answer(text)
+        reply.body["choices"][0]["message"] |= changes.pop("message", {})
+        reply.body |= changes
+        return reply
+
+    replies = {
+        "good": odd(),
+        "text counts": odd(usage={"prompt_tokens": "12", "completion_tokens": [1]}),
+        "listed usage": odd(usage=[1]),
+        "negative": odd(usage={"prompt_tokens": -15, "completion_tokens": 2}),
+        "number": odd(message={"content": 5}),
+        "object": odd(message={"content": {}}),
+        "choices": odd(choices="abc"),
+        "no choice": odd(choices=[None]),
+        "deep": type(odd())(b'{"choices": ' + b"[" * 100_000),
+        "surrogate": type(odd())(json.dumps(odd("x\ud83d").body).encode()),
+    }
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(replies), encoding="utf-8")
+    chat_server.reply = lambda body, _: replies[body["messages"][-1]["content"]]
+    out, failed = tmp_path / "out.jsonl", tmp_path / "out.failed.jsonl"
+    call = arguments(chat_server, prompts, out, "--max_retries", "0")
+    assert run(*call) == 1
+    tokens = {row["content"][0]["content"]: (row["prompt_tokens"], row["completion_tokens"]) for row in lines(out)}
+    assert tokens == {"good": (3, 2), "text counts": (0, 0), "listed usage": (0, 0), "negative": (0, 2)}
+    assert {row["content"][0]["content"] for row in lines(failed)} == set(replies) - set(tokens)
+    asked = len(chat_server.bodies)
+    assert run(*call) == 1 and len(chat_server.bodies) == asked, "nothing is asked again"
+
+
 def test_answers_that_are_no_training_data(chat_server, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("good\ncut\nempty\nrefusal\nfiltered\nbad\nbroken\n", encoding="utf-8")
@@ -216,8 +248,9 @@ def test_bad_prompts_are_reported_and_the_others_asked(chat_server, tmp_path, ca
 def test_half_a_surrogate_pair_in_an_answer(chat_server, prompts, tmp_path):
     body = json.dumps(chat_server.answer("X").body).replace('"X"', '"\\ud83d"').encode()
     chat_server.reply = lambda *_: type(chat_server.answer(""))(body)
-    assert run(*arguments(chat_server, prompts, tmp_path / "out.jsonl")) == 0
-    assert [row["teacher_response"] for row in lines(tmp_path / "out.jsonl")] == ["\ud83d"] * 3
+    assert run(*arguments(chat_server, prompts, tmp_path / "out.jsonl")) == 1, "gad prepare would reject these rows"
+    failed = [(row["teacher_response"], row["reason"]) for row in lines(tmp_path / "out.failed.jsonl")]
+    assert failed == [("\ud83d", "not valid Unicode")] * 3 and not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("text", ["", '{"text": "x"}'])
