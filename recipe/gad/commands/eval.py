@@ -280,10 +280,12 @@ def compare(
 
     Example: gad eval compare eval/seqkd eval/gad --output compare.json
     """
-    from recipe.gad.evaluation.scores import add_differences, comparison_table, judge_against_first
+    from recipe.gad.evaluation.scores import add_differences, comparison_table, is_comparison, judge_against_first
     from recipe.gad.evaluation.scores import compare as compare_folders
-    from recipe.gad.run.atomic_io import write_atomically
+    from recipe.gad.run.atomic_io import check_output, write_atomically
 
+    if output is not None:
+        check_output(output, is_comparison)
     comparison = compare_folders(folders)
     add_differences(comparison, seed)
     if (settings := judge_options.settings("pairwise")) is not None:

@@ -112,6 +112,15 @@ def scores_table(scores: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- several folders
 
 
+def is_comparison(text: str) -> bool:
+    """Whether ``text`` is what ``gad eval compare --output`` writes."""
+    try:
+        entries = list(json.loads(text).values())
+    except (ValueError, AttributeError, RecursionError):
+        return False
+    return bool(entries) and all(isinstance(entry, dict) and {"folder", "scores"} <= entry.keys() for entry in entries)
+
+
 def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     """Scores of several evaluation folders on the same data and settings.
 

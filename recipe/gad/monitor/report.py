@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, apply_rules, earlier_findings
-from recipe.gad.run.atomic_io import write_atomically
-from recipe.gad.run.findings import Finding, InputError
+from recipe.gad.run.atomic_io import check_output, write_atomically
+from recipe.gad.run.findings import Finding
 from recipe.gad.run.log import (
     ROUGE_L,
     Metrics,
@@ -368,13 +368,12 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         The runs with their findings.
 
     Raises:
-        ValueError: a folder holds no run, or ``output`` is a folder; nothing is written.
+        ValueError: a folder holds no run, or ``output`` is no new file and no earlier report; nothing is written.
     """
     from tqdm import tqdm
 
     runs, output = find_runs(folders), Path(output)
-    if output.is_dir():
-        raise InputError(f"{output} is a folder", fix="name a file with --output")
+    check_output(output, lambda text: "<title>GAD report: " in text)
     drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
     png_folder = output.with_name(f"{output.stem}_png")

@@ -5,11 +5,37 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from recipe.gad.run.findings import InputError
+
+
+def check_output(path: str | Path, is_ours: Callable[[str], bool]) -> None:
+    """Check a file that a user named for output: it must be new, or written by the same command.
+
+    Args:
+        path: the file.
+        is_ours: whether a text was written by the command; an empty file is always replaced.
+
+    Raises:
+        InputError: there is a folder, a link, a device, or a file that another program wrote.
+    """
+    path = Path(path)
+    fix = "name a new file with --output"
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, expected a file", fix)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", "name a file with --output")
+    _check_replaceable(path)
+    if path.exists() and (text := path.read_text(encoding="utf-8", errors="replace")) and not is_ours(text):
+        raise InputError(f"{path} exists, and another program wrote it", fix)
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a device or a pipe, expected a file", "name a new file")
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:
@@ -19,10 +45,12 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
+        InputError: ``path`` is a device or a pipe.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

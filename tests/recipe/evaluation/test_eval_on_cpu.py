@@ -391,6 +391,11 @@ def test_compare_prints_a_row_per_model_and_writes_json(evaluated, tmp_path, cap
     value = read_scores(evaluated / "b")["text"]["rouge_l"]["student"]["value"]
     assert written["b"]["scores"]["text"]["rouge_l"]["student"]["value"] == value
     assert f"{value:.3f}" in lines[2]
+    assert gad("eval", "compare", evaluated / "a", evaluated / "b", "--output", tmp_path / "compare.json") == 0
+    scores = (evaluated / "a/scores.json").read_bytes()
+    assert gad("eval", "compare", evaluated / "a", evaluated / "b", "--output", evaluated / "a/scores.json") == 2
+    assert "scores.json exists, and another program wrote it. Fix: " in capsys.readouterr().err
+    assert (evaluated / "a/scores.json").read_bytes() == scores
 
 
 def test_compare_tests_the_differences_to_the_first(evaluated, tiny_problem, tmp_path, capsys):

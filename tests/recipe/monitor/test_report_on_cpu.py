@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 from html.parser import HTMLParser
@@ -192,6 +193,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "run: 5 steps. Nothing wrong was found." in printed and "report: report.html" in printed
     assert (tmp_path / "report.html").is_file()
+    with pytest.raises(SystemExit) as exit:
+        main(["report", "run"])
+    assert exit.value.code == 0, "its own report is replaced"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +205,10 @@ def test_command(tmp_path, monkeypatch, capsys):
         (["run", "run"], "given twice"),
         (["torn"], "no complete line"),
         (["run", "--output", "empty"], "empty is a folder. Fix: name a file with --output"),
+        (["run", "--output", "run/metrics.jsonl"], "run/metrics.jsonl exists, and another program wrote it. Fix: name"),
+        (["run", "--output", "link"], "link is a link, expected a file. Fix: name a new file"),
+        (["run", "--output", "pipe"], "pipe is a device or a pipe, expected a file. Fix: name a new file"),
+        (["run", "--output", "/dev/full"], "/dev/full is a device or a pipe"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -209,8 +217,12 @@ def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys
     for name, text in (("empty/other.txt", "x"), ("torn/metrics.jsonl", '{"step"')):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
+    (tmp_path / "link").symlink_to(tmp_path / "run/metrics.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as exit:
         main(["report", *arguments])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run", "torn"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "pipe", "run", "torn"]
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics and (tmp_path / "link").is_symlink()
