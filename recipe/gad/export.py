@@ -94,6 +94,29 @@ def source_problems(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------- reading
 
 
+def check_shards(folder: Path) -> None:
+    """Refuse shards that hold more than tensors: verl's merger unpickles them, and a pickle can run any code.
+
+    Raises:
+        ValueError: a shard is broken, or holds more than tensors.
+    """
+    import torch
+    import torch.distributed.tensor  # it lists its classes as safe
+
+    for shard in sorted(folder.glob("model_world_size_*_rank_*.pt")):
+        try:
+            weights = torch.load(shard, weights_only=True, map_location="cpu", mmap=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{shard} is broken, or holds more than tensors ({reason})", fix="choose another checkpoint"
+            ) from None
+        if not isinstance(weights, dict):
+            raise InputError(
+                f"{shard} holds a {type(weights).__name__}, expected named tensors", fix="choose another checkpoint"
+            )
+
+
 def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | None]:
     """Join the FSDP shards of a role folder into a Hugging Face folder, without the LoRA adapter.
 
@@ -104,10 +127,14 @@ def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | No
 
     Returns:
         Folder with weights (bfloat16), configuration and tokenizer; folder of the LoRA adapter, or None without LoRA.
+
+    Raises:
+        ValueError: a shard is broken, or holds more than tensors.
     """
     import torch
     from safetensors.torch import save_file
 
+    check_shards(folder)
     from verl.model_merger.base_model_merger import ModelMergerConfig
     from verl.model_merger.fsdp_model_merger import FSDPModelMerger
     from verl.utils.transformers_compat import drop_tied_target_keys

@@ -279,6 +279,33 @@ def test_mistakes(runs, tmp_path):
         export_model(whole, out)
 
 
+class Code:
+    """Unpickling it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
+@pytest.mark.parametrize("content", ["code", "a list", "half", "nothing"])
+def test_a_shard_that_holds_more_than_tensors_is_refused_and_not_run(runs, tmp_path, content):
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    shutil.copytree(runs / "shards", run)
+    shard = run / "global_step_2" / "actor" / "model_world_size_2_rank_1.pt"
+    whole = shard.read_bytes()
+    if content == "code":
+        torch.save({"weight": torch.zeros(1), "x": Code(ran)}, shard)
+    elif content == "a list":
+        torch.save([torch.zeros(1)], shard)
+    else:
+        shard.write_bytes(whole[: len(whole) // 2] if content == "half" else b"")
+    with pytest.raises(ValueError, match=f"{shard} .*tensors.*Fix: choose another checkpoint"):
+        export_model(run, tmp_path / "out")
+    assert not ran.exists() and not (tmp_path / "out").exists()
+
+
 def test_an_export_that_differs_does_not_appear(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("recipe.gad.export.TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="outputs differ by 0 .*nothing was written"):
