@@ -249,18 +249,20 @@ def evaluate(
     from recipe.gad.evaluation.scores import scores_table, text_section, update_scores
     from recipe.gad.evaluation.two_sample import run_two_sample_test
     from recipe.gad.openai_client import ChatClient
+    from recipe.gad.run.atomic_io import alone_in
 
     settings = answer_options.settings(model, val_files, seed)
     test, judge_settings = two_sample_options.settings(), judge_options.settings(judge_mode)
     client = None if judge_settings is None else ChatClient(judge_options.judge_base_url)
-    answers = make_answers(settings, output_dir, overwrite, vllm_options.arguments())
-    scores = update_scores(output_dir, text=text_section(answers, seed))
-    if test is not None:
-        scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test))
-    if judge_settings is not None and client is not None:
-        pairs = against(answers, [answer["teacher"] for answer in answers])
-        verdicts = judge(pairs, client, judge_settings, output_dir, judge_options.judge_concurrency, seed)
-        scores = update_scores(output_dir, judge=verdicts)
+    with alone_in(output_dir, "gad eval"):
+        answers = make_answers(settings, output_dir, overwrite, vllm_options.arguments())
+        scores = update_scores(output_dir, text=text_section(answers, seed))
+        if test is not None:
+            scores = update_scores(output_dir, two_sample=run_two_sample_test(answers, test))
+        if judge_settings is not None and client is not None:
+            pairs = against(answers, [answer["teacher"] for answer in answers])
+            verdicts = judge(pairs, client, judge_settings, output_dir, judge_options.judge_concurrency, seed)
+            scores = update_scores(output_dir, judge=verdicts)
     print(scores_table(scores))
 
 

@@ -8,10 +8,12 @@ per row.
 
 import itertools
 import os
+import shutil
 import tempfile
 import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -24,11 +26,14 @@ from tqdm import tqdm
 from recipe.gad.data import VAL_FRACTION
 from recipe.gad.data.layouts import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
 from recipe.gad.data.tokenizers import TokenCounter, token_counter
+from recipe.gad.run.atomic_io import alone_in
 from recipe.gad.run.data_file import BATCH_ROWS
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
+TEMPORARY = ".prepare."
+"""How the names of temporary folders start."""
 BATCH_CHARS = 1 << 22
 """A batch of rows is written when it holds this many characters, or BATCH_ROWS rows."""
 SCHEMA = pa.schema(
@@ -115,11 +120,14 @@ def prepare_files(
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: expected a number in [0, 1)")
     finals = [out_dir / name for name in (TRAIN, VAL, REJECTS)]
-    existing = [str(path) for path in finals if path.exists()]
-    if existing and not overwrite:
-        raise InputError(f"{', '.join(existing)}: already there", fix="choose another --output_dir, or add --overwrite")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare.", dir=out_dir) as folder:
+    with alone_in(out_dir, "gad prepare"), _temporary_folder(out_dir) as folder:
+        existing = [str(path) for path in finals if path.exists()]
+        if existing and not overwrite:
+            raise InputError(
+                f"{', '.join(existing)}: already there", fix="choose another --output_dir, or add --overwrite"
+            )
+        if folders := [str(path) for path in finals if path.is_dir()]:
+            raise InputError(f"{', '.join(folders)}: a folder, expected a file", fix="choose another --output_dir")
         written = [Path(folder) / path.name for path in finals]
         result = Prepared()
         seen: set[int] = set()
@@ -159,6 +167,15 @@ def prepare_files(
             else:
                 final.unlink(missing_ok=True)
     return result
+
+
+@contextmanager
+def _temporary_folder(out_dir: Path) -> Iterator[str]:
+    """A folder in ``out_dir`` that is removed at the end; those of killed runs are removed first."""
+    for left_over in out_dir.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out_dir) as folder:
+        yield folder
 
 
 def _read_sources(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from recipe.gad.run.log import recorded_config
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
 BACKENDS = ("vllm", "hf")
+MOST_TOKENS, MOST_ANSWERS = 1 << 24, 10_000
+"""Limits of a prompt's or an answer's tokens, and of the answers to one prompt; more is a slip of the keyboard."""
 HF_BATCH_ANSWERS = 64
 """Answers that the hf backend samples in one batch."""
 
@@ -64,13 +67,18 @@ class Settings:
             raise ValueError(f"backend {self.backend!r}: expected one of {', '.join(BACKENDS)}")
         if self.backend == "vllm" and not importlib.util.find_spec("vllm"):
             raise InputError("backend vllm: not installed", fix='pip install "verl-gad[vllm]", or --backend hf')
-        if self.temperature < 0 or (self.temperature == 0 and self.n > 1):
+        if not 0 <= self.temperature < math.inf or (self.temperature == 0 and self.n > 1):
             raise ValueError(
                 f"temperature {self.temperature} with n={self.n}: expected above 0, or 0 (greedy) with n=1"
             )
-        for name in ("max_prompt_length", "max_response_length", "n"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a whole number of at least 1")
+        for name, low, high in (
+            ("max_prompt_length", 1, MOST_TOKENS),
+            ("max_response_length", 1, MOST_TOKENS),
+            ("n", 1, MOST_ANSWERS),
+            ("seed", 0, 2**32 - 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a whole number from {low} to {high}")
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON, with the hash of the data and the time of a model folder's newest file."""
@@ -95,8 +103,10 @@ RUN_KEYS = {
 """Setting -> key of a run's configuration that decides it in the run's own validation."""
 MODEL_SETTINGS = ("model", "model_written")
 """Settings in which two models differ; all others must agree before their answers are compared."""
-PATH_SETTINGS = ("val_files",)
-"""Settings without influence on the answers: paths of data that is known by its hash."""
+DIGEST = "answers_sha256"
+"""Hash of the finished answers, in ``settings.json``."""
+NOT_COMPARED = ("val_files", DIGEST)
+"""Entries of ``settings.json`` that do not decide the answers; the data is known by its hash, not by its paths."""
 
 
 def recorded_settings(model: str) -> tuple[Path | None, dict[str, Any]]:
@@ -136,7 +146,7 @@ def differences(first: dict[str, Any], second: dict[str, Any], ignore: Iterable[
     return [
         f"{name}: {first.get(name)!r} and {second.get(name)!r}"
         for name in names
-        if name not in {*ignore, *PATH_SETTINGS} and first.get(name) != second.get(name)
+        if name not in {*ignore, *NOT_COMPARED} and first.get(name) != second.get(name)
     ]
 
 
@@ -156,7 +166,7 @@ def read_answers(folder: str | Path) -> list[dict[str, Any]]:
     """``answers.jsonl`` of an evaluation folder, at least one answer.
 
     Raises:
-        ValueError: it is missing, empty or not JSON.
+        ValueError: it is missing, empty, not JSON, or not what ``gad eval`` wrote there.
     """
     from recipe.gad.run.data_file import json_rows
 
@@ -170,7 +180,14 @@ def read_answers(folder: str | Path) -> list[dict[str, Any]]:
         answers.append(row)
     if not answers:
         raise InputError(f"{path} is empty", fix="run gad eval --overwrite")
+    if read_settings(folder).get(DIGEST, digest := answers_hash(folder)) != digest:
+        raise InputError(f"{path} has changed since gad eval wrote it", fix="run gad eval --overwrite")
     return answers
+
+
+def answers_hash(folder: str | Path) -> str:
+    """SHA-256 of ``answers.jsonl``."""
+    return hashlib.sha256((Path(folder) / ANSWERS).read_bytes()).hexdigest()
 
 
 def make_answers(
@@ -215,6 +232,7 @@ def make_answers(
         rows.answer(index, sample, ids) for index, group in enumerate(sampled) for sample, ids in enumerate(group)
     ]
     write_atomically(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    write_atomically(folder / SETTINGS, json.dumps({**record, DIGEST: answers_hash(folder)}, indent=2) + "\n")
     return answers
 
 

@@ -4,7 +4,6 @@
 are optional; they stay as long as the answers stay the same.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,14 @@ from typing import Any
 
 from recipe.gad.evaluation.intervals import cross_fitted_mean, paired_difference
 from recipe.gad.evaluation.judge import RESULTS, JudgeSettings, against, judge, left_out
-from recipe.gad.evaluation.sampling import ANSWERS, MODEL_SETTINGS, differences, read_answers, read_settings
+from recipe.gad.evaluation.sampling import (
+    DIGEST,
+    MODEL_SETTINGS,
+    answers_hash,
+    differences,
+    read_answers,
+    read_settings,
+)
 from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.run.atomic_io import read_object, write_atomically
@@ -36,16 +42,12 @@ def read_scores(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     scores = read_object(path, "delete it and run gad eval again")
-    return scores if scores.get("answers_sha256") == _answers_hash(folder) else {}
-
-
-def _answers_hash(folder: str | Path) -> str:
-    return hashlib.sha256((Path(folder) / ANSWERS).read_bytes()).hexdigest()
+    return scores if scores.get(DIGEST) == answers_hash(folder) else {}
 
 
 def update_scores(folder: str | Path, **sections: Any) -> dict[str, Any]:
     """Add results (text, two_sample, judge) to scores.json; earlier results for the same answers stay."""
-    scores = {**read_scores(folder), "answers_sha256": _answers_hash(folder), **sections}
+    scores = {**read_scores(folder), DIGEST: answers_hash(folder), **sections}
     write_atomically(Path(folder) / SCORES, json.dumps(scores, indent=2) + "\n")
     return scores
 

@@ -19,6 +19,7 @@ tokenizer, and padding follows the last token, so equal texts get equal scores.
 
 import copy
 import json
+import math
 import random
 import statistics
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,7 @@ class TwoSampleSettings:
         object.__setattr__(self, "model", actor_folder(self.model))
         if not self.seeds:
             raise ValueError("the two-sample test needs at least one seed")
-        if self.lr <= 0 or self.epochs < 1 or self.batch_pairs < 1:
+        if not 0 < self.lr < math.inf or self.epochs < 1 or self.batch_pairs < 1:
             raise ValueError(
                 f"two-sample test with lr {self.lr}, {self.epochs} epochs and batches of {self.batch_pairs} pairs: "
                 "expected all of them to be above 0"

@@ -1,9 +1,6 @@
 """The whole of ``gad referee``: read the plan, run what is not finished, compare, write the page."""
 
-import fcntl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from recipe.gad.referee.page import failed_jobs, write_page
 from recipe.gad.referee.plan import Plan, read_plan
 from recipe.gad.referee.results import results
 from recipe.gad.referee.schedule import Scheduler, State
-from recipe.gad.run.findings import InputError
+from recipe.gad.run.atomic_io import alone_in
 
 KV_CACHE = "kv_cache_memory_bytes"
 
@@ -72,7 +69,7 @@ def run_plan(settings: Settings) -> int:
     for warning in _warnings(settings):
         print(warning, file=sys.stderr)
     runs = expand(plan, settings.output_dir)
-    with _alone(settings.output_dir):
+    with alone_in(settings.output_dir, "gad referee"):
         state = State(settings.state_file)
         environment = {"PYTHON": sys.executable}
         scheduler = Scheduler(jobs_of(runs, settings.scripts), state, settings.slots, settings.gpus, environment)
@@ -87,15 +84,3 @@ def run_plan(settings: Settings) -> int:
             print(f"  {comparison.verdict.text}")
     print(f"page: {page}")
     return 1 if failed_jobs(runs, state) else 0
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder. ValueError: another referee holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "referee.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another gad referee uses {folder}", fix="wait for it, or another --output_dir") from None
-        yield

@@ -6,10 +6,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from recipe.gad.run.findings import InputError
+
+LOCK = ".gad.lock"
+"""File in an output folder that its writer holds locked."""
 
 
 def check_output(path: str | Path, is_ours: Callable[[str], bool]) -> None:
@@ -61,6 +65,41 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone_in(folder: Path, writer: str) -> Iterator[None]:
+    """Hold an output folder for one process; the folder is made, and removed again if it stays empty.
+
+    Args:
+        folder: the folder.
+        writer: command that writes into it, for messages.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise InputError(
+                f"another {writer} uses {folder}", fix="wait for it, or choose another --output_dir"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # the process before has just removed this file
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def read_object(path: Path, fix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipe.gad.cli import main
 from recipe.gad.evaluation.sampling import (
     Settings,
+    answers_hash,
     default_backend,
     load_rows,
     make_answers,
@@ -22,6 +23,7 @@ from recipe.gad.evaluation.sampling import (
     recorded_settings,
 )
 from recipe.gad.evaluation.scores import compare, format_table, read_scores
+from recipe.gad.run.atomic_io import alone_in
 from recipe.gad.run.checkpoint import actor_folder
 
 MAX_PROMPT, MAX_RESPONSE = 16, 6
@@ -164,6 +166,22 @@ def test_a_retrained_model_or_changed_data_is_noticed(settings, tiny_problem, tm
         make_answers(settings(**changed), tmp_path / "out")
 
 
+def test_answers_that_were_cut_at_the_end_of_a_line_are_not_reused(settings, tmp_path):
+    first = make_answers(settings(), tmp_path)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(ValueError, match="answers.jsonl has changed since gad eval wrote it. Fix: run gad eval --over"):
+        make_answers(settings(), tmp_path)
+    assert make_answers(settings(), tmp_path, overwrite=True) == first
+
+
+def test_two_evaluations_in_one_folder_are_refused(command, tmp_path, capsys):
+    with alone_in(tmp_path, "gad eval"):
+        assert command(tmp_path) == 2
+    assert f"another gad eval uses {tmp_path}. Fix: wait for it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_run_leaves_no_answers(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "recipe.gad.evaluation.sampling._sample_hf", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -193,6 +211,10 @@ def test_long_prompts_are_dropped_as_in_training(settings, tiny_problem, tmp_pat
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": 0.0, "n": 2}, "greedy"),
         ({"n": 0}, "n 0"),
+        ({"n": 100_000_000}, "n 100000000: expected a whole number from 1 to 10000"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"seed": -1}, "seed -1: expected a whole number from 0"),
         ({"max_response_length": 0}, "max_response_length 0"),
         ({"model": "./nowhere"}, "no such folder"),
     ],
@@ -458,6 +480,10 @@ def test_compare_refuses_folders_without_scores_of_their_answers(evaluated, tmp_
     shutil.copytree(evaluated / "b", tmp_path / "b")
     answers = read_answers(tmp_path / "b")
     (tmp_path / "b/answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers[:-1]))
+    with pytest.raises(ValueError, match="answers.jsonl has changed since gad eval wrote it. Fix: "):
+        compare([evaluated / "a", tmp_path / "b"])
+    record = {**read_settings(tmp_path / "b"), "answers_sha256": answers_hash(tmp_path / "b")}
+    (tmp_path / "b/settings.json").write_text(json.dumps(record))  # as if gad eval had written these answers
     with pytest.raises(ValueError, match=r"has no scores\.json for its answers"):
         compare([evaluated / "a", tmp_path / "b"])
     with pytest.raises(ValueError, match="at least two different"):

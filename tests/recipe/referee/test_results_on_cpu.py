@@ -15,6 +15,7 @@ from recipe.gad.referee.results import Values, choose, halves, mean, prompt_wins
 from recipe.gad.referee.run import Settings, run_plan, show_costs
 from recipe.gad.referee.schedule import State
 from recipe.gad.referee.verdict import p_text
+from recipe.gad.run.atomic_io import alone_in
 
 from .conftest import plan_value
 
@@ -314,12 +315,8 @@ def test_too_many_rows_are_refused(tmp_path):
 
 
 def test_a_second_referee_on_the_same_folder_is_refused(tmp_path):
-    import fcntl
-
     plan = parse_plan(plan_value(**data_files(tmp_path)))
-    (tmp_path / "out").mkdir()
-    with (tmp_path / "out/referee.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_in(tmp_path / "out", "gad referee"):
         with pytest.raises(ValueError, match="another gad referee uses"):
             run_plan(Settings(plan, tmp_path / "out"))
 

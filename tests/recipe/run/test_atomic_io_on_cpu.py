@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from recipe.gad.run.atomic_io import JsonLog, read_object, write_atomically
+from recipe.gad.run.atomic_io import JsonLog, alone_in, read_object, write_atomically
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -18,6 +20,40 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder, expected a file: '.*/folder'"):
         write_atomically(tmp_path / "folder", "text")
     assert sorted(os.listdir(tmp_path)) == ["folder", "new"], "no temporary file is left"
+
+
+def test_an_output_folder_belongs_to_one_process(tmp_path):
+    folder = tmp_path / "out"
+    with alone_in(folder, "gad test"):
+        with pytest.raises(ValueError, match="another gad test uses .*out. Fix: wait"), alone_in(folder, "gad test"):
+            pass
+        (folder / "a").touch()
+    assert os.listdir(folder) == ["a"]
+    with alone_in(folder, "gad test"):
+        pass
+    with pytest.raises(OSError, match="x"), alone_in(tmp_path / "new", "gad test"):
+        raise OSError("x")
+    assert os.listdir(tmp_path) == ["out"], "a folder that stays empty is removed"
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from recipe.gad.run.atomic_io import alone_in
+with alone_in(Path(sys.argv[1]), "gad test"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another gad test uses"), alone_in(tmp_path, "gad test"):
+        pass
+    holder.kill()
+    holder.wait()
+    with alone_in(tmp_path, "gad test"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_objects_of_json_files(tmp_path):
