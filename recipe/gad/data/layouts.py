@@ -54,6 +54,8 @@ ROLES = {
 }
 """Role name in a layout -> role name in the output."""
 FILE_ENDINGS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
+OTHER_FILE_ENDINGS = (".tsv", ".arrow")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READ_ROWS = 256
 """Rows of a parquet file in memory at a time."""
 READ_BYTES = 1 << 20
@@ -110,14 +112,48 @@ def read_rows(source: str) -> Iterator[Row]:
         return
     name, _, split = (source, "", "") if path.exists() else source.partition(":")
     folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
+    if folder.is_dir():
+        _check_one_kind(folder)
+    elif _kind(folder) or os.path.lexists(folder) or not HUB_ID.fullmatch(name):  # a file's name is never a hub id
         raise InputError(f"{source}: no such file or folder", fix="correct the path, or name a data set as owner/name")
     yield from _dataset_rows(str(folder) if folder.is_dir() else name, split or None)
+
+
+def _kind(path: Path) -> str | None:
+    """Ending of a data file without that of its compression; .json and .jsonl are one kind. None: no data file."""
+    endings = [ending.lower() for ending in path.suffixes[-2:]]
+    if endings and endings[-1] in COMPRESSIONS:
+        endings.pop()
+    kind = endings[-1] if endings else ""
+    return {".jsonl": ".json"}.get(kind, kind) if kind in OTHER_FILE_ENDINGS or kind in FILE_ENDINGS else None
+
+
+def _check_one_kind(folder: Path) -> None:
+    """Raise ValueError if the folder's data files are of several kinds: ``datasets`` would read one of them only."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return  # saved by ``datasets``
+    card = folder / "README.md"
+    if card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace"):
+        return  # the card says what to read
+    if not folder.resolve().name:
+        raise InputError(f"{folder} is the root of all files", fix="name the folder of the data")
+    kinds: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = path.name == "dataset_infos.json" or any(part.startswith((".", "_")) for part in relative.parts)
+        if not hidden and (kind := _kind(path)) and path.is_file():
+            kinds.setdefault(kind, str(relative))
+    if len(kinds) > 1:
+        raise InputError(
+            f"{folder} holds data files of several kinds ({', '.join(kinds.values())})",
+            fix="name the files one by one, or put each kind into a folder",
+        )
 
 
 def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
     import datasets
 
+    source = Path(name).resolve().name
     saved = (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file()
     try:
         found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
@@ -126,7 +162,7 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
             raise InputError(f"no split {split!r}", fix=f"choose from {', '.join(splits)}")
         for key in [split] if split is not None else list(splits):
             for number, value in enumerate(splits[key]):
-                yield Row(f"{name}:{key}", Path(name).name, number, value)
+                yield Row(f"{name}:{key}", source, number, value)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"the data set {name} cannot be read: {error}") from None
 

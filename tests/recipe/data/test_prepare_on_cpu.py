@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from recipe.gad import cli
 from recipe.gad.data.prepare import prompt_hash, student_token_counter
 from recipe.gad.run import data_file as teacher_file
+from recipe.gad.run.atomic_io import alone_in
 from recipe.gad.run.data_file import check_data_file, json_rows
 
 ROOT = Path(__file__).parents[3]
@@ -217,14 +218,14 @@ def test_strict_stops_and_writes_nothing(write, tmp_path, capsys):
     rows[3]["response"] = ""
     assert run(write(rows), "--output_dir", tmp_path / "out", "--strict") == 2
     assert "data.jsonl, row 3: column 'response' is empty" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_bad_rows(write, tmp_path, capsys):
     assert run(write([{"text": "q"}] * 3), "--output_dir", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "no training row is left of 3 rows (3 rejected" in error and "--prompt_key" in error
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -295,7 +296,29 @@ def test_a_csv_row_with_too_many_cells(write, tmp_path):
 def test_unreadable_files(write, tmp_path, capsys, name, content, message):
     assert run(write(content, name), "--output_dir", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", ["b.csv", "deeper/b.parquet", "b.txt", "b.tsv", "b.csv.gz"])
+def test_a_folder_of_several_kinds_is_refused(write, tmp_path, capsys, other):
+    (tmp_path / "d/deeper").mkdir(parents=True)
+    write(numbered(range(3)), "d/a.jsonl")
+    write("prompt,response\nq,a\n", f"d/{other}")
+    assert run(tmp_path / "d", "--output_dir", tmp_path / "out") == 2
+    message = f"{tmp_path}/d holds data files of several kinds ("
+    printed = capsys.readouterr().err
+    assert message in printed and "a.jsonl" in printed and other in printed and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_one_kind_is_read_whole(write, tmp_path):
+    (tmp_path / "d/deeper").mkdir(parents=True)
+    (tmp_path / "d/.cache").mkdir()
+    write(numbered(range(3)), "d/a.jsonl")
+    write(numbered(range(3, 5)), "d/deeper/b.json")
+    for name in ("README.md", ".gitattributes", ".cache/x.csv"):
+        write("a,b\n", f"d/{name}")
+    assert run(tmp_path / "d", "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
+    assert {row["teacher_response"] for row in table(tmp_path / "out")} == {f"answer {i}" for i in range(5)}
 
 
 def test_a_data_set_that_cannot_be_read(write, tmp_path, capsys):
@@ -306,7 +329,10 @@ def test_a_data_set_that_cannot_be_read(write, tmp_path, capsys):
 
 
 def test_sources_that_are_not_there(tmp_path, capsys):
-    for source in ("nowhere.jsonl", tmp_path / "nowhere.jsonl", "a/b/c"):
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    # a name with the ending of a data file is no hub id, so nothing is asked there
+    names = ("data/anwsers.jsonl", "data/answers.JSONL.gz", "data/a.tsv:train", "data/a.parquet")
+    for source in ("nowhere.jsonl", tmp_path / "nowhere.jsonl", "a/b/c", *names, tmp_path / "loop.csv"):
         assert run(source, "--output_dir", tmp_path / "out") == 2
         assert f"{source}: no such file or folder" in capsys.readouterr().err
     assert run("--output_dir", tmp_path / "out") == 2
@@ -402,6 +428,27 @@ def test_existing_outputs(write, tmp_path, capsys):
     assert run(write(numbered(range(5))), "--output_dir", out, "--val_fraction", 0, "--overwrite") == 0
     assert len(table(out)) == 5
     assert [path.name for path in out.iterdir()] == ["train.parquet"]  # the old rejects are gone
+
+
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_replaced(write, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "val.parquet").mkdir(parents=True)
+    (out / "train.parquet").write_text("mine")
+    assert run(write(numbered(range(50))), "--output_dir", out, "--overwrite") == 2
+    assert f"error: {out}/val.parquet: a folder, expected a file. Fix: " in capsys.readouterr().err
+    assert (out / "train.parquet").read_text() == "mine"
+
+
+def test_one_prepare_at_a_time_and_what_a_killed_one_left_is_removed(write, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / ".prepare.dead").mkdir(parents=True)
+    (out / ".prepare.dead" / "train.parquet").write_text("half")
+    with alone_in(out, "gad prepare"):
+        assert run(write(numbered(range(3))), "--output_dir", out, "--val_fraction", 0) == 2
+    assert f"another gad prepare uses {out}. Fix: wait for it" in capsys.readouterr().err
+    assert (out / ".prepare.dead").exists()
+    assert run(write(numbered(range(3))), "--output_dir", out, "--val_fraction", 0) == 0
+    assert os.listdir(out) == ["train.parquet"]
 
 
 def test_too_few_rows_for_validation(write, tmp_path, capsys):
