@@ -5,8 +5,9 @@ runs the checks in recipe/gad/run/checks.py.
 """
 
 import functools
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -43,7 +44,19 @@ from recipe.gad.run.config import (
     integer,
 )
 from recipe.gad.run.data_file import sample_rows
-from recipe.gad.run.findings import LEVELS, Check, Finding, Findings, either, error, line, note, warning
+from recipe.gad.run.findings import (
+    LEVELS,
+    Check,
+    Finding,
+    Findings,
+    InputError,
+    either,
+    error,
+    line,
+    note,
+    one_line,
+    warning,
+)
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
 
 SAMPLE_ROWS = 1000
@@ -55,6 +68,8 @@ COVERED_SHARE = 0.99
 MEMORY_SHARE = 0.9
 """Share of a GPU above which the doctor warns. The rest is for what docs/memory.md does not count: CUDA context, NCCL
 buffers, fragmentation."""
+ERROR_CHARS = 300
+"""Characters of an unexpected error that are shown."""
 PACKAGES = ("torch", "transformers", "vllm", "sglang")
 ROLLOUT_EXTRAS = ("vllm", "sglang")
 
@@ -78,15 +93,31 @@ def examine(overrides: list[str], config_name: str = "gad_trainer", gpu_memory: 
         ValueError: the overrides do not compose.
     """
     config = compose_config(overrides, config_name)
-    findings = run_checks(config, CHECKS)
+    findings = run_checks(config, map(finishing, CHECKS))
     failed = {finding.where for finding in findings if finding.level == "error"}
     for check, needs in doctor_checks(gpu_memory):
         if blocking := sorted(failed & (needs | {"configuration"})):
             what = f"skipped: {' and '.join(map(repr, blocking))} failed"
             findings.append(Finding("warning", name_of(check), what, fix="resolve those errors first"))
         else:
-            findings.extend(run_checks(config, [check]))
+            findings.extend(run_checks(config, [finishing(check)]))
     return findings
+
+
+def finishing(check: Check) -> Check:
+    """The check, with any exception as an error: broken files of a model can raise anything, and others still run."""
+
+    @functools.wraps(check)
+    def run(config: DictConfig) -> Findings:
+        try:
+            yield from check(config)
+        except InputError:
+            raise
+        except Exception as problem:
+            what = f"could not be checked ({type(problem).__name__}: {one_line(problem)[:ERROR_CHARS]})"
+            yield error(what, fix="repair the files that this check reads; if they are whole, report it as a bug")
+
+    return run
 
 
 def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
@@ -98,6 +129,9 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
 
     return [
         Prerequisites(check_versions, frozenset()),
+        Prerequisites(check_numbers, frozenset()),
+        Prerequisites(check_positions, frozenset({"models"})),
+        Prerequisites(check_vocabulary, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_end_token, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_chat_ids, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_lengths, frozenset({"plugin", "models", "tokenizers", "data"})),
@@ -137,6 +171,31 @@ def check_versions(config: DictConfig) -> Findings:
     yield note(f"verl {version('verl')}, " + ", ".join(f"{name} {found[name]}" for name in found))
 
 
+# ---------------------------------------------------------------------- numbers
+
+RATES = {f"{ACTOR}.optim.lr": ACTOR, "critic.optim.lr": "critic"}
+"""Learning rates, and who uses them."""
+TEMPERATURES = (f"{ROLLOUT}.temperature", f"{ROLLOUT}.val_kwargs.temperature")
+
+
+def check_numbers(config: DictConfig) -> Findings:
+    """Learning rates, temperatures and numbers of steps can be used."""
+    for key, role in RATES.items():
+        if role == ACTOR or has_discriminator(config):
+            yield from _finite(config, key, "1e-6")
+    for key in TEMPERATURES:
+        yield from _finite(config, key, "0.8")
+    for key in ("trainer.total_training_steps", "trainer.total_epochs"):
+        if get(config, key) is not None:
+            integer(config, key)
+
+
+def _finite(config: DictConfig, key: str, example: str) -> Findings:
+    value = get(config, key, 0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        yield error(f"{key}={value}: expected a number of 0 or more", fix=f"{key}={example}")
+
+
 # ---------------------------------------------------------------------- tokenizer and data
 
 
@@ -163,6 +222,43 @@ def _student_tokenizer(config: DictConfig) -> Any:
     folder = _local(get(config, f"{ACTOR_MODEL}.tokenizer_path") or get(config, f"{ACTOR_MODEL}.path"))
     trust, template = (get(config, f"{ACTOR_MODEL}.{key}") for key in ("trust_remote_code", "custom_chat_template"))
     return None if folder is None else _tokenizer(folder, bool(trust), template)
+
+
+def check_positions(config: DictConfig) -> Findings:
+    """The models have a position for every token of prompt and response."""
+    tokens = integer(config, "data.max_prompt_length") + integer(config, "data.max_response_length")
+    for key, model in _model_configs(config):
+        positions = getattr(model, "max_position_embeddings", None)
+        if isinstance(positions, int) and positions < tokens:
+            what = f"{key}: max_position_embeddings is {positions}, and prompt + response = {tokens} tokens"
+            fix = "lower data.max_prompt_length or data.max_response_length, or take a model with more positions"
+            yield (warning if get(config, f"{ROLLOUT}.name") == "hf" else error)(what, fix)
+
+
+def check_vocabulary(config: DictConfig) -> Findings:
+    """The models have an embedding for every token of the student's tokenizer."""
+    tokenizer = _student_tokenizer(config)
+    if tokenizer is None:
+        yield NO_TOKENIZER
+        return
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    for key, model in _model_configs(config):
+        if model.vocab_size <= largest:
+            yield error(
+                f"{key}: the model has {model.vocab_size} embeddings, and the tokenizer {tokenizer.name_or_path} gives "
+                f"ids up to {largest}",
+                fix="take the model's own tokenizer, or resize the embeddings",
+            )
+
+
+def _model_configs(config: DictConfig) -> Iterator[tuple[str, Any]]:
+    """(key, text configuration) of the student and the discriminator, if they are on this machine."""
+    from transformers import AutoConfig
+
+    for key in (f"{ACTOR_MODEL}.path", *(["critic.model.path"] if has_discriminator(config) else [])):
+        if (folder := _local(get(config, key))) is not None:
+            trust = bool(get(config, key.removesuffix("path") + "trust_remote_code"))
+            yield key, AutoConfig.from_pretrained(folder, trust_remote_code=trust).get_text_config()
 
 
 NO_TOKENIZER = warning("the student's tokenizer is not on this machine", fix="download the model first")
@@ -296,7 +392,10 @@ def check_chat_ids(config: DictConfig) -> Findings:
     student = _student_tokenizer(config)
     path = get(config, "critic.model.tokenizer_path") or get(config, "critic.model.path")
     critic = _local(path) if has_discriminator(config) else None
-    if student is None or critic is None or str(critic) == student.name_or_path:
+    if student is None or (critic is None and has_discriminator(config)):
+        yield warning("not checked: a model is not on this machine", fix="download the models first")
+        return
+    if critic is None or str(critic) == student.name_or_path:
         return
     other = _tokenizer(critic, bool(get(config, "critic.model.trust_remote_code")), None)
     if not (student.chat_template and other.chat_template):
@@ -399,7 +498,9 @@ def check_rollout_heads(config: DictConfig) -> Findings:
     shape = _role_shape(config, ACTOR, f"{ACTOR_MODEL}.path")
     key = f"{ROLLOUT}.tensor_model_parallel_size"
     size = integer(config, key, 1)
-    if shape is not None and shape.heads % size:
+    if shape is None:
+        yield warning("not checked: the model is not on this machine", fix="download the model first")
+    elif shape.heads % size:
         fits = (n for n in range(1, shape.heads + 1) if shape.heads % n == 0)
         yield error(
             f"{key}={size} does not divide the model's {shape.heads} attention heads", fix=f"{key}={either(fits)}"

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from recipe.gad.run.checkpoint import has_score_head, weight_problems
 from recipe.gad.run.config import ACTOR_MODEL, LORA_KEYS, get, has_discriminator, lora_rank
-from recipe.gad.run.findings import Finding, Findings, error, warning
+from recipe.gad.run.findings import Finding, Findings, error, note, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
 
 
@@ -34,7 +34,7 @@ def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[Findi
         return None, [_no_folder(key, path)]
     if (os.environ.get("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on") and not cached_model(path):
         return None, [warning(f"{key}={path} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")]
-    return None, []
+    return None, [note(f"{key}={path}: a model of the hub; its files were not checked")]
 
 
 def _no_folder(key: str, path: str) -> Finding:
@@ -90,7 +90,9 @@ def check_tokenizers(config: DictConfig) -> Findings:
             return
     actor = get(config, keys[0]) or get(config, f"{ACTOR_MODEL}.path")
     if not isinstance(actor, str) or not Path(actor).expanduser().is_dir():
-        return  # a hub model, or an error that check_models reports
+        if isinstance(actor, str) and HUB_ID.fullmatch(actor) and len(keys) > 1:
+            yield note(f"not checked: the tokenizer of {actor} is in no local folder")
+        return  # else check_models reports an error
     for key in keys[1:]:
         critic = get(config, key)
         if not isinstance(critic, str) or critic == actor:

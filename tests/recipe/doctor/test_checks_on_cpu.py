@@ -1,5 +1,6 @@
 """recipe/gad/doctor/checks.py and recipe/gad/doctor/memory.py on real tiny models, tokenizers and data."""
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ from recipe.gad.doctor.checks import (
     check_disk,
     check_end_token,
     check_lengths,
+    check_numbers,
     check_rollout_heads,
     check_versions,
     examine,
@@ -38,6 +40,7 @@ from recipe.gad.doctor.memory import (
     training,
 )
 from recipe.gad.run.checks import run_checks
+from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,6 +91,97 @@ def test_errors_of_both_kinds_of_checks_as_json(overrides, capsys):
     assert "data.max_prompt_length=3" in errors["lengths"]["what"]
     assert "gad.poll_interval=0" in errors["polling"]["what"] and errors["polling"]["fix"] == "gad.poll_interval=0.1"
     assert not any("Fix: " in text for finding in findings for text in finding.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        "5",
+        "\xff",
+        "[" * 10**5,
+        '{"model_type": "no-such-model"}',
+        '{"model_type": "llama", "hidden_size": "x"}',
+        '{"model_type": "llama", "vocab_size": 0}',
+        '{"model_type": "llama", "num_attention_heads": 0}',
+    ],
+)
+def test_a_broken_configuration_of_a_model_is_a_finding_and_the_report_goes_to_its_end(
+    overrides, tiny_problem, tmp_path, capsys, text
+):
+    shutil.copytree(tiny_problem / "model", tmp_path / "model")
+    (tmp_path / "model/config.json").write_bytes(text.encode("latin-1"))
+    code = run_cli(*overrides, f"{MODEL}.path={tmp_path}/model")
+    out = capsys.readouterr().out
+    assert code == 1 and out.splitlines()[-1].endswith("this run cannot start")
+    assert "ok      data: " in out, "the other checks are there"
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"\x08" + b"\0" * 7, (10**6).to_bytes(8, "little") + b"[" * 10**6, b"\xff" * 8]
+)
+def test_broken_weights_are_a_finding(overrides, tiny_problem, tmp_path, capsys, header):
+    shutil.copytree(tiny_problem / "model", tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(header)
+    assert run_cli(*overrides, f"{MODEL}.path={tmp_path}/model") == 1
+    out = capsys.readouterr().out
+    assert "error   models: " in out and "ok      data: " in out
+
+
+def test_numbers_that_no_run_can_use(overrides):
+    good = compose_config(overrides, "gad_trainer")
+    assert messages(check_numbers, good, "error") == []
+    number, whole = "expected a number of 0 or more", "expected a whole number of at least 1"
+    for key, value, message in [
+        (f"{ACTOR}.optim.lr", float("nan"), f"{number}. Fix: {ACTOR}.optim.lr=1e-6"),
+        (f"{ACTOR}.optim.lr", -1, number),
+        ("critic.optim.lr", float("inf"), number),
+        (f"{ROLLOUT}.temperature", float("nan"), number),
+        (f"{ROLLOUT}.val_kwargs.temperature", -1, number),
+        ("trainer.total_training_steps", -1, whole),
+        ("trainer.total_epochs", 0, whole),
+    ]:
+        config = copy.deepcopy(good)
+        OmegaConf.update(config, key, value)
+        [error] = messages(check_numbers, config, "error")
+        assert error.startswith(f"{key}={value}: {message}")
+
+
+def with_model_config(tiny_problem, folder, **changes):
+    shutil.copytree(tiny_problem / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_too_few_positions(overrides, tiny_problem, tmp_path, capsys):
+    model = with_model_config(tiny_problem, tmp_path / "model", max_position_embeddings=27)
+    code = run_cli(*overrides, f"{MODEL}.path={model}")  # 16 + 12 = 28 tokens
+    out = capsys.readouterr().out
+    message = f"positions: {MODEL}.path: max_position_embeddings is 27, and prompt + response = 28 tokens. Fix: lower"
+    assert code == 0 and f"warning {message}" in out, "the Hugging Face rollout computes rotary positions"
+    assert run_cli(*overrides, f"{MODEL}.path={model}", f"{ROLLOUT}.name=vllm") == 1
+    assert f"error   {message}" in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_is_larger_than_the_embeddings(overrides, tiny_problem, tmp_path, capsys):
+    model = with_model_config(tiny_problem, tmp_path / "model", vocab_size=5)
+    assert run_cli(*overrides, f"{MODEL}.path={model}") == 1
+    assert "error   vocabulary: " in (out := capsys.readouterr().out) and "the model has 5 embeddings" in out
+
+
+def test_a_model_that_is_not_here_is_not_called_ok(overrides, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert run_cli(*overrides, f"{MODEL}.path=some-org/some-model") in (0, 1)
+    out = capsys.readouterr().out
+    assert f"{MODEL}.path=some-org/some-model: a model of the hub; its files were not checked" in out
+    assert "Model folders exist and are whole" not in out and "same vocabulary" not in out
+    assert "same token ids" not in out and "split evenly over the GPUs of a rollout engine" not in out
 
 
 def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
