@@ -21,6 +21,7 @@ from recipe.gad.commands.prepare import prepare
 from recipe.gad.commands.referee import referee
 from recipe.gad.commands.report import report
 from recipe.gad.commands.watch import watch
+from recipe.gad.run.findings import visible
 
 __all__ = ["app", "main"]
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(message)}", file=sys.stderr)
     sys.exit(2)
 
 

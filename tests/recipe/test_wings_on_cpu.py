@@ -29,7 +29,7 @@ ALLOWED = {
     "referee": {"run", "monitor", "evaluation"},  # it evaluates with `gad eval` and draws like `gad report`
     # the command line: a module of arguments for each tool
     "commands": {"run", "data", "doctor", "monitor", "evaluation", "export", "openai_client", "referee"},
-    "cli": {"commands"},
+    "cli": {"commands", "run"},
     # the delta: tools may import it; it needs what they share, the trainer's plain code, and the CPU rollout
     "verl": {"run", "cpu", "training"},
 }

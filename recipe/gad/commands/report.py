@@ -23,7 +23,7 @@ def report(
     from recipe.gad.run.findings import line
 
     for run in write_report(run_dirs, output):
-        typer.echo(f"{run.label}: {run.last_step} steps." + ("" if run.findings else " Nothing wrong was found."))
+        typer.echo(f"{run.label}: {run.last_step} steps." + ("" if run.findings else f" {run.all_clear}"))
         for finding in run.findings:
             typer.echo(line(finding))
         for earlier in run.earlier:

@@ -9,7 +9,7 @@ import typer
 def watch(
     run_dir: Annotated[Path, typer.Argument(help="Run folder (--output_dir of the stage).")],
     once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two reads of the log.")] = 2.0,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two reads of the log.")] = 2.0,
 ) -> None:
     """Follow a running stage: curves, step time, time left and health, refreshed in place.
 

@@ -23,7 +23,7 @@ from recipe.gad.evaluation.sampling import (
 from recipe.gad.evaluation.text_metrics import rouge_l, text_metrics
 from recipe.gad.openai_client import ChatClient
 from recipe.gad.run.atomic_io import read_object, write_atomically
-from recipe.gad.run.findings import InputError
+from recipe.gad.run.findings import InputError, visible
 
 SCORES = "scores.json"
 TEXT_COLUMNS = {
@@ -98,7 +98,8 @@ def _tested(estimate: dict[str, float], sign: str = "") -> str:
 def format_table(rows: dict[str, dict[str, str]]) -> str:
     """Row name -> column title -> cell, as aligned text; missing cells are "-"."""
     titles = list(dict.fromkeys(title for cells in rows.values() for title in cells))
-    lines = [["", *titles], *([name, *(cells.get(title, "-") for title in titles)] for name, cells in rows.items())]
+    table = [["", *titles], *([name, *(cells.get(title, "-") for title in titles)] for name, cells in rows.items())]
+    lines = [[visible(cell) for cell in line] for line in table]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles) + 1)]
     padded = (map(str.ljust, line, widths) for line in lines)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)

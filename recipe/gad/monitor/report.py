@@ -6,15 +6,16 @@ from the last step of its warmup, so that one axis shows warmup -> GAD.
 
 import base64
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, apply_rules, earlier_findings
+from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, all_clear, apply_rules, earlier_findings
 from recipe.gad.run.atomic_io import check_output, write_atomically
-from recipe.gad.run.findings import Finding
+from recipe.gad.run.findings import Finding, visible
 from recipe.gad.run.log import (
     ROUGE_L,
     Metrics,
@@ -59,6 +60,10 @@ class Run:
     overrides: dict[str, str] = field(default_factory=dict)
 
     @property
+    def all_clear(self) -> str:
+        return all_clear(self.metrics)
+
+    @property
     def last_step(self) -> int:
         return max(self.metrics)
 
@@ -96,7 +101,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
         raise ValueError(f"{twice[0]} is given twice; name every run once")
     parent = os.path.commonpath([path.parent for path in paths])
     return [
-        _read_run(path, str(path.relative_to(parent)), handover)
+        _read_run(path, visible(str(path.relative_to(parent))), handover)
         for path, (_, handover) in zip(paths, found, strict=True)
     ]
 
@@ -424,8 +429,8 @@ def _samples(run: Run) -> list[tuple[str, str, list[tuple[str, str]]]]:
     for prompt, teacher, rows in answers_over_training(list(run.samples.values()), SAMPLED_PROMPTS):
         answers = []
         for step, row in zip(run.samples, rows, strict=True):
-            rouge_l = row.get("rouge_l")
-            answers.append((f"step {step}" + ("" if rouge_l is None else f" ({rouge_l:.2f})"), row["output"]))
+            rouge_l = row.get("rouge_l", math.nan)
+            answers.append((f"step {step}" + ("" if math.isnan(rouge_l) else f" ({rouge_l:.2f})"), row["output"]))
         prompts.append((prompt, teacher, answers))
     return prompts
 

@@ -498,6 +498,14 @@ def apply_rules(metrics: Metrics, samples: Sequence[dict] = ()) -> tuple[list[Fi
     return sorted(findings, key=lambda finding: -LEVELS.index(finding.level)), sorted(set(looked_at))
 
 
+def all_clear(metrics: Metrics) -> str:
+    """What to say of a run in which no rule has found anything."""
+    steps = sum(step > 0 for step in metrics)  # step 0 is a validation
+    if steps < RECENT:
+        return f"Too few steps to judge: {steps} of {RECENT}."
+    return "Nothing wrong was found."
+
+
 def earlier_findings(metrics: Metrics, now: Sequence[Finding], looks: int = 50) -> list[EarlierFinding]:
     """Errors and warnings that someone watching the run would have read, and that are not among those of ``now``.
 

@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from recipe.gad.monitor.rules import apply_rules
-from recipe.gad.run.findings import Finding, line
+from recipe.gad.monitor.rules import all_clear, apply_rules
+from recipe.gad.run.findings import Finding, line, visible
 from recipe.gad.run.log import (
     ROUGE_L,
     MetricLog,
@@ -114,7 +114,8 @@ class RunState:
 
     def step_seconds(self) -> float | None:
         """Mean of the last steps."""
-        seconds = list(series(self.log.metrics, "timing_s/step").values())[-LAST_STEPS:]
+        seconds = [value for value in series(self.log.metrics, "timing_s/step").values() if np.isfinite(value)]
+        seconds = seconds[-LAST_STEPS:]
         return sum(seconds) / len(seconds) if seconds else None
 
     def phases(self) -> dict[str, float]:
@@ -129,7 +130,7 @@ class RunState:
     def headline(self) -> str:
         """``gad  step 30/100  2.1 s per step  2 min left``, and how long the run has been silent if that is long."""
         seconds = self.step_seconds()
-        parts = [self.run_dir.resolve().name]
+        parts = [visible(self.run_dir.resolve().name)]
         parts.append(f"step {self.last_step}" + (f"/{self.total_steps}" if self.total_steps else ""))
         if seconds is not None:
             parts.append(f"{seconds:.3g} s per step")
@@ -150,14 +151,14 @@ class RunState:
 
     def __rich__(self) -> RenderableType:
         if not self.log.metrics:
-            return Text(f"{self.run_dir}: waiting for the first step ({self.log.path})")
+            return Text(visible(f"{self.run_dir}: waiting for the first step ({self.log.path})"))
         parts: list[RenderableType] = [Text(self.headline(), style="bold")]
         if self.total_steps:
             bar = Table.grid()
             bar.add_row(ProgressBar(total=self.total_steps, completed=self.last_step, width=60))
             parts.append(bar)
         findings = [Text(line(finding), style=STYLES[finding.level]) for finding in self.findings]
-        parts += [*(findings or [Text("Nothing wrong was found.", style="green")]), Text()]
+        parts += [*(findings or [Text(all_clear(self.log.metrics), style="green")]), Text()]
         table = Table("metric", "over the run", "last", f"mean of {LAST_STEPS}", box=None, padding=(0, 2, 0, 0))
         table.columns[1].no_wrap = True
         for pattern in KEY_METRICS:

@@ -92,8 +92,15 @@ class ConfigError(ValueError):
 
 
 def one_line(text: object) -> str:
-    """``str(text)`` with every run of white space as one space."""
-    return " ".join(str(text).split())
+    """``str(text)`` with every run of white space as one space, and shown as :func:`visible` does."""
+    return visible(" ".join(str(text).split()))
+
+
+def visible(text: str) -> str:
+    """The text with control characters and half surrogate pairs as escapes, so that no terminal obeys them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def either(values: Iterable[object]) -> str:

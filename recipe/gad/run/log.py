@@ -15,8 +15,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from recipe.gad.run.findings import visible
+
 Metrics = dict[int, dict[str, float]]
-"""Step -> name -> value; NaN where the logger wrote null, which is how it writes NaN and the infinities."""
+"""Step -> name -> value; NaN where the logger wrote null, which is how it writes NaN and the infinities, or a number
+beyond :data:`LARGEST`. Control characters in names are escaped."""
+
+LARGEST = 1e100
+"""Largest value that counts as finite; sums and squares of larger ones overflow."""
+LAST_STEP = 2**53
 
 ROUGE_L = "val-aux/*/rouge_l/mean@*"
 """Name pattern of the validation answers' ROUGE-L against the teacher's, one metric per data source."""
@@ -57,15 +64,18 @@ class MetricLog:
         added = added[: added.rfind(b"\n") + 1]
         rows = _parse_lines(added, self.path, self._lines)
         for row in rows:
-            if not isinstance(row.get("step"), int) or not isinstance(row.get("data"), dict):
+            step, data = row.get("step"), row.get("data")
+            if type(step) is not int or abs(step) > LAST_STEP or not isinstance(data, dict):
                 raise ValueError(f'{self.path}: expected lines {{"step": ..., "data": {{...}}}}, got {str(row)[:80]}')
-            numbers = {name: math.nan if value is None else value for name, value in row["data"].items()}
-            self.metrics.setdefault(row["step"], {}).update(
-                {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
-            )
+            numbers = {name: value for name, value in data.items() if value is None or isinstance(value, int | float)}
+            self.metrics.setdefault(step, {}).update({visible(name): _number(v) for name, v in numbers.items()})
         self._offset += len(added)
         self._lines += len(rows)
         return restarted or bool(rows)
+
+
+def _number(value: float | None) -> float:
+    return float(value) if value is not None and abs(value) <= LARGEST else math.nan
 
 
 def _parse_lines(data: bytes, path: Path, lines_before: int = 0) -> list[dict]:
@@ -74,7 +84,7 @@ def _parse_lines(data: bytes, path: Path, lines_before: int = 0) -> list[dict]:
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=lines_before + 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object")
@@ -144,6 +154,9 @@ def read_dump(path: str | Path) -> list[dict[str, Any]]:
     for row in rows:
         if not all(isinstance(row.get(key), str) for key in ("input", "output", "gts")):
             raise ValueError(f"{path}: every line needs the texts input, output and gts, got {str(row)[:80]}")
+        if "rouge_l" in row:
+            score = row["rouge_l"]
+            row["rouge_l"] = _number(score) if isinstance(score, int | float) else math.nan
     return rows
 
 
@@ -180,7 +193,10 @@ def read_overrides(run_dir: str | Path) -> dict[str, str]:
 
     The environment of the Ray workers (``ray_kwargs``) is left out: it may hold API keys, and reports are shared.
     """
-    overrides = _read_yaml(Path(run_dir) / "hydra/.hydra/overrides.yaml", list)
+    path = Path(run_dir) / "hydra/.hydra/overrides.yaml"
+    overrides = _read_yaml(path, list)
+    if not all(isinstance(text, str) for text in overrides):
+        raise ValueError(f"{path} holds more than texts, expected a list of overrides as Hydra writes it")
     pairs = (text.lstrip("+~").partition("=") for text in overrides)
     return {key: value for key, _, value in pairs if not key.startswith("ray_kwargs")}
 
@@ -188,8 +204,9 @@ def read_overrides(run_dir: str | Path) -> dict[str, str]:
 def total_training_steps(run_dir: str | Path) -> int | None:
     """``trainer.total_training_steps`` of a run; None if it is not a number, or if Hydra left no record."""
     config = _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml", dict)
-    steps = config.get("trainer", {}).get("total_training_steps")
-    return steps if isinstance(steps, int) and steps > 0 else None
+    trainer = config.get("trainer")
+    steps = trainer.get("total_training_steps") if isinstance(trainer, dict) else None
+    return steps if isinstance(steps, int) and 0 < steps <= LAST_STEP else None
 
 
 def _read_yaml(path: Path, kind: type) -> Any:
@@ -202,7 +219,7 @@ def _read_yaml(path: Path, kind: type) -> Any:
 
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or the 99th of a month
         raise ValueError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from None
     if value is None:
         return kind()

@@ -191,7 +191,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         main(["report", "run"])
     assert exit.value.code == 0
     printed = capsys.readouterr().out
-    assert "run: 5 steps. Nothing wrong was found." in printed and "report: report.html" in printed
+    assert "run: 5 steps. Too few steps to judge: 5 of 20." in printed and "report: report.html" in printed
     assert (tmp_path / "report.html").is_file()
     with pytest.raises(SystemExit) as exit:
         main(["report", "run"])

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from recipe.gad.cli import main
+from recipe.gad.monitor.report import _samples, _settings, _summary, find_runs
+from recipe.gad.monitor.rules import all_clear
 from recipe.gad.monitor.watch import RunState, duration, sparkline
 
 ROOT = Path(__file__).parents[3]
@@ -55,6 +57,66 @@ def test_sparkline():
     assert sparkline([0, math.nan, 1]) == "▁×█" and sparkline([math.nan]) == "×"
 
 
+def test_nothing_wrong_is_said_of_enough_steps_only():
+    healthy = {step: {"critic/d_acc": 0.75} for step in range(20)}  # step 0 is a validation
+    assert all_clear(healthy) == "Too few steps to judge: 19 of 20."
+    assert all_clear({**healthy, 20: {"critic/d_acc": 0.75}}) == "Nothing wrong was found."
+
+
+ESCAPES = "a\x1b[2J\x1b]0;pwn\x07\x9b2J\u202e\ud83d\r"
+
+
+@pytest.mark.parametrize("once", [["--once"], []])
+def test_control_characters_are_shown_and_not_obeyed(tmp_path, capfdbinary, once):
+    folder = tmp_path / "run\x1b[2J"
+    (folder / "hydra/.hydra").mkdir(parents=True)
+    (folder / "hydra/.hydra/config.yaml").write_text("trainer:\n  total_training_steps: 3\n")
+    for step in (1, 2, 3):
+        add_step(folder, step, **{f"val-aux/{ESCAPES}/rouge_l/mean@1": 0.5, f"actor/{ESCAPES}": None})
+    with pytest.raises(SystemExit) as exit:
+        main(["watch", str(folder), *once])
+    assert exit.value.code == 0
+    printed = capfdbinary.readouterr().out.decode()
+    assert "run\\x1b[2J" in printed and "\\x07" in printed
+    assert not set(printed) & set("\x1b\x07\x9b\u202e\r")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("hydra/.hydra/config.yaml", "trainer: null\n"),
+        ("hydra/.hydra/config.yaml", "trainer: [1]\n"),
+        ("hydra/.hydra/config.yaml", f"trainer: {{total_training_steps: {10**30}}}\n"),
+        ("hydra/.hydra/config.yaml", "[" * 5000),
+        ("hydra/.hydra/config.yaml", "trainer: 2026-99-99\n"),
+        ("hydra/.hydra/overrides.yaml", "[1, 2]\n"),
+        ("metrics.jsonl", '{"step": %s, "data": {}}\n' % 10**30),
+        ("metrics.jsonl", '{"step": true, "data": {}}\n'),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+        ("metrics.jsonl", '{"step": 1, "data": {"critic/d_acc": %s}}\n' % 10**400),
+        ("metrics.jsonl", '{"step": 1, "data": {"critic/d_acc": 1e308, "actor/entropy": -1e308}}\n' * 2),
+        ("metrics.jsonl", '{"step": 1, "data": {"timing_s/step": -1e308, "critic/d_acc": 1e300}}\n'),
+        ("val_samples/3.jsonl", '{"input": "a", "output": "b", "gts": "c", "rouge_l": [1]}\n'),
+        ("val_samples/3.jsonl", '{"input": "a", "output": "b", "gts": "c", "rouge_l": "x"}\n'),
+        ("val_samples/3.jsonl", '{"input": "a", "output": "b", "gts": "c", "rouge_l": %s}\n' % 10**400),
+        ("val_samples/3.jsonl", "[" * 100_000 + "\n"),
+    ],
+)
+def test_damaged_files_are_shown_or_named(run, capsys, file, text):
+    (run / file).parent.mkdir(parents=True, exist_ok=True)
+    with open(run / file, "w" if file.endswith("yaml") else "a", encoding="utf-8") as stream:
+        stream.write(text)
+    with pytest.raises(SystemExit) as exit:
+        main(["watch", str(run), "--once"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 0 or (exit.value.code == 2 and f"error: {run / file}" in error)
+    try:
+        [read] = find_runs([run])
+        _summary([read]), _samples(read), _settings([read])
+    except ValueError as problem:
+        assert str(run / file) in str(problem)
+
+
 def test_duration():
     assert [duration(s) for s in (4.4, 59.9, 90, 3600, 11100)] == ["4 s", "60 s", "2 min", "1 h 00 min", "3 h 05 min"]
 
@@ -70,7 +132,7 @@ def test_once_on_a_growing_file(run, capsys):
     assert "gad  step 3/10  2 s per step  14 s left" in text
     assert re.search(r"critic/d_acc +▁▁▁ +0.75 +0.75", text)
     assert "gen 1.5s" in text and "other 0.5s" in text
-    assert "Nothing wrong was found." in text
+    assert "Too few steps to judge: 3 of 20." in text and "Nothing wrong" not in text
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 4, "da')
     assert "step 3/10" in printed()
