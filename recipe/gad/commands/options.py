@@ -49,7 +49,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{option} {text!r}: expected a JSON object, such as '{{\"name\": 0.9}}'")

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.gad.run.data_file import json_rows, prompt_problem, teacher_problem, teacher_text
-from recipe.gad.run.findings import InputError
+from recipe.gad.run.findings import InputError, visible
 from recipe.gad.run.hub import HUB_ID
 
 PROMPT_KEYS = ("content", "messages", "conversations", "prompt", "instruction", "question", "query")
@@ -280,7 +280,7 @@ def _json_list(text: str) -> list | None:
         return None
     try:
         return json.loads(text)
-    except ValueError:  # a prompt that only starts like a list
+    except (ValueError, RecursionError):  # a prompt that only starts like a list
         return None
 
 
@@ -369,10 +369,14 @@ class Rejects:
             raise InputError(where, fix="repair or drop the row, or run without --strict")
         self.count += 1
         if self.count <= SHOWN_REJECTS:
-            print(f"rejected: {where}", file=sys.stderr)
+            print(f"rejected: {visible(where)}", file=sys.stderr)
         record = {"file": row.file, "row": row.number, "reason": reason, "record": row.value}
-        # default=str: for values that JSON does not know (dates, bytes)
-        print(json.dumps(record, ensure_ascii=False, default=str), file=self._out)
+        try:
+            # default=str: for values that JSON does not know (dates, bytes)
+            text = json.dumps(record, ensure_ascii=False, default=str)
+        except (ValueError, RecursionError):
+            text = json.dumps({**record, "record": "nested too deeply to be written"}, ensure_ascii=False)
+        print(text, file=self._out)
 
 
 @contextmanager

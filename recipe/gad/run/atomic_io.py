@@ -111,7 +111,7 @@ def read_object(path: Path, fix: str = "") -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise InputError(f"{path} is not valid JSON ({error}; cut off?)", fix) from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, expected a JSON object", fix)

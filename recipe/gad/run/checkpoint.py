@@ -51,7 +51,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise ValueError(f"{file} is not a safetensors file") from None
     if size != expected:
         what = "truncated" if size < expected else "too long"

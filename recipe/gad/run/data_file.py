@@ -5,7 +5,7 @@ Files are streamed: parquet by row group, reading two columns only; .json and .j
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +250,15 @@ def json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
                 continue
             try:
                 yield json.loads(line), None
-            except ValueError as problem:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as problem:  # not JSON, not UTF-8, or nested thousands of levels deep
                 yield line.decode("utf-8", "backslashreplace").rstrip("\r\n"), f"is not valid JSON ({problem})"
+
+
+def _decode(decode: Callable[[str, int], tuple[Any, int]], text: str, start: int, number: int) -> tuple[Any, int]:
+    try:
+        return decode(text, start)
+    except RecursionError:
+        raise InputError(f"row {number} is nested too deeply", fix="drop the row") from None
 
 
 def _list_rows(file: Path) -> Iterator[Any]:
@@ -268,7 +275,7 @@ def _list_rows(file: Path) -> Iterator[Any]:
             try:
                 if opening is None:
                     raise json.JSONDecodeError("expected , or ]", buffer, position)
-                row, end = decode(buffer, opening.end())
+                row, end = _decode(decode, buffer, opening.end(), number)
                 if end == len(buffer):  # "12" may be the start of "123"
                     raise json.JSONDecodeError("the list is not closed", buffer, end)
             except json.JSONDecodeError as problem:

@@ -111,9 +111,9 @@ def _same_tokenizer_files(first: Path, second: Path) -> bool:
     def added_tokens(folder: Path) -> Any:
         try:
             settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return settings.get("added_tokens_decoder")
+        return settings.get("added_tokens_decoder") if isinstance(settings, dict) else None
 
     files = [folder / "tokenizer.json" for folder in (first, second)]
     if not all(file.is_file() for file in files):

@@ -299,6 +299,30 @@ def test_unreadable_files(write, tmp_path, capsys, name, content, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("form", ["lines", "a prompt"])
+def test_a_row_that_is_nested_too_deeply_is_a_bad_row(write, tmp_path, form):
+    depths = [*range(100, 1100, 20), 5_000, 100_000]
+    deep = ["[{" + "[" * depth + "]" * depth + "}]" for depth in depths]
+    if form == "lines":
+        deep = [f'{{"prompt": {"[" * depth}{"]" * depth}, "response": "a"}}' for depth in depths]
+    else:
+        deep = [json.dumps({"prompt": text.replace("{[", '{"content": [', 1), "response": "a"}) for text in deep]
+    good = [json.dumps(row) for row in numbered(range(len(deep)))]
+    path = write("".join(f"{row}\n" for pair in zip(good, deep, strict=True) for row in pair))
+    assert run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
+    assert {row["teacher_response"] for row in table(tmp_path / "out")} >= {f"answer {i}" for i in range(len(deep))}
+    if form == "lines":
+        assert len(rejects(tmp_path / "out")) == len(deep)
+
+
+@pytest.mark.parametrize("depth", [900, 990, 5_000, 100_000])
+def test_a_list_with_a_row_that_is_nested_too_deeply_is_named(write, tmp_path, capsys, depth):
+    path = write(f'[{{"prompt": "q", "response": "a"}}, {"[" * depth}{"]" * depth}]', "d.json")
+    code = run(path, "--output_dir", tmp_path / "out", "--val_fraction", 0)
+    error = capsys.readouterr().err
+    assert code == 0 or f"error: {path}: row 1 is nested too deeply. Fix: drop the row" in error
+
+
 @pytest.mark.parametrize("other", ["b.csv", "deeper/b.parquet", "b.txt", "b.tsv", "b.csv.gz"])
 def test_a_folder_of_several_kinds_is_refused(write, tmp_path, capsys, other):
     (tmp_path / "d/deeper").mkdir(parents=True)
