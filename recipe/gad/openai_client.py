@@ -13,13 +13,16 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-from recipe.gad.run.findings import InputError
+from tqdm import tqdm
+
+from recipe.gad.run.findings import InputError, visible
 
 T = TypeVar("T")
 
@@ -36,6 +39,8 @@ RETRIED_STATUS = (408, 409, 425, 429)
 """HTTP status codes that are retried, besides all from 500 up."""
 HOPELESS_STATUS = (401, 402, 404)
 """HTTP status codes that every request would get: wrong key, no money left, no such model or address."""
+OWN_FIELDS = frozenset({"messages", "model", "n", "stream"})
+"""Fields of a request that ``extra`` must not set: one answer, whole, to the caller's messages."""
 QUOTA_CODE = "insufficient_quota"
 """Error code of a 429 that waiting does not resolve."""
 MESSAGE_CHARS = 300
@@ -170,6 +175,8 @@ class ChatClient:
             if attempt == self._max_retries:
                 raise RequestFailed(f"{message} ({attempt + 1} attempts)", failure.hopeless) from None
             self.retries += 1
+            if self.retries == 1:  # a wrong address would be silent for minutes
+                tqdm.write(f"{visible(message)}; trying again, up to {self._max_retries} times", file=sys.stderr)
             await self._back_off(attempt, failure)
         raise AssertionError("the last attempt returns or raises")
 
@@ -212,6 +219,23 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], con
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+def check_request(temperature: float | None, extra: dict[str, Any]) -> None:
+    """Check what a caller sends with every request.
+
+    Raises:
+        ValueError: the temperature is no number of 0 or more, or ``extra`` sets a field that the caller owns or that
+            changes the form of the answer.
+    """
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: expected a number of 0 or more")
+    if refused := sorted(OWN_FIELDS & extra.keys()):
+        raise InputError(f"the extra fields of the request set {', '.join(refused)}", fix="leave these fields out")
+    try:
+        json.dumps(extra, allow_nan=False)
+    except ValueError:
+        raise InputError("the extra fields of the request hold NaN or Infinity", fix="pass finite numbers") from None
 
 
 def _read_key(variable: str) -> str:

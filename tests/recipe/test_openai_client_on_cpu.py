@@ -180,11 +180,13 @@ def test_what_cannot_pass_is_not_retried(chat_server, status, code, hopeless):
     assert len(chat_server.bodies) == 1 and failure.value.hopeless is hopeless
 
 
-def test_a_server_that_is_not_there_is_hopeless(chat_server):
+def test_a_server_that_is_not_there_is_hopeless_and_named_at_once(chat_server, capsys):
     chat_server.close()
     with pytest.raises(RequestFailed, match="no connection") as failure:
-        complete(chat_server, max_retries=1)
+        complete(chat_server, max_retries=2)
     assert failure.value.hopeless
+    printed = capsys.readouterr().err
+    assert printed.count("no connection to the server") == 1 and "trying again, up to 2 times" in printed
 
 
 def test_retry_after_is_honoured_by_all_requests(chat_server):

@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from recipe.gad.data import CONCURRENCY, SAMPLES
 from recipe.gad.data.layouts import Message, Rejects, data_source_of, open_rejects, read_prompt, read_rows
-from recipe.gad.openai_client import ChatClient, Completion, RequestFailed, for_each
+from recipe.gad.openai_client import ChatClient, Completion, RequestFailed, check_request, for_each
 from recipe.gad.run.atomic_io import JsonLog, read_object, write_atomically
 from recipe.gad.run.findings import InputError
 
 ID_BYTES = 12
 """Length of a request's hash. Among a billion requests, the chance that any two share one is 6e-12."""
+MOST_SAMPLES, MOST_CONCURRENT = 10_000, 10_000
+"""Limits of answers per prompt and of requests in flight; more is a slip of the keyboard."""
 TOKENS_PER_PRICE = 1_000_000
 WRITER = "gad collect"
 COUNTED = {"id": str, "prompt_tokens": int, "completion_tokens": int}
@@ -44,6 +46,9 @@ class RequestSettings:
 
     ``system`` is put before the messages of prompts that have no system message. Only the teacher sees it: the data
     keeps the prompt as it was. ``extra`` holds further fields of the request body.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     model: str
@@ -52,6 +57,11 @@ class RequestSettings:
     max_tokens: int | None = None
     system: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_request(self.temperature, self.extra)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens}: expected 1 or more")
 
 
 class Request(NamedTuple):
@@ -121,9 +131,9 @@ async def collect_answers(
         RequestFailed: (a ValueError) no request can succeed. Finished requests are kept.
     """
     out = Path(out).expanduser()
-    for name, value in (("samples", samples), ("concurrency", concurrency)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected 1 or more")
+    for name, value, most in (("samples", samples, MOST_SAMPLES), ("concurrency", concurrency, MOST_CONCURRENT)):
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}={value}: expected 1 to {most}")
     if out.suffix != ".jsonl":
         raise ValueError(f"--output {out}: expected a name that ends with .jsonl")
     result = Collected()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.gad.evaluation.intervals import prompt_means
-from recipe.gad.openai_client import ChatClient, RequestFailed, for_each
+from recipe.gad.openai_client import ChatClient, RequestFailed, check_request, for_each
 from recipe.gad.run.atomic_io import JsonLog
 from recipe.gad.run.findings import InputError
 
@@ -83,7 +83,7 @@ class JudgeSettings:
     """Who judges, and how.
 
     Raises:
-        ValueError: the mode is unknown.
+        ValueError: the mode is unknown, or ``extra`` sets a field that it must not.
     """
 
     model: str
@@ -96,6 +96,7 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"judge mode {self.mode!r}: expected one of {', '.join(MODES)}")
+        check_request(None, self.extra)
 
     def uses(self, mode: str) -> bool:
         return self.mode in (mode, "both")

@@ -241,6 +241,8 @@ def test_foreign_replies_and_unknown_modes_are_refused(chat_server, tmp_path):
         run(chat_server, tmp_path, candidates(("one", "two")))
     with pytest.raises(ValueError, match="pairwise, score, both"):
         JudgeSettings("a judge", mode="best")
+    with pytest.raises(ValueError, match="set model, n. Fix: leave these fields out"):
+        JudgeSettings("a judge", extra={"n": 2, "model": "other"})
 
 
 def test_answers_are_paired_with_their_rivals():
