@@ -282,13 +282,20 @@ def compare(
 
     Example: gad eval compare eval/seqkd eval/gad --output compare.json
     """
-    from recipe.gad.evaluation.scores import add_differences, comparison_table, is_comparison, judge_against_first
+    from recipe.gad.evaluation.scores import (
+        add_differences,
+        check_scores,
+        comparison_table,
+        is_comparison,
+        judge_against_first,
+    )
     from recipe.gad.evaluation.scores import compare as compare_folders
     from recipe.gad.run.atomic_io import check_output, write_atomically
 
     if output is not None:
         check_output(output, is_comparison)
     comparison = compare_folders(folders)
+    check_scores(comparison)
     add_differences(comparison, seed)
     if (settings := judge_options.settings("pairwise")) is not None:
         judge_against_first(comparison, settings, judge_options.judge_base_url, judge_options.judge_concurrency, seed)

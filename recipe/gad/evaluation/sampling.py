@@ -103,6 +103,8 @@ RUN_KEYS = {
 """Setting -> key of a run's configuration that decides it in the run's own validation."""
 MODEL_SETTINGS = ("model", "model_written")
 """Settings in which two models differ; all others must agree before their answers are compared."""
+ANSWER_KEYS = {"index", "sample", "messages", "teacher", "student"}
+"""Keys that every line of ``answers.jsonl`` has, among others."""
 DIGEST = "answers_sha256"
 """Hash of the finished answers, in ``settings.json``."""
 NOT_COMPARED = ("val_files", DIGEST)
@@ -173,10 +175,16 @@ def read_answers(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / ANSWERS
     if not path.is_file():
         raise InputError(f"{folder} has no {ANSWERS}", fix="run gad eval first")
-    answers = []
-    for row, problem in json_rows(path):
+    answers: list[dict[str, Any]] = []
+    try:
+        rows = list(json_rows(path))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}", fix="run gad eval --overwrite") from None
+    for row, problem in rows:
         if problem is not None:
             raise InputError(f"{path} {problem}", fix="run gad eval --overwrite")
+        if not isinstance(row, dict) or not row.keys() >= ANSWER_KEYS:
+            raise InputError(f"{path}, row {len(answers)}: not written by gad eval", fix="run gad eval --overwrite")
         answers.append(row)
     if not answers:
         raise InputError(f"{path} is empty", fix="run gad eval --overwrite")

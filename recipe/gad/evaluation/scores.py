@@ -42,7 +42,16 @@ def read_scores(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     scores = read_object(path, "delete it and run gad eval again")
-    return scores if scores.get(DIGEST) == answers_hash(folder) else {}
+    if scores.get(DIGEST) != answers_hash(folder):
+        return {}
+    sections = [scores[name] for name in ("text", "two_sample", "judge") if name in scores]
+    if not all(isinstance(section, dict) and isinstance(section.get("settings", {}), dict) for section in sections):
+        raise _damaged(path)
+    return scores
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} does not hold what gad eval writes", fix="delete it and run gad eval again")
 
 
 def update_scores(folder: str | Path, **sections: Any) -> dict[str, Any]:
@@ -115,6 +124,16 @@ def scores_table(scores: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- several folders
 
 
+def check_scores(comparison: dict[str, dict[str, Any]]) -> None:
+    """Raise InputError, which names the file, if scores of :func:`compare` cannot be shown."""
+    for entry in comparison.values():
+        try:
+            for side in ("student", "teacher"):
+                _cells(entry["scores"], side)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise _damaged(Path(entry["folder"]) / SCORES) from None
+
+
 def is_comparison(text: str) -> bool:
     """Whether ``text`` is what ``gad eval compare --output`` writes."""
     try:
@@ -144,7 +163,8 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
         changed = differences(first_settings, settings, ignore=MODEL_SETTINGS)
         for section in ("two_sample", "judge"):
             if section in scores and section in first_scores:
-                found = differences(first_scores[section]["settings"], scores[section]["settings"], ignore=("mode",))
+                before, now = (part[section].get("settings", {}) for part in (first_scores, scores))
+                found = differences(before, now, ignore=("mode",))
                 changed += [f"{section} {line}" for line in found]
         if prompts != first_prompts and not changed:
             changed = [f"their prompts: {len(first_prompts)} and {len(prompts)} answers to different prompts"]

@@ -490,6 +490,39 @@ def test_compare_refuses_folders_without_scores_of_their_answers(evaluated, tmp_
         compare([evaluated / "a", evaluated / "a"])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"text": 3},
+        {"text": {}},
+        {"text": None},
+        {"text": {"rouge_l": {"student": {"value": "x"}}}},
+        {"two_sample": None},
+        {"two_sample": {"wins_by_seed": []}},
+        {"two_sample": {"wins_by_seed": [], "accuracy": 5, "accuracy_std": "x"}},
+        {"judge": []},
+        {"judge": {"settings": 5}},
+        {"judge": {"score": {}}},
+        {"judge": {"pairwise": {"win": 3}}},
+    ],
+)
+def test_compare_names_damaged_scores(evaluated, tmp_path, capsys, damage):
+    shutil.copytree(evaluated / "b", tmp_path / "b")
+    scores = {**read_scores(evaluated / "b"), **damage}
+    (tmp_path / "b/scores.json").write_text(json.dumps(scores))
+    assert gad("eval", "compare", evaluated / "a", tmp_path / "b") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/b/scores.json does not hold what gad eval writes. Fix: delete it")
+
+
+@pytest.mark.parametrize("line", ["5", "[]", '{"index": 0}', "[" * 100_000, "{"])
+def test_answers_that_gad_eval_did_not_write_are_named(evaluated, tmp_path, capsys, line):
+    shutil.copytree(evaluated / "b", tmp_path / "b")
+    (tmp_path / "b/answers.jsonl").write_text(f"{line}\n")
+    assert gad("eval", "compare", evaluated / "a", tmp_path / "b") == 2
+    assert f"error: {tmp_path}/b/answers.jsonl" in capsys.readouterr().err
+
+
 def test_compare_refuses_two_sample_tests_of_different_bases(evaluated, tmp_path):
     for name, base in (("a", "one"), ("b", "two")):
         shutil.copytree(evaluated / name, tmp_path / name)
