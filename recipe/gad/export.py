@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from recipe.gad.run.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
 from recipe.gad.run.findings import InputError
+from recipe.gad.run.hub import load_tokenizer
 
 ROLES = ("actor", "critic")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -272,7 +273,6 @@ def export_model(
         ValueError: the checkpoint is incomplete, an argument is out of range, ``output`` exists, or outputs differ.
     """
     import torch
-    from transformers import AutoTokenizer
 
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: expected {', '.join(DTYPES)}", fix=f"pass --dtype {DEFAULT_DTYPE}")
@@ -290,6 +290,8 @@ def export_model(
             f"--dtype {dtype}: {folder} has only FSDP shards, and verl's merger writes them in {MERGER_DTYPE}",
             fix=f"pass --dtype {MERGER_DTYPE}, or train without LoRA and with hf_model in checkpoint.save_contents",
         )
+    tokenizer = load_tokenizer(folder / "huggingface")
+    check_embeddings(folder / "huggingface", tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -301,11 +303,37 @@ def export_model(
             architecture, rounding = f"LoRA adapter of {architecture}", 0.0
         else:
             rounding = _write_model(model, adapter, folder, result, getattr(torch, dtype))
-        AutoTokenizer.from_pretrained(folder / "huggingface").save_pretrained(result)
+        tokenizer.save_pretrained(result)
+        follow_umask(result)
         os.replace(result, target)
     finally:
         shutil.rmtree(scratch)
     return Export(tuple(folders), architecture, rounding)
+
+
+def check_embeddings(folder: Path, tokenizer: Any) -> None:
+    """Raise ValueError if the tokenizer gives ids for which the model of ``folder`` has no embedding."""
+    from transformers import AutoConfig
+
+    try:
+        embeddings = int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+    except Exception as error:  # a broken configuration can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder}/config.json cannot be read ({reason})", fix="choose another checkpoint") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= embeddings:
+        raise InputError(
+            f"{folder} has {embeddings} embeddings, and its tokenizer gives ids up to {largest}",
+            fix="copy the tokenizer that the run was trained with into this folder",
+        )
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file the mode of a new file; safetensors makes files that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, dtype: Any) -> float:

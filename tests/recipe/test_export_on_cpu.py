@@ -279,6 +279,35 @@ def test_mistakes(runs, tmp_path):
         export_model(whole, out)
 
 
+def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "whole", run)
+    folder = run / "global_step_2" / "actor" / "huggingface"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    embeddings = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer["model"]["vocab"]["beyond"] = embeddings + 68
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = f"has {embeddings} embeddings, and its tokenizer gives ids up to {embeddings + 68}. Fix: "
+    with pytest.raises(ValueError, match=message):
+        export_model(run, tmp_path / "out")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"the tokenizer in {folder} cannot be loaded"):
+        export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_the_modes_of_the_files_follow_the_umask(runs, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        export_model(runs / "whole", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
+        path.name: mode for path in (tmp_path / "out").iterdir()
+    }
+
+
 class Code:
     """Unpickling it makes a file."""
 
