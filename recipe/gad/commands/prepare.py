@@ -47,11 +47,11 @@ def prepare(
     ] = None,
     max_prompt_length: Annotated[
         int | None,
-        typer.Option("--max_prompt_length", help="Report prompts longer than this (default: the trainer's)."),
+        typer.Option("--max_prompt_length", min=1, help="Report prompts longer than this (default: the trainer's)."),
     ] = None,
     max_response_length: Annotated[
         int | None,
-        typer.Option("--max_response_length", help="Report answers longer than this (default: the trainer's)."),
+        typer.Option("--max_response_length", min=1, help="Report answers longer than this (default: the trainer's)."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,

@@ -363,6 +363,13 @@ def test_sources_that_are_not_there(tmp_path, capsys):
     assert "no input" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--max_prompt_length", "--max_response_length"])
+@pytest.mark.parametrize("value", ["0", "-5"])
+def test_limits_below_1_are_refused(write, tmp_path, option, value):
+    assert run(write(numbered(range(3))), "--output_dir", tmp_path / "out", option, value) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_own_data_source_and_an_override(write, tmp_path):
     path = write(
         [{"prompt": "a", "response": "b", "data_source": "own"}, {"prompt": "c", "response": "d"}], "name.jsonl"
