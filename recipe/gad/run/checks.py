@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from math import inf
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -168,6 +169,32 @@ def check_stage(config: DictConfig) -> Findings:
         yield error("trainer.use_v1=False: GAD is a v1 trainer", fix="trainer.use_v1=True")
     if (mode := get(config, "trainer.v1.trainer_mode")) != "gad":
         yield error(f"trainer.v1.trainer_mode={mode}: the GAD trainer would not run", fix="trainer.v1.trainer_mode=gad")
+
+
+def check_objective(config: DictConfig) -> Findings:
+    """The variants of the objective fit the stage and what they are combined with."""
+    coef, default = get(config, "gad.imitation_coef"), "gad.imitation_coef=0"
+    if isinstance(coef, bool) or not isinstance(coef, int | float) or not 0 <= coef < inf:
+        yield error(f"gad.imitation_coef={coef}: expected a number of at least 0", fix=default)
+        return
+    on = {f"gad.imitation_coef={coef}": default} if coef else {}
+    for found, off in on.items():
+        if get(config, "gad.actor_objective") == "imitation":
+            yield error(
+                f"{found} belongs to the policy gradient, and gad.actor_objective=imitation",
+                fix=f"{off}, or gad.actor_objective=policy_gradient in stage gad",
+            )
+            continue
+        key, temperature = f"{ACTOR_MODEL}.use_fused_kernels", get(config, f"{ROLLOUT}.temperature")
+        if get(config, key) and temperature != 1:
+            yield error(
+                f"{found} takes log-probabilities of students at {ROLLOUT}.temperature={temperature} and of teachers "
+                f"at 1 in one batch, which {key}=True cannot",
+                fix=f"{key}=False, or {ROLLOUT}.temperature=1.0",
+            )
+        key = f"{ACTOR}.{get(config, f'{ACTOR}.strategy')}.router_replay.mode"
+        if (mode := get(config, key, "disabled")) != "disabled":
+            yield error(f"{found} adds rows that have no routing to replay, and {key}={mode}", fix=f"{key}=disabled")
 
 
 def check_polling(config: DictConfig) -> Findings:
@@ -491,6 +518,7 @@ def _cpu_findings(config: DictConfig, rollout: str, platform: str, in_worker: bo
 CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
+    check_objective,
     check_polling,
     check_sampling,
     check_saving,

@@ -452,6 +452,46 @@ def test_grpo_needs_two_samples(config, critic):
     assert errors_of(config({f"{ROLLOUT}.n": 1, f"{ROLLOUT}.temperature": 0})) == []  # imitation compares nothing
 
 
+@pytest.fixture
+def gad(config, critic):
+    """Function: the configuration of a GAD run that passes, with keys changed."""
+    stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
+    return lambda changes: config({**stage, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gad.imitation_coef": -0.1}, ["gad.imitation_coef=-0.1", "at least 0"]),
+        ({"gad.imitation_coef": True}, ["gad.imitation_coef=True", "a number"]),
+        ({"gad.imitation_coef": "1"}, ["gad.imitation_coef=1", "a number"]),
+        ({"gad.imitation_coef": float("inf")}, ["gad.imitation_coef=inf", "a number"]),
+        (
+            {"gad.imitation_coef": 0.1, f"{MODEL}.use_fused_kernels": True},
+            ["gad.imitation_coef=0.1", f"{MODEL}.use_fused_kernels=False", f"{ROLLOUT}.temperature=1.0"],
+        ),
+        (
+            {"gad.imitation_coef": 0.1, f"{ACTOR}.fsdp2.router_replay.mode": "R2"},
+            ["gad.imitation_coef=0.1", f"{ACTOR}.fsdp2.router_replay.mode=R2"],
+        ),
+    ],
+)
+def test_variants_of_the_objective(gad, changes, parts):
+    expect(gad(changes), *parts)
+
+
+@pytest.mark.parametrize("key", ["gad.imitation_coef"])
+def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, key):
+    expect(config({key: 1}), f"{key}=1", "gad.actor_objective=imitation", f"Fix: {key}=0")
+    expect(config({key: 1, "gad.stage": "seqkd", "critic.enable": False}), f"{key}=1", f"Fix: {key}=0")
+
+
+def test_variants_of_the_objective_that_fit(gad):
+    fused = {f"{MODEL}.use_fused_kernels": True, f"{ROLLOUT}.temperature": 1.0}
+    assert errors_of(gad({"gad.imitation_coef": 0.1})) == []
+    assert errors_of(gad({"gad.imitation_coef": 0.1, **fused})) == []
+
+
 def test_the_gad_stage_needs_a_trained_head(config, critic, tmp_path):
     stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient"}
     expect(config(stage), "critic.model.path", "no score head", "critic/huggingface", "--warmup_dir")

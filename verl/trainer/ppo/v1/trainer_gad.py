@@ -28,7 +28,14 @@ from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.rows import Group, Row, Trajectory
-from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
+from recipe.gad.training.teacher_terms import PER_TOKEN_FIELDS, actor_row_weights, blank_fields, loss_with_teacher
+from recipe.gad.training.trajectory import (
+    IMITATION_WEIGHT,
+    POLICY_WEIGHT,
+    TEACHER_IDS,
+    TEMPERATURE,
+    build_prompt_ids,
+)
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -37,7 +44,12 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.actor.dp_actor import imitation_loss, on_policy_loss
-from verl.workers.critic.dp_critic import DataParallelPPOCritic, data_parallel_size, largest_divisor
+from verl.workers.critic.dp_critic import (
+    SCORING_FIELDS,
+    DataParallelPPOCritic,
+    data_parallel_size,
+    largest_divisor,
+)
 from verl.workers.utils.losses import ppo_loss
 
 __all__ = ["PPOTrainerGAD", "PPOTrainerSeqKD", "PPOTrainerWarmup"]
@@ -75,7 +87,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self.rollout_n = config.actor_rollout_ref.rollout.n
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
         self._groups: list[Group] = []
-        self._actor_loss: Callable = ppo_loss  # what stock verl has set
+        self._actor_loss: tuple[Callable, dict] = (ppo_loss, {})  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
 
     def _build_replay_buffer(self):
@@ -265,19 +277,85 @@ class PPOTrainerGAD(PPOTrainerSync):
         return dict(zip(keys, scores.tolist(), strict=True))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Stock, with the loss that fits the passes of this step."""
-        self._set_actor_loss(on_policy_loss if self._skips_old_log_prob() else ppo_loss)
-        batch = super()._update_actor(batch, metrics)
+        """Stock, with the loss that fits the passes of this step; or with teacher rows beside the students'."""
+        policy_loss = on_policy_loss if self._skips_old_log_prob() else ppo_loss
+        if self.config.gad.imitation_coef:
+            self._update_actor_with_teacher(policy_loss, metrics)
+        else:
+            self._set_actor_loss(policy_loss)
+            batch = super()._update_actor(batch, metrics)
         for name in ("rollout_probs_diff_mean", "rollout_probs_diff_max"):
             if f"actor/{name}" in metrics:  # under stock's name for what its old_log_prob pass finds
                 metrics[f"training/{name}"] = metrics.pop(f"actor/{name}")
         return batch
 
-    def _set_actor_loss(self, loss: Callable) -> None:
-        if loss is not self._actor_loss:
+    def _update_actor_with_teacher(self, policy_loss: Callable, metrics: dict) -> None:
+        """One update on whole groups [teacher, s_1, ..., s_n], spread over ranks and mini-batches like D's."""
+        actor, temperature = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout.temperature
+        sizes = [sum(row.tokens for row in group.rows()) for group in self._groups]
+        n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
+        ranks = gad_rows.spread(sizes, actor, n_ranks, self.global_steps)
+        keys = [row.key for rank in ranks for part in rank for i in part for row in self._groups[i].rows()]
+        masks = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])["loss_mask"].unbind()
+        tokens = {key: int(mask.sum()) for key, mask in zip(keys, masks, strict=True)}
+        weights = actor_row_weights(self._groups, ranks, tokens, actor.loss_agg_mode, teacher_in_group=False)
+        students = {row.key for group in self._groups for row in group.students}
+        others = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in students}
+        student = tq.kv_batch_get(keys=[min(students)], partition_id="train")
+        rows = {key: blank_fields(mask, student) for key, mask in others.items()}
+        self._put_rows("train", rows)
+        fields = {
+            IMITATION_WEIGHT: torch.tensor([weights[key].imitation for key in keys]),
+            POLICY_WEIGHT: torch.tensor([weights[key].policy for key in keys]),
+            TEMPERATURE: torch.tensor([temperature if key in students else 1.0 for key in keys]),
+        }
+        tq.kv_batch_put(keys=keys, partition_id="train", fields=TensorDict(fields, batch_size=len(keys)))
+        self._set_actor_loss(loss_with_teacher, policy_loss=policy_loss, imitation_coef=self.config.gad.imitation_coef)
+        extra_info: dict[str, Any] = {"calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0}
+        if temperature == 1.0:  # one number: fused kernels know nothing else
+            del fields[TEMPERATURE]
+            extra_info["temperature"] = 1.0
+        names = [*SCORING_FIELDS, *(name for name in PER_TOKEN_FIELDS if name in student), *fields]
+        n_answers = actor.ppo_mini_batch_size * self.rollout_n  # what stock divides by, missing answers included
+        self._train_actor(keys, n_answers, self.rollout_n + 1, metrics, names, **extra_info)
+
+    def _train_actor(
+        self,
+        keys: list[str],
+        global_batch_size: float,
+        rows_per_prompt: int,
+        metrics: dict,
+        fields: list[str] | None = None,
+        **extra_info: Any,
+    ) -> None:
+        """Optimizer steps of the actor over rows that :func:`spread` has put into their order; ``fields`` None: all
+        that the rows share."""
+        actor = self.config.actor_rollout_ref.actor
+        mini_batch_size = actor.ppo_mini_batch_size * rows_per_prompt
+        extra_info = {
+            "global_batch_size": global_batch_size,
+            "mini_batch_size": mini_batch_size,
+            "epochs": actor.ppo_epochs,
+            "seed": actor.data_loader_seed,
+            "dataloader_kwargs": {"shuffle": False},  # spread has shuffled already
+            "distillation_use_topk": False,
+            "distillation_only": False,
+            **extra_info,
+        }
+        if not actor.use_dynamic_bsz:
+            rows_per_rank = mini_batch_size // data_parallel_size(self.actor_rollout_wg, "actor")
+            extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
+        view = self._view(keys, **extra_info)
+        view.fields = fields
+        output = rename_dict(self.actor_rollout_wg.update_actor(view)["metrics"], "actor/")
+        output["perf/mfu/actor"] = output.pop("actor/mfu")
+        metrics.update(reduce_metrics(output))
+
+    def _set_actor_loss(self, loss: Callable, **arguments: Any) -> None:
+        if self._actor_loss != (loss, arguments):
             actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
-            self.actor_rollout_wg.set_loss_fn(partial(loss, config=actor_config))
-            self._actor_loss = loss
+            self.actor_rollout_wg.set_loss_fn(partial(loss, config=actor_config, **arguments))
+            self._actor_loss = (loss, arguments)
 
 
 class PPOTrainerWarmup(PPOTrainerGAD):
@@ -297,24 +375,8 @@ class PPOTrainerWarmup(PPOTrainerGAD):
         actor = self.config.actor_rollout_ref.actor
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
         ranks = gad_rows.spread([row.tokens for row in teachers], actor, n_ranks, self.global_steps)
-        extra_info = {
-            "global_batch_size": n_real / len(ranks[0]),
-            "mini_batch_size": actor.ppo_mini_batch_size,
-            "epochs": actor.ppo_epochs,
-            "seed": actor.data_loader_seed,
-            "dataloader_kwargs": {"shuffle": False},  # spread has shuffled already
-            "temperature": 1.0,
-            "calculate_entropy": False,
-            "distillation_use_topk": False,
-            "distillation_only": False,
-        }
-        if not actor.use_dynamic_bsz:
-            rows_per_rank = actor.ppo_mini_batch_size // n_ranks
-            extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
         keys = [teachers[i].key for rank in ranks for indices in rank for i in indices]
-        output = rename_dict(self.actor_rollout_wg.update_actor(self._view(keys, **extra_info))["metrics"], "actor/")
-        output["perf/mfu/actor"] = output.pop("actor/mfu")
-        metrics.update(reduce_metrics(output))
+        self._train_actor(keys, n_real / len(ranks[0]), 1, metrics, temperature=1.0, calculate_entropy=False)
 
 
 class PPOTrainerSeqKD(PPOTrainerWarmup):

@@ -1,0 +1,139 @@
+"""Terms on the teacher's answers in the actor's update, on real engine workers, against independent float64 code."""
+
+from functools import partial
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from recipe.gad.training.rows import sample_order
+from tests.integration.test_gad_step_on_cpu import drop, hf_model, rows, run_from
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.utils.losses import ppo_loss
+
+ACTOR = "actor_rollout_ref__actor"
+
+
+@pytest.fixture
+def settings(live):
+    """Sets keys of the live trainer, for one test."""
+    before: dict = {}
+
+    def settings(**values):
+        for key in values:
+            before.setdefault(key, OmegaConf.select(live.config, key.replace("__", ".")))
+        live.set(**values)
+
+    yield settings
+    live.set(**before)
+
+
+def log_probs(model, prompt, response, temperature):
+    """Log-probabilities of the response tokens with their graph, (response_length,), float64."""
+    logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+
+
+def grad_norm(model):
+    return torch.sqrt(sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None)).item()
+
+
+def teacher_rows_of(live):
+    """uid -> (prompt, response) of the teacher, for the prompts that have students."""
+    groups = [group for group in live.trainer._groups if group.students]
+    found = rows(live.fields([group.teacher.key for group in groups]))
+    return {group.uid: row for group, row in zip(groups, found, strict=True)}
+
+
+MICRO_BATCHES = {
+    "one micro-batch": {},
+    "small token limit": {f"{ACTOR}__ppo_max_token_len_per_gpu": 60},
+    "fixed rows": {f"{ACTOR}__use_dynamic_bsz": False, f"{ACTOR}__ppo_micro_batch_size_per_gpu": 8},
+}
+
+
+@pytest.mark.parametrize("skip_old_log_prob", [False, True])
+@pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
+@pytest.mark.parametrize("missing", [0, 5])
+def test_one_step_sees_the_policy_gradient_and_the_imitation(live, settings, micro_batches, skip_old_log_prob, missing):
+    coef, kl_coef = 0.3, 0.7
+    settings(
+        gad__imitation_coef=coef,
+        gad__skip_old_log_prob=skip_old_log_prob,
+        actor_rollout_ref__actor__kl_loss_type="low_var_kl",
+        actor_rollout_ref__actor__kl_loss_coef=kl_coef,
+        **MICRO_BATCHES[micro_batches],
+    )
+    live.step()  # the actor has moved away from the reference
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
+    if missing:  # a whole prompt, and one more answer
+        batch = drop(batch, [*keys[:4], keys[6]])
+    batch = run_from(live, batch, metrics)
+    fields, policy = live.fields(batch.keys), hf_model(live, "actor")
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    assert sum(real) == 8 * 4 - missing
+    n_tokens = sum(len(row[1]) for row, is_real in zip(rows(fields), real, strict=True) if is_real)
+    temperature = live.config.actor_rollout_ref.rollout.temperature
+    assert temperature == 0.8
+    total = 0.0
+    columns = (rows(fields), fields["advantages"].unbind(), fields["ref_log_prob"].unbind(), real)
+    for (prompt, response), advantages, ref, is_real in zip(*columns, strict=True):
+        if is_real:
+            values = log_probs(policy, prompt, response, temperature)
+            gap = ref.double() - values
+            surrogate = -(advantages.double() * (values - values.detach()).exp()).sum()
+            total = total + (surrogate + kl_coef * (gap.exp() - gap - 1).sum()) / n_tokens
+    teachers = teacher_rows_of(live)
+    assert len(teachers) == (7 if missing else 8)
+    nll = -torch.cat([log_probs(policy, *row, temperature=1.0) for row in teachers.values()]).mean()
+    (total + coef * nll).backward()
+    before = live.weights("actor")
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/imitation_loss"] == pytest.approx(nll.item(), rel=1e-5)
+    assert metrics["actor/loss"] == pytest.approx((total + coef * nll).item(), rel=1e-4)
+    assert metrics["actor/pg_loss"] + kl_coef * metrics["actor/kl_loss"] == pytest.approx(total.item(), abs=1e-5)
+    assert metrics["actor/grad_norm"] == pytest.approx(grad_norm(policy), rel=1e-3)
+    assert any(not torch.equal(before[name], value) for name, value in live.weights("actor").items())
+    assert "actor/teacher_pg_loss" not in metrics
+    live.finish(batch)
+
+
+def test_every_optimizer_step_of_a_batch_has_its_own_teachers(live, settings):
+    settings(gad__imitation_coef=1.0, **{f"{ACTOR}__ppo_mini_batch_size": 2, f"{ACTOR}__shuffle": True})
+
+    def steps_taken():
+        def count(worker):
+            engine = next(w for name, w in worker.worker_dict.items() if name.startswith("actor")).actor.engine
+            return max(int(entry["step"]) for entry in engine.optimizer.state.values())
+
+        return live.on_workers(count)
+
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    before = steps_taken()
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert steps_taken() - before == 4
+    assert 0.0 < metrics["actor/imitation_loss"] < 10.0
+    live.finish(batch)
+
+
+def test_off_is_bit_equal_to_the_stock_update(live, settings, tmp_path):
+    settings(trainer__default_local_dir=str(tmp_path))
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    live.trainer._save_checkpoint()
+    config = omega_conf_to_dataclass(live.config.actor_rollout_ref.actor)
+    live.trainer.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=config))
+    stock_metrics: dict = {}
+    PPOTrainerSync._update_actor(live.trainer, batch, stock_metrics)
+    stock = live.weights("actor")
+    folder = tmp_path / f"global_step_{live.trainer.global_steps}" / "actor"
+    live.trainer.actor_rollout_wg.load_checkpoint(local_path=str(folder), del_local_after_load=False)
+    assert any(not torch.equal(stock[name], value) for name, value in live.weights("actor").items())
+    live.trainer._update_actor(batch, metrics)
+    assert all(torch.equal(stock[name], value) for name, value in live.weights("actor").items())
+    names = [name for name in stock_metrics if not name.startswith(("perf/", "actor/perf"))]
+    assert {name: metrics[name] for name in names} == {name: stock_metrics[name] for name in names}
+    live.finish(batch)
