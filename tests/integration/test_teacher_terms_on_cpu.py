@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from recipe.gad.training.rows import sample_order
-from tests.integration.test_gad_step_on_cpu import drop, hf_model, rows, run_from
+from tests.integration.test_gad_step_on_cpu import drop, hf_model, rows, run_from, score
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
@@ -40,10 +40,12 @@ def grad_norm(model):
 
 
 def teacher_rows_of(live):
-    """uid -> (prompt, response) of the teacher, for the prompts that have students."""
-    groups = [group for group in live.trainer._groups if group.students]
-    found = rows(live.fields([group.teacher.key for group in groups]))
-    return {group.uid: row for group, row in zip(groups, found, strict=True)}
+    """uid -> (prompt, response) of the teacher, without fillers."""
+    groups = live.trainer._groups
+    fields = live.fields([group.teacher.key for group in groups])
+    real = [bool(mask.any()) for mask in fields["response_mask"].unbind()]
+    columns = zip(groups, rows(fields), real, strict=True)
+    return {group.uid: row for group, row, is_real in columns if is_real}
 
 
 MICRO_BATCHES = {
@@ -86,7 +88,7 @@ def test_one_step_sees_the_policy_gradient_and_the_imitation(live, settings, mic
             surrogate = -(advantages.double() * (values - values.detach()).exp()).sum()
             total = total + (surrogate + kl_coef * (gap.exp() - gap - 1).sum()) / n_tokens
     teachers = teacher_rows_of(live)
-    assert len(teachers) == (7 if missing else 8)
+    assert len(teachers) >= (7 if missing else 8)
     nll = -torch.cat([log_probs(policy, *row, temperature=1.0) for row in teachers.values()]).mean()
     (total + coef * nll).backward()
     before = live.weights("actor")
@@ -97,6 +99,70 @@ def test_one_step_sees_the_policy_gradient_and_the_imitation(live, settings, mic
     assert metrics["actor/grad_norm"] == pytest.approx(grad_norm(policy), rel=1e-3)
     assert any(not torch.equal(before[name], value) for name, value in live.weights("actor").items())
     assert "actor/teacher_pg_loss" not in metrics
+    live.finish(batch)
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+@pytest.mark.parametrize(
+    ("micro_batches", "missing", "score_in_update", "coef"),
+    [("one micro-batch", 0, True, 0.0), ("small token limit", 5, True, 0.3), ("small token limit", 5, False, 0.0)],
+)
+def test_the_teachers_answer_is_a_sample_of_its_group(
+    live, settings, micro_batches, missing, score_in_update, coef, by_std
+):
+    kl_coef = 0.7
+    settings(
+        gad__teacher_in_group=True,
+        gad__imitation_coef=coef,
+        gad__score_in_update=score_in_update,
+        gad__skip_old_log_prob=True,
+        algorithm__norm_adv_by_std_in_grpo=by_std,
+        actor_rollout_ref__actor__kl_loss_type="low_var_kl",
+        actor_rollout_ref__actor__kl_loss_coef=kl_coef,
+        **MICRO_BATCHES[micro_batches],
+    )
+    live.step()  # the actor has moved away from the reference
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
+    if missing:  # all but one answer to the first prompt, and one to the second
+        batch = drop(batch, [*keys[:3], keys[4], keys[6]])
+    critic, policy = hf_model(live, "critic"), hf_model(live, "actor")
+    batch = run_from(live, batch, metrics)
+    fields = live.fields(batch.keys)
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    of_key = {key: row for key, row, is_real in zip(batch.keys, rows(fields), real, strict=True) if is_real}
+    refs = dict(zip(batch.keys, fields["ref_log_prob"].unbind(), strict=True))
+    stored = {name: dict(zip(batch.keys, fields[name].unbind(), strict=True)) for name in ("advantages", "returns")}
+    teachers, temperature = teacher_rows_of(live), live.config.actor_rollout_ref.rollout.temperature
+    surrogate, n_policy, kl, n_students = 0.0, 0, 0.0, 0
+    for group in live.trainer._groups:
+        answers = [teachers[group.uid], *(of_key[row.key] for row in group.students)]
+        scores = torch.stack([score(critic, *answer) for answer in answers])
+        advantages = scores - scores.sum() / len(scores)
+        if by_std:
+            advantages = advantages / ((advantages**2).sum() / (len(scores) - 1)).sqrt()
+        for i, (answer, advantage) in enumerate(zip(answers, advantages, strict=True)):
+            values = log_probs(policy, *answer, temperature if i else 1.0)
+            surrogate = surrogate - (advantage * (values - values.detach()).exp()).sum()
+            n_policy += len(values)
+            if i:
+                key = group.students[i - 1].key
+                gap = refs[key].double() - values
+                kl, n_students = kl + (gap.exp() - gap - 1).sum(), n_students + len(values)
+                for column in stored.values():
+                    wanted = torch.full((len(values),), advantage.item())
+                    torch.testing.assert_close(column[key].float(), wanted, atol=2e-3, rtol=2e-3)
+    nll = -torch.cat([log_probs(policy, *row, temperature=1.0) for row in teachers.values()]).mean()
+    total = surrogate / n_policy + kl_coef * kl / n_students + coef * nll
+    total.backward()
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/grad_norm"] == pytest.approx(grad_norm(policy), rel=3e-3)
+    assert metrics["actor/loss"] == pytest.approx(total.item(), abs=2e-4)
+    policy_loss = metrics["actor/pg_loss"] + metrics["actor/teacher_pg_loss"]
+    assert policy_loss == pytest.approx((surrogate / n_policy).item(), abs=2e-4)
+    assert metrics["actor/kl_loss"] == pytest.approx((kl / n_students).item(), rel=1e-3)
+    assert ("actor/imitation_loss" in metrics) == bool(coef)
+    live.trainer._update_critic(batch, metrics=metrics)
     live.finish(batch)
 
 

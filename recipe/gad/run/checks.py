@@ -177,7 +177,12 @@ def check_objective(config: DictConfig) -> Findings:
     if isinstance(coef, bool) or not isinstance(coef, int | float) or not 0 <= coef < inf:
         yield error(f"gad.imitation_coef={coef}: expected a number of at least 0", fix=default)
         return
+    if (in_group := get(config, "gad.teacher_in_group")) not in (True, False):
+        yield error(f"gad.teacher_in_group={in_group}: expected True or False", fix="gad.teacher_in_group=False")
+        return
     on = {f"gad.imitation_coef={coef}": default} if coef else {}
+    if in_group:
+        on["gad.teacher_in_group=True"] = "gad.teacher_in_group=False"
     for found, off in on.items():
         if get(config, "gad.actor_objective") == "imitation":
             yield error(
@@ -195,6 +200,23 @@ def check_objective(config: DictConfig) -> Findings:
         key = f"{ACTOR}.{get(config, f'{ACTOR}.strategy')}.router_replay.mode"
         if (mode := get(config, key, "disabled")) != "disabled":
             yield error(f"{found} adds rows that have no routing to replay, and {key}={mode}", fix=f"{key}=disabled")
+
+
+def check_group(config: DictConfig) -> Findings:
+    """The teacher's answer can be part of a group."""
+    if get(config, "gad.teacher_in_group") is not True or get(config, "gad.actor_objective") == "imitation":
+        return
+    if (estimator := get(config, "algorithm.adv_estimator")) != "grpo":
+        yield error(
+            f"gad.teacher_in_group=True needs groups, and algorithm.adv_estimator={estimator}",
+            fix="algorithm.adv_estimator=grpo",
+        )
+    if get(config, "algorithm.use_kl_in_reward"):
+        yield error(
+            "gad.teacher_in_group=True compares the scores of a group, and algorithm.use_kl_in_reward=True would "
+            "change the students' alone",
+            fix=f"algorithm.use_kl_in_reward=False with {ACTOR}.use_kl_loss=True",
+        )
 
 
 def check_polling(config: DictConfig) -> Findings:
@@ -519,6 +541,7 @@ CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
     check_objective,
+    check_group,
     check_polling,
     check_sampling,
     check_saving,

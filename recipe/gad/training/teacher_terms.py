@@ -53,13 +53,15 @@ def actor_row_weights(
     """
     of_step: list[RowWeights] = []
     for parts in zip(*ranks, strict=True):
-        counts = [[tokens[row.key] for row in groups[i].rows()] for part in parts for i in part]
-        teachers, students = [group[0] for group in counts], [count for group in counts for count in group[1:]]
+        members = [groups[i] for part in parts for i in part]
+        teachers = [tokens[group.teacher.key] for group in members]
+        students = [tokens[row.key] for group in members for row in group.rows()[1:]]
+        in_group = [tokens[group.teacher.key] for group in members if group.students and teacher_in_group]
         share = 1.0
-        if teacher_in_group and loss_agg_mode == "token-mean":
-            share = sum(students) / max(sum(students) + sum(teachers), 1)
-        elif teacher_in_group and loss_agg_mode != "token-sum":
-            share = len(students) / (len(students) + sum(count > 0 for count in teachers))
+        if loss_agg_mode == "token-mean":
+            share = 1.0 - sum(in_group) / max(sum(students) + sum(in_group), 1)
+        elif loss_agg_mode != "token-sum":
+            share = len(students) / (len(students) + len(in_group))
         of_step.append(RowWeights(1.0 / max(sum(teachers), 1), share))
     weights: dict[str, RowWeights] = {}
     for rank in ranks:
@@ -69,6 +71,28 @@ def actor_row_weights(
                 if tokens[group.teacher.key]:
                     weights[group.teacher.key] = step
     return weights
+
+
+def group_advantages(groups: Sequence[Group], scores: Mapping[str, float], by_std: bool) -> dict[str, float]:
+    """GRPO's advantages with the teacher's answer as one more sample of its prompt's group.
+
+    Args:
+        groups: groups of the step; those without students have no advantages.
+        scores: key -> D's score of every answer, teachers included.
+        by_std: divide by the group's standard deviation, as stock GRPO (unbiased, plus 1e-6)?
+
+    Returns:
+        key of every answer, teachers included -> its score minus the mean of the group.
+    """
+    advantages: dict[str, float] = {}
+    for group in (group for group in groups if group.students):
+        keys = [group.teacher.key, *(row.key for row in group.students)]
+        values = torch.tensor([scores[key] for key in keys], dtype=torch.float64)
+        centred = values - values.mean()
+        if by_std:
+            centred /= values.std() + 1e-6
+        advantages |= dict(zip(keys, centred.tolist(), strict=True))
+    return advantages
 
 
 def blank_fields(loss_mask: torch.Tensor, student: Mapping[str, torch.Tensor], advantage: float = 0.0) -> dict:

@@ -474,22 +474,31 @@ def gad(config, critic):
             {"gad.imitation_coef": 0.1, f"{ACTOR}.fsdp2.router_replay.mode": "R2"},
             ["gad.imitation_coef=0.1", f"{ACTOR}.fsdp2.router_replay.mode=R2"],
         ),
+        ({"gad.teacher_in_group": "yes"}, ["gad.teacher_in_group=yes", "True or False"]),
+        (
+            {"gad.teacher_in_group": True, "algorithm.adv_estimator": "rloo"},
+            ["gad.teacher_in_group=True", "algorithm.adv_estimator=rloo", "Fix: algorithm.adv_estimator=grpo"],
+        ),
+        (
+            {"gad.teacher_in_group": True, "algorithm.use_kl_in_reward": True},
+            ["gad.teacher_in_group=True", "algorithm.use_kl_in_reward=True"],
+        ),
     ],
 )
 def test_variants_of_the_objective(gad, changes, parts):
     expect(gad(changes), *parts)
 
 
-@pytest.mark.parametrize("key", ["gad.imitation_coef"])
-def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, key):
-    expect(config({key: 1}), f"{key}=1", "gad.actor_objective=imitation", f"Fix: {key}=0")
-    expect(config({key: 1, "gad.stage": "seqkd", "critic.enable": False}), f"{key}=1", f"Fix: {key}=0")
+@pytest.mark.parametrize(("key", "value"), [("gad.imitation_coef", 1), ("gad.teacher_in_group", True)])
+def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, key, value):
+    expect(config({key: value}), f"{key}={value}", "gad.actor_objective=imitation", f"Fix: {key}=")
+    expect(config({key: value, "gad.stage": "seqkd", "critic.enable": False}), f"{key}={value}", f"Fix: {key}=")
 
 
 def test_variants_of_the_objective_that_fit(gad):
     fused = {f"{MODEL}.use_fused_kernels": True, f"{ROLLOUT}.temperature": 1.0}
     assert errors_of(gad({"gad.imitation_coef": 0.1})) == []
-    assert errors_of(gad({"gad.imitation_coef": 0.1, **fused})) == []
+    assert errors_of(gad({"gad.imitation_coef": 0.1, "gad.teacher_in_group": True, **fused})) == []
 
 
 def test_the_gad_stage_needs_a_trained_head(config, critic, tmp_path):

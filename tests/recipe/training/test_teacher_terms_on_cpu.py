@@ -1,6 +1,7 @@
 """The teacher's answers in the actor's update (recipe/gad/training/teacher_terms.py): expected values by hand or
 in float64."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from recipe.gad.training.rows import Group, Row
-from recipe.gad.training.teacher_terms import actor_row_weights, blank_fields, loss_with_teacher
+from recipe.gad.training.teacher_terms import actor_row_weights, blank_fields, group_advantages, loss_with_teacher
 from verl.utils import tensordict_utils as tu
 from verl.workers.actor.dp_actor import on_policy_loss
 from verl.workers.config import ActorConfig
@@ -61,6 +62,26 @@ def test_with_the_teacher_in_the_group_the_policy_term_is_a_mean_over_all_its_an
     groups, tokens = groups_and_tokens()
     weights = actor_row_weights(groups, [[[0, 1], [2]]], tokens, mode, teacher_in_group=True)
     assert {weights[key].policy for key in tokens if key[0] in "ab"} == {share}
+
+
+def test_a_teacher_whose_prompt_has_no_students_is_imitated_but_in_no_group():
+    groups, tokens = groups_and_tokens()
+    tokens["c_teacher_0"] = 5
+    weights = actor_row_weights(groups, [[[0, 1, 2]]], tokens, "token-mean", teacher_in_group=True)
+    assert weights["c_teacher_0"] == (1 / 15, 10 / 20)
+    weights = actor_row_weights(groups, [[[0, 1, 2]]], tokens, "seq-mean-token-mean", teacher_in_group=True)
+    assert weights["c_teacher_0"] == (1 / 15, 6 / 8)
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_group_advantages_are_those_of_grpo_with_one_more_sample(by_std):
+    groups, _ = groups_and_tokens()
+    scores = {"a_teacher_0": 1000.5, "a_0_0": 1000.0, "a_1_0": 998.5, "b_teacher_0": 2.0, "b_1_0": 1.0}
+    got = group_advantages(groups, {**scores, "b_filler_0": 9.0, "c_teacher_0": 7.0}, by_std)
+    # a: mean 999 2/3, deviations 5/6, 1/3, -7/6, variance (25 + 4 + 49) / 36 / 2 = 13/12; b: +-1/2, variance 1/2
+    a, b = (math.sqrt(13 / 12) + 1e-6, math.sqrt(1 / 2) + 1e-6) if by_std else (1.0, 1.0)
+    assert list(got) == list(scores)
+    assert list(got.values()) == pytest.approx([5 / 6 / a, 1 / 3 / a, -7 / 6 / a, 0.5 / b, -0.5 / b], rel=1e-9)
 
 
 def test_blank_fields_follow_the_students_and_count_no_token():

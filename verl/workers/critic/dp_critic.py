@@ -114,8 +114,7 @@ class DataParallelPPOCritic:
 
         Args:
             batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt).
-            compute_teacher: score the teachers' rows instead. Called by tests and by
-                :meth:`_forward_batch_teacher_forcing_grpo`; the trainer has no use for it.
+            compute_teacher: score the teachers' rows instead. The trainer needs it for ``gad.teacher_in_group``.
 
         Returns:
             (R,) float32, or (P,) for the teachers.

@@ -28,7 +28,13 @@ from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.rows import Group, Row, Trajectory
-from recipe.gad.training.teacher_terms import PER_TOKEN_FIELDS, actor_row_weights, blank_fields, loss_with_teacher
+from recipe.gad.training.teacher_terms import (
+    PER_TOKEN_FIELDS,
+    actor_row_weights,
+    blank_fields,
+    group_advantages,
+    loss_with_teacher,
+)
 from recipe.gad.training.trajectory import (
     IMITATION_WEIGHT,
     POLICY_WEIGHT,
@@ -87,6 +93,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         self.rollout_n = config.actor_rollout_ref.rollout.n
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
         self._groups: list[Group] = []
+        self._scores: dict[str, float] = {}  # D's score of every row of the step
+        self._advantages: dict[str, float] = {}  # advantage of every answer of the step, with the teacher in the group
         self._actor_loss: tuple[Callable, dict] = (ppo_loss, {})  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
 
@@ -103,7 +111,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     # ------------------------------------------------------------------ a step
 
     def prepare_step(self) -> dict:
-        self._submitted = {}
+        self._submitted, self._scores, self._advantages = {}, {}, {}
         return super().prepare_step()
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
@@ -208,6 +216,15 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Stock, or with the teacher's answer in each group (``gad.teacher_in_group``)."""
+        batch = self._students_advantage(batch, metrics)
+        if self.config.gad.teacher_in_group:
+            by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
+            self._advantages = group_advantages(self._groups, self._scores, by_std)
+            self._put_advantages(batch, self._advantages)
+        return batch
+
+    def _students_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Stock; without its statistics of rollout correction if there are no old log-probabilities to compare."""
         if not self._skips_old_log_prob():
             return super()._compute_advantage(batch, metrics)
@@ -217,23 +234,39 @@ class PPOTrainerGAD(PPOTrainerSync):
         view.config = SimpleNamespace(**{**self.config, "algorithm": algorithm})
         return super(PPOTrainerGAD, view)._compute_advantage(batch, metrics)
 
+    def _put_advantages(self, batch: KVBatchMeta, advantages: dict[str, float]) -> None:
+        """Replace stock's advantages (and returns, which equal them) by these, one per answer."""
+        mask = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["response_mask"])["response_mask"]
+        rows = torch.tensor([advantages.get(key, 0.0) for key in batch.keys])
+        values = rows.repeat_interleave(mask.offsets().diff()) * mask.values()
+        nested = torch.nested.nested_tensor_from_jagged(values, mask.offsets())
+        fields = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
+
     # ------------------------------------------------------------------ the discriminator's scores
 
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """D's score of every student answer, at its last response token, becomes ``values`` and ``rm_scores``."""
         score = self._score_by_updating if self._scores_in_update() else self._score_by_forward
-        self._put_scores(batch, score(batch, metrics), metrics)
+        scores = score(batch, metrics)
+        self._scores |= dict(zip(batch.keys, scores.tolist(), strict=True))
+        self._put_scores(batch, scores, metrics)
         return batch
 
     def _score_by_forward(self, batch: KVBatchMeta, metrics: dict) -> torch.Tensor:
         """Scores by a forward pass of D; :meth:`_update_critic` updates it later in the step."""
+        if self.config.gad.teacher_in_group:
+            teachers = [group.teacher.key for group in self._groups]
+            view = self._view(batch.keys, teacher_keys=teachers)
+            teacher_scores = self.discriminator._forward_micro_batch(view, compute_teacher=True)
+            self._scores |= dict(zip(teachers, teacher_scores.tolist(), strict=True))
         return self.discriminator.compute_values(self._view(batch.keys, batch.tags))
 
     def _score_by_updating(self, batch: KVBatchMeta, metrics: dict) -> torch.Tensor:
         """Update D; the scores are those of the update's forward pass. Stock's padding rows get 0."""
         with marked_timer("update_critic", self.timing_raw, color="pink"):
-            score_of = self._update_discriminator(batch.partition_id, metrics)
-        return torch.tensor([score_of.get(key, 0.0) for key in batch.keys])
+            self._scores = self._update_discriminator(batch.partition_id, metrics)
+        return torch.tensor([self._scores.get(key, 0.0) for key in batch.keys])
 
     def _put_scores(self, batch: KVBatchMeta, scores: torch.Tensor, metrics: dict) -> None:
         """Write scores, one per row of ``batch``, into TransferQueue; 0 for padding and for empty answers."""
@@ -279,7 +312,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Stock, with the loss that fits the passes of this step; or with teacher rows beside the students'."""
         policy_loss = on_policy_loss if self._skips_old_log_prob() else ppo_loss
-        if self.config.gad.imitation_coef:
+        if self.config.gad.imitation_coef or self.config.gad.teacher_in_group:
             self._update_actor_with_teacher(policy_loss, metrics)
         else:
             self._set_actor_loss(policy_loss)
@@ -298,11 +331,13 @@ class PPOTrainerGAD(PPOTrainerSync):
         keys = [row.key for rank in ranks for part in rank for i in part for row in self._groups[i].rows()]
         masks = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])["loss_mask"].unbind()
         tokens = {key: int(mask.sum()) for key, mask in zip(keys, masks, strict=True)}
-        weights = actor_row_weights(self._groups, ranks, tokens, actor.loss_agg_mode, teacher_in_group=False)
+        terms = {name: self.config.gad[name] for name in ("imitation_coef", "teacher_in_group")}
+        in_group = terms["teacher_in_group"]
+        weights = actor_row_weights(self._groups, ranks, tokens, actor.loss_agg_mode, in_group)
         students = {row.key for group in self._groups for row in group.students}
         others = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in students}
         student = tq.kv_batch_get(keys=[min(students)], partition_id="train")
-        rows = {key: blank_fields(mask, student) for key, mask in others.items()}
+        rows = {key: blank_fields(mask, student, self._advantages.get(key, 0.0)) for key, mask in others.items()}
         self._put_rows("train", rows)
         fields = {
             IMITATION_WEIGHT: torch.tensor([weights[key].imitation for key in keys]),
@@ -310,7 +345,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             TEMPERATURE: torch.tensor([temperature if key in students else 1.0 for key in keys]),
         }
         tq.kv_batch_put(keys=keys, partition_id="train", fields=TensorDict(fields, batch_size=len(keys)))
-        self._set_actor_loss(loss_with_teacher, policy_loss=policy_loss, imitation_coef=self.config.gad.imitation_coef)
+        self._set_actor_loss(loss_with_teacher, policy_loss=policy_loss, **terms)
         extra_info: dict[str, Any] = {"calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0}
         if temperature == 1.0:  # one number: fused kernels know nothing else
             del fields[TEMPERATURE]
