@@ -26,9 +26,12 @@ from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
+from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
+from recipe.gad.training.validation import Pair, SeenRows, pair_rows
+from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -263,6 +266,34 @@ class PPOTrainerGAD(PPOTrainerSync):
         update_metrics, scores = self.discriminator.update_critic(rows)
         metrics.update(update_metrics)
         return dict(zip(keys, scores.tolist(), strict=True))
+
+    # ------------------------------------------------------------------ validation
+
+    def _validate(self) -> dict[str, float]:
+        """Stock, and then D's accuracy on the validation samples."""
+        if not (self.use_critic and self.config.gad.val_d_acc):
+            return super()._validate()
+        view = copy.copy(self)  # this trainer with a replay buffer that notes what it hands out
+        view.replay_buffer = seen = SeenRows(self.replay_buffer)
+        metrics = super(PPOTrainerGAD, view)._validate()
+        if seen.pairs:
+            metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
+        return metrics
+
+    def _validation_accuracy(self, pairs: list[Pair]) -> float:
+        """Share of pairs in which D prefers the teacher. The rollout engine makes room for D's forward pass."""
+        rows, n_ranks = pair_rows(pairs), self.discriminator.data_parallel_size()
+        for i in range(-len(rows) % n_ranks):
+            rows[f"validation_filler_{i}"] = gad_rows.filler(self.tokenizer.eos_token_id)
+        self._put_rows("train", rows)
+        self.checkpoint_manager.sleep_replicas()
+        scores = self.discriminator.compute_values(self._view(list(rows)))
+        self.checkpoint_manager.update_weights(self.global_steps)
+        tq.kv_clear(keys=list(rows), partition_id="train")
+        student, teacher = scores[: 2 * len(pairs)].chunk(2)
+        return compute_discriminator_accuracy(student, teacher).mean().item()
+
+    # ------------------------------------------------------------------ the actor
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Stock, with the loss that fits the passes of this step."""
