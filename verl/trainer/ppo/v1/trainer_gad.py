@@ -12,6 +12,7 @@ Goes when: verl ships a GAD trainer.
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -28,7 +29,9 @@ from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.rows import Group, Row, Trajectory
+from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
@@ -80,6 +83,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._groups: list[Group] = []
         self._actor_loss: Callable = ppo_loss  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
+        self._lead = DiscriminatorLead.of(config)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -278,6 +282,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         metrics = super(PPOTrainerGAD, view)._validate()
         if seen.pairs:
             metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
+            self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
+            if os.path.isdir(self._step_folder()):  # saved before this validation
+                save_state(self._step_folder(), self._state())
         return metrics
 
     def _validation_accuracy(self, pairs: list[Pair]) -> float:
@@ -296,7 +303,12 @@ class PPOTrainerGAD(PPOTrainerSync):
     # ------------------------------------------------------------------ the actor
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Stock, with the loss that fits the passes of this step."""
+        """Stock, with the loss that fits the passes of this step; nothing while D leads."""
+        if self._lead.max_steps:
+            self._lead.note_training(self.global_steps, metrics["critic/d_acc"])
+            metrics["gad/leading"] = float(self._lead.leads(self.global_steps))
+            if metrics["gad/leading"]:
+                return batch
         self._set_actor_loss(on_policy_loss if self._skips_old_log_prob() else ppo_loss)
         batch = super()._update_actor(batch, metrics)
         for name in ("rollout_probs_diff_mean", "rollout_probs_diff_max"):
@@ -309,6 +321,27 @@ class PPOTrainerGAD(PPOTrainerSync):
             actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
             self.actor_rollout_wg.set_loss_fn(partial(loss, config=actor_config))
             self._actor_loss = loss
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        """State of what is switched on and has one; stock checkpoints hold the rest."""
+        return {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
+
+    def _step_folder(self) -> str:
+        return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
+
+    def _save_checkpoint(self):
+        save_state(self._step_folder(), self._state())  # first: stock marks the checkpoint as complete
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self):
+        super()._load_checkpoint()
+        if self.global_steps:
+            trainer = self.config.trainer
+            folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else self._step_folder()
+            state = load_state(folder, set(self._state()))
+            self._lead.values = state.get("discriminator_lead", {})
 
 
 class PPOTrainerWarmup(PPOTrainerGAD):
