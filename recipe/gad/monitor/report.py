@@ -17,6 +17,7 @@ from recipe.gad.run.atomic_io import write_atomically
 from recipe.gad.run.findings import Finding, InputError
 from recipe.gad.run.log import (
     ROUGE_L,
+    VAL_D_ACC,
     Metrics,
     answers_over_training,
     load_metrics,
@@ -131,8 +132,9 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "d_acc",
             "Discriminator accuracy",
             "Share of pairs in which D prefers the teacher; 0.5 is a coin toss. High after the warmup, in the band "
-            "once the student follows. Alone it proves nothing: look at ROUGE-L beside it.",
-            {"d_acc": "critic/d_acc"},
+            "once the student follows. Alone it proves nothing: look at ROUGE-L beside it. Its distance from the "
+            "accuracy on validation prompts is memorizing; the accuracy there is what the reward is worth.",
+            {"d_acc": "critic/d_acc", "on validation prompts": VAL_D_ACC},
             (0.5, 0.9),
         ),
         Panel("d_loss", "Discriminator loss", "ln 2 = 0.693 is guessing, 0 is certainty.", {"d_loss": "critic/d_loss"}),

@@ -21,6 +21,7 @@ from recipe.gad.run.checkpoint import check_folder, resume_problems, stage_of
 from recipe.gad.run.config import (
     ACTOR,
     ACTOR_MODEL,
+    LEAD_MEAN,
     REF,
     ROLLOUT,
     files_of,
@@ -30,6 +31,7 @@ from recipe.gad.run.config import (
     lora_rank,
     needs_reference,
     neighbours,
+    number,
     parallelism,
     resolved,
     world_size,
@@ -224,6 +226,38 @@ def check_polling(config: DictConfig) -> Findings:
     poll = get(config, "gad.poll_interval")
     if isinstance(poll, bool) or not isinstance(poll, int | float) or poll <= 0:
         yield error(f"gad.poll_interval={poll}: expected a number of seconds above 0", fix="gad.poll_interval=0.1")
+
+
+def check_lead(config: DictConfig) -> Findings:
+    """The discriminator's lead can end before its last step, and only in a stage that it can precede."""
+    key = "gad.discriminator_lead"
+    steps = integer(config, f"{key}.max_steps", minimum=0)
+    patience = integer(config, f"{key}.patience")
+    number(config, f"{key}.min_delta", 0, 1)
+    if not steps:
+        return
+    if get(config, "gad.actor_objective") == "imitation":
+        yield error(
+            f"{key}.max_steps={steps}, but gad.actor_objective=imitation: the lead is for the policy gradient",
+            fix=f"{key}.max_steps=0, or trainer.critic_warmup={steps + 1}",
+        )
+    if warmup := integer(config, "trainer.critic_warmup", minimum=0):
+        yield error(
+            f"{key}.max_steps={steps} and trainer.critic_warmup={warmup}: both hold the actor back",
+            fix=f"trainer.critic_warmup=0 or {key}.max_steps=0",
+        )
+    test_freq = integer(config, "trainer.test_freq", -1, minimum=-1)
+    validates = bool(get(config, "gad.val_d_acc")) and test_freq > 0
+    at_start = bool(validates and get(config, "trainer.val_before_train", True))
+    every = test_freq if validates else LEAD_MEAN
+    values = at_start + (steps - 1) // every
+    if values <= patience:
+        yield error(
+            f"{key}.max_steps={steps} sees {values} accuracies (one every {every} steps), too few for "
+            f"{key}.patience={patience}: the lead would always last {steps} steps",
+            fix=f"{key}.max_steps={(patience + 1 - at_start) * every + 1} or more, or "
+            f"trainer.critic_warmup={steps + 1} for a fixed number of steps",
+        )
 
 
 def check_sampling(config: DictConfig) -> Findings:
@@ -543,6 +577,7 @@ CHECKS: tuple[Check, ...] = (
     check_objective,
     check_group,
     check_polling,
+    check_lead,
     check_sampling,
     check_saving,
     check_device,

@@ -452,13 +452,6 @@ def test_grpo_needs_two_samples(config, critic):
     assert errors_of(config({f"{ROLLOUT}.n": 1, f"{ROLLOUT}.temperature": 0})) == []  # imitation compares nothing
 
 
-@pytest.fixture
-def gad(config, critic):
-    """Function: the configuration of a GAD run that passes, with keys changed."""
-    stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
-    return lambda changes: config({**stage, **changes})
-
-
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -760,3 +753,40 @@ def test_environment(config, monkeypatch):
 def test_importing_the_checks_imports_no_torch():
     script = "import sys, recipe.gad.run.checks; assert not {'torch', 'transformers', 'verl'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+# ---------------------------------------------------------------------- variants of the discriminator
+
+
+@pytest.fixture
+def gad(config, critic):
+    """Function: the configuration of a run of stage gad that passes, with keys changed."""
+    stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
+    return lambda changes=None: config({**stage, **(changes or {})})
+
+
+LEAD = "gad.discriminator_lead"
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({f"{LEAD}.max_steps": -1}, [f"{LEAD}.max_steps=-1", "whole number"]),
+        ({f"{LEAD}.patience": 0}, [f"{LEAD}.patience=0"]),
+        ({f"{LEAD}.min_delta": 1}, [f"{LEAD}.min_delta=1", "from 0 to below 1"]),
+        ({"trainer.critic_warmup": 5}, ["trainer.critic_warmup=5", f"{LEAD}.max_steps=200", "both"]),
+        # validations at 0, 50, 100 and 150 see four accuracies, enough for a patience of 3
+        ({f"{LEAD}.max_steps": 150}, ["sees 3 accuracies", "one every 50 steps", f"Fix: {LEAD}.max_steps=151 or more"]),
+        (
+            {f"{LEAD}.max_steps": 40, "gad.val_d_acc": False},
+            ["sees 3 accuracies", "one every 10 steps", f"{LEAD}.max_steps=41 or more", "trainer.critic_warmup=41"],
+        ),
+    ],
+)
+def test_a_lead_that_cannot_work_is_refused(gad, changes, parts):
+    assert errors_of(gad({f"{LEAD}.max_steps": 200})) == []
+    expect(gad({f"{LEAD}.max_steps": 200, **changes}), *parts)
+
+
+def test_a_lead_before_imitation_is_refused(config):
+    expect(config({f"{LEAD}.max_steps": 200}), "gad.actor_objective=imitation", "trainer.critic_warmup=201")

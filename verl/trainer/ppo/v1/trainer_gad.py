@@ -12,6 +12,7 @@ Goes when: verl ships a GAD trainer.
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -26,8 +27,11 @@ from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
+from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.rows import Group, Row, Trajectory
+from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.teacher_terms import (
     PER_TOKEN_FIELDS,
     actor_row_weights,
@@ -42,6 +46,8 @@ from recipe.gad.training.trajectory import (
     TEMPERATURE,
     build_prompt_ids,
 )
+from recipe.gad.training.validation import Pair, SeenRows, pair_rows
+from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -97,6 +103,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._advantages: dict[str, float] = {}  # advantage of every answer of the step, with the teacher in the group
         self._actor_loss: tuple[Callable, dict] = (ppo_loss, {})  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
+        self._lead = DiscriminatorLead.of(config)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -309,8 +316,44 @@ class PPOTrainerGAD(PPOTrainerSync):
         metrics.update(update_metrics)
         return dict(zip(keys, scores.tolist(), strict=True))
 
+    # ------------------------------------------------------------------ validation
+
+    def _validate(self) -> dict[str, float]:
+        """Stock, and then D's accuracy on the validation samples."""
+        if not (self.use_critic and self.config.gad.val_d_acc):
+            return super()._validate()
+        view = copy.copy(self)  # this trainer with a replay buffer that notes what it hands out
+        view.replay_buffer = seen = SeenRows(self.replay_buffer)
+        metrics = super(PPOTrainerGAD, view)._validate()
+        if seen.pairs:
+            metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
+            self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
+            if os.path.isdir(self._step_folder()):  # saved before this validation
+                save_state(self._step_folder(), self._state())
+        return metrics
+
+    def _validation_accuracy(self, pairs: list[Pair]) -> float:
+        """Share of pairs in which D prefers the teacher. The rollout engine makes room for D's forward pass."""
+        rows, n_ranks = pair_rows(pairs), self.discriminator.data_parallel_size()
+        for i in range(-len(rows) % n_ranks):
+            rows[f"validation_filler_{i}"] = gad_rows.filler(self.tokenizer.eos_token_id)
+        self._put_rows("train", rows)
+        self.checkpoint_manager.sleep_replicas()
+        scores = self.discriminator.compute_values(self._view(list(rows)))
+        self.checkpoint_manager.update_weights(self.global_steps)
+        tq.kv_clear(keys=list(rows), partition_id="train")
+        student, teacher = scores[: 2 * len(pairs)].chunk(2)
+        return compute_discriminator_accuracy(student, teacher).mean().item()
+
+    # ------------------------------------------------------------------ the actor
+
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Stock, with the loss that fits the passes of this step; or with teacher rows beside the students'."""
+        """Stock, with the loss that fits the passes of this step, and teacher rows if wanted; nothing while D leads."""
+        if self._lead.max_steps:
+            self._lead.note_training(self.global_steps, metrics["critic/d_acc"])
+            metrics["gad/leading"] = float(self._lead.leads(self.global_steps))
+            if metrics["gad/leading"]:
+                return batch
         policy_loss = on_policy_loss if self._skips_old_log_prob() else ppo_loss
         if self.config.gad.imitation_coef or self.config.gad.teacher_in_group:
             self._update_actor_with_teacher(policy_loss, metrics)
@@ -391,6 +434,27 @@ class PPOTrainerGAD(PPOTrainerSync):
             actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
             self.actor_rollout_wg.set_loss_fn(partial(loss, config=actor_config, **arguments))
             self._actor_loss = (loss, arguments)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        """State of what is switched on and has one; stock checkpoints hold the rest."""
+        return {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
+
+    def _step_folder(self) -> str:
+        return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
+
+    def _save_checkpoint(self):
+        save_state(self._step_folder(), self._state())  # first: stock marks the checkpoint as complete
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self):
+        super()._load_checkpoint()
+        if self.global_steps:
+            trainer = self.config.trainer
+            folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else self._step_folder()
+            state = load_state(folder, set(self._state()))
+            self._lead.values = state.get("discriminator_lead", {})
 
 
 class PPOTrainerWarmup(PPOTrainerGAD):
