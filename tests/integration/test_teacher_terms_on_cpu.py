@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.rows import sample_order
 from tests.integration.test_gad_step_on_cpu import drop, hf_model, rows, run_from, score
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -203,3 +204,61 @@ def test_off_is_bit_equal_to_the_stock_update(live, settings, tmp_path):
     names = [name for name in stock_metrics if not name.startswith(("perf/", "actor/perf"))]
     assert {name: metrics[name] for name in names} == {name: stock_metrics[name] for name in names}
     live.finish(batch)
+
+
+@pytest.mark.parametrize("score_in_update", [False, True])
+@pytest.mark.parametrize("in_group", [False, True])
+def test_the_gate_scales_the_policy_term_alone(live, settings, monkeypatch, in_group, score_in_update):
+    settings(
+        gad__teacher_in_group=in_group,
+        gad__imitation_coef=0.3 if in_group else 0.0,
+        gad__score_in_update=score_in_update,
+        gad__skip_old_log_prob=True,
+        actor_rollout_ref__actor__kl_loss_type="low_var_kl",
+        actor_rollout_ref__actor__kl_loss_coef=0.7,
+    )
+    trainer = live.trainer
+    monkeypatch.setattr(trainer, "_gate", PolicyGate(0.5, accuracy=0.6))
+    live.step()  # the actor has moved away from the reference
+    before = trainer._gate.accuracy
+    batch, metrics = live.sample()
+    policy = hf_model(live, "actor")
+    batch = run_from(live, batch, metrics)
+    fields = live.fields(batch.keys)
+    trainer._update_critic(batch, metrics=metrics)
+    gate = (0.9 * before + 0.1 * metrics["critic/d_acc"] - 0.5) / 0.5
+    assert 0.0 < gate < 1.0 and metrics["gad/policy_gate"] == pytest.approx(gate, rel=1e-9)
+    advantages = fields["advantages"].unbind()
+    policy_term, kl, n_students, n_policy = 0.0, 0.0, 0, 0
+    for (prompt, response), values, ref in zip(rows(fields), advantages, fields["ref_log_prob"].unbind(), strict=True):
+        current = log_probs(policy, prompt, response, live.config.actor_rollout_ref.rollout.temperature)
+        gap = ref.double() - current
+        policy_term = policy_term - (values.double() * (current - current.detach()).exp()).sum()
+        kl, n_students = kl + (gap.exp() - gap - 1).sum(), n_students + len(current)
+    n_policy, imitation = n_students, 0.0
+    if in_group:
+        teachers = {uid: log_probs(policy, *row, temperature=1.0) for uid, row in teacher_rows_of(live).items()}
+        for uid, current in teachers.items():  # a group's advantages add up to 0
+            of_students = [row for key, row in zip(batch.keys, advantages, strict=True) if key.startswith(f"{uid}_")]
+            advantage = -sum(row[0].double() for row in of_students)
+            policy_term = policy_term - (advantage * (current - current.detach()).exp()).sum()
+            n_policy += len(current)
+        imitation = -0.3 * torch.cat(list(teachers.values())).mean()
+    (gate * policy_term / n_policy + 0.7 * kl / n_students + imitation).backward()
+    trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/grad_norm"] == pytest.approx(grad_norm(policy), rel=3e-3)
+    for got, plain in zip(live.fields(batch.keys)["advantages"].unbind(), advantages, strict=True):
+        torch.testing.assert_close(got, plain * gate, rtol=1e-5, atol=1e-7)
+    live.finish(batch)
+
+
+def test_a_checkpoint_holds_the_gate(live, settings, tmp_path, monkeypatch):
+    settings(trainer__default_local_dir=str(tmp_path))
+    trainer = live.trainer
+    monkeypatch.setattr(trainer, "_gate", PolicyGate(0.1, accuracy=0.6123))
+    trainer._save_checkpoint()
+    trainer._gate.accuracy = None
+    folder = tmp_path / f"global_step_{trainer.global_steps}"
+    settings(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
+    trainer._load_checkpoint()
+    assert trainer._gate.accuracy == 0.6123

@@ -174,39 +174,46 @@ def check_stage(config: DictConfig) -> Findings:
 
 
 def check_objective(config: DictConfig) -> Findings:
-    """The variants of the objective fit the stage and what they are combined with."""
-    coef, default = get(config, "gad.imitation_coef"), "gad.imitation_coef=0"
-    if isinstance(coef, bool) or not isinstance(coef, int | float) or not 0 <= coef < inf:
-        yield error(f"gad.imitation_coef={coef}: expected a number of at least 0", fix=default)
-        return
+    """The variants of the policy gradient have values that work, and a policy gradient."""
+    on: dict[str, str] = {}
+    for key in ("gad.imitation_coef", "gad.policy_gate"):
+        value = get(config, key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
+            yield error(f"{key}={value}: expected a number of at least 0", fix=f"{key}=0")
+        elif value:
+            on[f"{key}={value}"] = f"{key}=0"
     if (in_group := get(config, "gad.teacher_in_group")) not in (True, False):
         yield error(f"gad.teacher_in_group={in_group}: expected True or False", fix="gad.teacher_in_group=False")
-        return
-    on = {f"gad.imitation_coef={coef}": default} if coef else {}
-    if in_group:
+    elif in_group:
         on["gad.teacher_in_group=True"] = "gad.teacher_in_group=False"
-    for found, off in on.items():
-        if get(config, "gad.actor_objective") == "imitation":
+    if get(config, "gad.actor_objective") == "imitation":
+        for found, off in on.items():
             yield error(
                 f"{found} belongs to the policy gradient, and gad.actor_objective=imitation",
                 fix=f"{off}, or gad.actor_objective=policy_gradient in stage gad",
             )
-            continue
-        key, temperature = f"{ACTOR_MODEL}.use_fused_kernels", get(config, f"{ROLLOUT}.temperature")
-        if get(config, key) and temperature != 1:
-            yield error(
-                f"{found} takes log-probabilities of students at {ROLLOUT}.temperature={temperature} and of teachers "
-                f"at 1 in one batch, which {key}=True cannot",
-                fix=f"{key}=False, or {ROLLOUT}.temperature=1.0",
-            )
-        key = f"{ACTOR}.{get(config, f'{ACTOR}.strategy')}.router_replay.mode"
-        if (mode := get(config, key, "disabled")) != "disabled":
-            yield error(f"{found} adds rows that have no routing to replay, and {key}={mode}", fix=f"{key}=disabled")
 
 
-def check_group(config: DictConfig) -> Findings:
-    """The teacher's answer can be part of a group."""
-    if get(config, "gad.teacher_in_group") is not True or get(config, "gad.actor_objective") == "imitation":
+def check_teacher_terms(config: DictConfig) -> Findings:
+    """Teacher rows can share a batch with the students' in the actor's update."""
+    if get(config, "gad.actor_objective") == "imitation":
+        return
+    found = [
+        f"gad.{key}={value}" for key in ("imitation_coef", "teacher_in_group") if (value := get(config, f"gad.{key}"))
+    ]
+    if not found:
+        return
+    key, temperature = f"{ACTOR_MODEL}.use_fused_kernels", get(config, f"{ROLLOUT}.temperature")
+    if get(config, key) and temperature != 1:
+        yield error(
+            f"{found[0]} takes log-probabilities of students at {ROLLOUT}.temperature={temperature} and of teachers "
+            f"at 1 in one batch, which {key}=True cannot",
+            fix=f"{key}=False, or {ROLLOUT}.temperature=1.0",
+        )
+    key = f"{ACTOR}.{get(config, f'{ACTOR}.strategy')}.router_replay.mode"
+    if (mode := get(config, key, "disabled")) != "disabled":
+        yield error(f"{found[0]} adds rows that have no routing to replay, and {key}={mode}", fix=f"{key}=disabled")
+    if get(config, "gad.teacher_in_group") is not True:
         return
     if (estimator := get(config, "algorithm.adv_estimator")) != "grpo":
         yield error(
@@ -575,7 +582,7 @@ CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
     check_objective,
-    check_group,
+    check_teacher_terms,
     check_polling,
     check_lead,
     check_sampling,

@@ -467,6 +467,7 @@ def test_grpo_needs_two_samples(config, critic):
             {"gad.imitation_coef": 0.1, f"{ACTOR}.fsdp2.router_replay.mode": "R2"},
             ["gad.imitation_coef=0.1", f"{ACTOR}.fsdp2.router_replay.mode=R2"],
         ),
+        ({"gad.policy_gate": -1}, ["gad.policy_gate=-1", "at least 0"]),
         ({"gad.teacher_in_group": "yes"}, ["gad.teacher_in_group=yes", "True or False"]),
         (
             {"gad.teacher_in_group": True, "algorithm.adv_estimator": "rloo"},
@@ -482,15 +483,18 @@ def test_variants_of_the_objective(gad, changes, parts):
     expect(gad(changes), *parts)
 
 
-@pytest.mark.parametrize(("key", "value"), [("gad.imitation_coef", 1), ("gad.teacher_in_group", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("gad.imitation_coef", 1), ("gad.teacher_in_group", True), ("gad.policy_gate", 0.1)]
+)
 def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, key, value):
     expect(config({key: value}), f"{key}={value}", "gad.actor_objective=imitation", f"Fix: {key}=")
     expect(config({key: value, "gad.stage": "seqkd", "critic.enable": False}), f"{key}={value}", f"Fix: {key}=")
 
 
 def test_variants_of_the_objective_that_fit(gad):
+    assert errors_of(gad({"gad.imitation_coef": 0.1, "gad.teacher_in_group": True, "gad.policy_gate": 0.1})) == []
+    assert errors_of(gad({"gad.policy_gate": 0.1, f"{MODEL}.use_fused_kernels": True})) == []
     fused = {f"{MODEL}.use_fused_kernels": True, f"{ROLLOUT}.temperature": 1.0}
-    assert errors_of(gad({"gad.imitation_coef": 0.1})) == []
     assert errors_of(gad({"gad.imitation_coef": 0.1, "gad.teacher_in_group": True, **fused})) == []
 
 

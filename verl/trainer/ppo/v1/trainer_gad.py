@@ -29,6 +29,7 @@ from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.state import load_state, save_state
@@ -104,6 +105,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._actor_loss: tuple[Callable, dict] = (ppo_loss, {})  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
         self._lead = DiscriminatorLead.of(config)
+        self._gate = PolicyGate(config.gad.policy_gate)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -250,6 +252,13 @@ class PPOTrainerGAD(PPOTrainerSync):
         fields = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
 
+    def _scale_advantages(self, batch: KVBatchMeta, factor: float) -> None:
+        """Scale the policy term: stock's losses are proportional to a factor of all advantages."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["advantages"])
+        fields = TensorDict({"advantages": data["advantages"] * factor}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
+        self._advantages = {key: value * factor for key, value in self._advantages.items()}
+
     # ------------------------------------------------------------------ the discriminator's scores
 
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -314,6 +323,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         rows = self._view(keys, group_size=self.discriminator.group_size)
         update_metrics, scores = self.discriminator.update_critic(rows)
         metrics.update(update_metrics)
+        if self._gate.width:
+            self._gate.note(metrics["critic/d_acc"])
+            metrics["gad/policy_gate"] = self._gate.factor
         return dict(zip(keys, scores.tolist(), strict=True))
 
     # ------------------------------------------------------------------ validation
@@ -354,6 +366,8 @@ class PPOTrainerGAD(PPOTrainerSync):
             metrics["gad/leading"] = float(self._lead.leads(self.global_steps))
             if metrics["gad/leading"]:
                 return batch
+        if self._gate.factor < 1.0:
+            self._scale_advantages(batch, self._gate.factor)
         policy_loss = on_policy_loss if self._skips_old_log_prob() else ppo_loss
         if self.config.gad.imitation_coef or self.config.gad.teacher_in_group:
             self._update_actor_with_teacher(policy_loss, metrics)
@@ -439,7 +453,8 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _state(self) -> dict[str, Any]:
         """State of what is switched on and has one; stock checkpoints hold the rest."""
-        return {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
+        state: dict[str, Any] = {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
+        return state | ({"policy_gate": self._gate.accuracy} if self._gate.width else {})
 
     def _step_folder(self) -> str:
         return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
@@ -455,6 +470,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else self._step_folder()
             state = load_state(folder, set(self._state()))
             self._lead.values = state.get("discriminator_lead", {})
+            self._gate.accuracy = state.get("policy_gate")
 
 
 class PPOTrainerWarmup(PPOTrainerGAD):
