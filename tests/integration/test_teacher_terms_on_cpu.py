@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from recipe.gad.training.credit import prefix_discriminator_loss
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.rows import sample_order
 from tests.integration.test_gad_step_on_cpu import drop, hf_model, rows, run_from, score
@@ -262,3 +263,81 @@ def test_a_checkpoint_holds_the_gate(live, settings, tmp_path, monkeypatch):
     settings(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
     trainer._load_checkpoint()
     assert trainer._gate.accuracy == 0.6123
+
+
+# ---------------------------------------------------------------------- credit per token
+
+
+@pytest.mark.parametrize("limit", [150, 32768])
+@pytest.mark.parametrize("missing", [0, 5])
+def test_credit_per_token_in_ds_update_and_in_the_advantages(live, settings, monkeypatch, limit, missing):
+    gamma = 0.7
+    settings(
+        gad__credit="token",
+        gad__credit_gamma=gamma,
+        gad__score_in_update=True,  # gets its own pass all the same
+        gad__skip_old_log_prob=True,
+        algorithm__norm_adv_by_std_in_grpo=False,
+        critic__ppo_max_token_len_per_gpu=limit,
+    )
+    monkeypatch.setattr(live.trainer.discriminator, "group_loss", prefix_discriminator_loss)
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
+    if missing:
+        batch = drop(batch, [*keys[:4], keys[6]])
+    critic = hf_model(live, "critic")
+    batch = run_from(live, batch, metrics)
+    assert "critic/d_loss" not in metrics
+    fields = live.fields(batch.keys)
+    of_key = dict(zip(batch.keys, rows(fields), strict=True))
+    stored = dict(zip(batch.keys, fields["advantages"].unbind(), strict=True))
+
+    def values(prompt, response):
+        """After the prompt and after each token of the answer."""
+        return critic(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 :, 0]
+
+    losses, ends, prefixes = [], [], []
+    teachers = teacher_rows_of(live)
+    for group in live.trainer._groups:
+        if not group.students:
+            continue
+        of_teacher = values(*teachers[group.uid])[1:]
+        of_students = [values(*of_key[row.key]) for row in group.students]
+        for student in of_students:
+            shorter = min(len(of_teacher), len(student) - 1)
+            prefixes.append(torch.log1p((student[1 : shorter + 1] - of_teacher[:shorter]).exp()).mean())
+            ends.append(torch.log1p((student[-1] - of_teacher[-1]).exp()))
+            losses.append((prefixes[-1] + ends[-1]) / 2)
+        deltas = [student.detach().diff() for student in of_students]
+        for row, delta in zip(group.students, deltas, strict=True):
+            centred = [delta[k] - torch.stack([d[k] for d in deltas if len(d) > k]).mean() for k in range(len(delta))]
+            expected = [
+                sum(gamma ** (k - t) * centred[k] for k in range(t, len(delta))).item() for t in range(len(delta))
+            ]
+            assert stored[row.key].tolist() == pytest.approx(expected, abs=5e-5)
+    torch.stack(losses).mean().backward()
+    live.trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert metrics["critic/d_loss"] == pytest.approx(torch.stack(ends).mean().item(), rel=1e-4)
+    assert metrics["critic/d_prefix_loss"] == pytest.approx(torch.stack(prefixes).mean().item(), rel=1e-4)
+    assert metrics["critic/grad_norm"] == pytest.approx(grad_norm(critic), rel=1e-3)
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/grad_norm"] > 0.0
+    live.finish(batch)
+
+
+def test_credit_decides_the_loss_of_the_discriminator(compose_config):
+    from types import SimpleNamespace
+
+    from verl.trainer.ppo.v1.trainer_gad import PPOTrainerGAD
+    from verl.workers.critic.dp_critic import discriminator_loss
+
+    for credit, loss in (("sequence", discriminator_loss), ("token", prefix_discriminator_loss)):
+        config = compose_config(f"gad.credit={credit}")
+        trainer = PPOTrainerGAD.__new__(PPOTrainerGAD, config)
+        trainer.config, trainer.use_critic, trainer.critic_wg, trainer.rollout_n = config, True, SimpleNamespace(), 4
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PPOTrainerSync, "_setup", lambda self: None)
+            trainer._setup()
+        assert trainer.discriminator.group_loss is loss
+        assert trainer._scores_in_update() == (credit == "sequence")

@@ -53,6 +53,7 @@ from recipe.gad.run.model_checks import check_critic_lora, check_models, check_t
 
 STAGES = ("seqkd", "warmup", "gad")
 OBJECTIVES = ("policy_gradient", "imitation")
+CREDITS = ("sequence", "token")
 RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
 """`ray start` writes this file; ray.init() without an address then joins that cluster."""
 
@@ -226,6 +227,30 @@ def check_teacher_terms(config: DictConfig) -> Findings:
             "change the students' alone",
             fix=f"algorithm.use_kl_in_reward=False with {ACTOR}.use_kl_loss=True",
         )
+
+
+def check_credit(config: DictConfig) -> Findings:
+    """Credit per token finds a discriminator, and advantages that nothing else computes."""
+    credit, gamma = get(config, "gad.credit"), get(config, "gad.credit_gamma")
+    if credit not in CREDITS:
+        yield error(f"gad.credit={credit}: expected {either(CREDITS)}", fix="gad.credit=sequence")
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
+        yield error(f"gad.credit_gamma={gamma}: expected a number from 0 to 1", fix="gad.credit_gamma=0.9")
+    if credit != "token":
+        return
+    if get(config, "gad.stage") == "seqkd":
+        yield error("gad.credit=token: stage seqkd trains no discriminator", fix="gad.credit=sequence")
+    if get(config, "gad.actor_objective") == "imitation":
+        return
+    needed = {
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": False,
+        "algorithm.use_kl_in_reward": False,
+        "gad.teacher_in_group": False,
+    }
+    for key, value in needed.items():
+        if (found := get(config, key)) != value:
+            yield error(f"gad.credit=token would ignore {key}={found}", fix=f"{key}={value}")
 
 
 def check_polling(config: DictConfig) -> Findings:
@@ -583,6 +608,7 @@ CHECKS: tuple[Check, ...] = (
     check_stage,
     check_objective,
     check_teacher_terms,
+    check_credit,
     check_polling,
     check_lead,
     check_sampling,

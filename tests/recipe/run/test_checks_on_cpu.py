@@ -468,6 +468,20 @@ def test_grpo_needs_two_samples(config, critic):
             ["gad.imitation_coef=0.1", f"{ACTOR}.fsdp2.router_replay.mode=R2"],
         ),
         ({"gad.policy_gate": -1}, ["gad.policy_gate=-1", "at least 0"]),
+        ({"gad.credit": "word"}, ["gad.credit=word", "sequence or token"]),
+        ({"gad.credit_gamma": 1.5}, ["gad.credit_gamma=1.5", "from 0 to 1"]),
+        (
+            {"gad.credit": "token"},
+            ["would ignore algorithm.norm_adv_by_std_in_grpo=True", "Fix: algorithm.norm_adv_by_std_in_grpo=False"],
+        ),
+        (
+            {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False, "gad.teacher_in_group": True},
+            ["would ignore gad.teacher_in_group=True"],
+        ),
+        (
+            {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False, "algorithm.adv_estimator": "rloo"},
+            ["would ignore algorithm.adv_estimator=rloo"],
+        ),
         ({"gad.teacher_in_group": "yes"}, ["gad.teacher_in_group=yes", "True or False"]),
         (
             {"gad.teacher_in_group": True, "algorithm.adv_estimator": "rloo"},
@@ -491,7 +505,14 @@ def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, 
     expect(config({key: value, "gad.stage": "seqkd", "critic.enable": False}), f"{key}={value}", f"Fix: {key}=")
 
 
+def test_credit_per_token_needs_a_discriminator(config):
+    assert errors_of(config({"gad.credit": "token"})) == []  # the warmup's learns on prefixes
+    expect(config({"gad.credit": "token", "gad.stage": "seqkd", "critic.enable": False}), "gad.credit=token", "seqkd")
+
+
 def test_variants_of_the_objective_that_fit(gad):
+    assert errors_of(gad({"algorithm.norm_adv_by_std_in_grpo": False})) == []
+    assert errors_of(gad({"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False})) == []
     assert errors_of(gad({"gad.imitation_coef": 0.1, "gad.teacher_in_group": True, "gad.policy_gate": 0.1})) == []
     assert errors_of(gad({"gad.policy_gate": 0.1, f"{MODEL}.use_fused_kernels": True})) == []
     fused = {f"{MODEL}.use_fused_kernels": True, f"{ROLLOUT}.temperature": 1.0}

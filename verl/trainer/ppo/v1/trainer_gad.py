@@ -29,6 +29,7 @@ from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.rows import Group, Row, Trajectory
@@ -61,6 +62,7 @@ from verl.workers.critic.dp_critic import (
     SCORING_FIELDS,
     DataParallelPPOCritic,
     data_parallel_size,
+    discriminator_loss,
     largest_divisor,
 )
 from verl.workers.utils.losses import ppo_loss
@@ -101,7 +103,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
         self._groups: list[Group] = []
         self._scores: dict[str, float] = {}  # D's score of every row of the step
-        self._advantages: dict[str, float] = {}  # advantage of every answer of the step, with the teacher in the group
+        self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
         self._actor_loss: tuple[Callable, dict] = (ppo_loss, {})  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
         self._lead = DiscriminatorLead.of(config)
@@ -115,7 +117,8 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _setup(self):
         super()._setup()
         if self.use_critic:
-            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n)
+            loss = prefix_discriminator_loss if self.config.gad.credit == "token" else discriminator_loss
+            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n, loss)
 
     # ------------------------------------------------------------------ a step
 
@@ -198,7 +201,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         return update.ppo_epochs == 1 and update.ppo_mini_batch_size == self.config.data.train_batch_size
 
     def _scores_in_update(self) -> bool:
-        return self.config.gad.score_in_update and self._one_optimizer_step(self.config.critic)
+        gad = self.config.gad
+        return gad.score_in_update and gad.credit == "sequence" and self._one_optimizer_step(self.config.critic)
 
     def _skips_old_log_prob(self) -> bool:
         """Does nothing need old log-probabilities beyond those that the actor's update finds itself?"""
@@ -225,12 +229,15 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Stock, or with the teacher's answer in each group (``gad.teacher_in_group``)."""
+        """Stock, or with the teacher's answer in each group (``gad.teacher_in_group``), or of each token
+        (``gad.credit``)."""
         batch = self._students_advantage(batch, metrics)
-        if self.config.gad.teacher_in_group:
+        gad = self.config.gad
+        if gad.teacher_in_group:
             by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
             self._advantages = group_advantages(self._groups, self._scores, by_std)
-            self._put_advantages(batch, self._advantages)
+        if gad.teacher_in_group or gad.credit == "token":
+            self._put_advantages(batch)
         return batch
 
     def _students_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -243,11 +250,12 @@ class PPOTrainerGAD(PPOTrainerSync):
         view.config = SimpleNamespace(**{**self.config, "algorithm": algorithm})
         return super(PPOTrainerGAD, view)._compute_advantage(batch, metrics)
 
-    def _put_advantages(self, batch: KVBatchMeta, advantages: dict[str, float]) -> None:
-        """Replace stock's advantages (and returns, which equal them) by these, one per answer."""
+    def _put_advantages(self, batch: KVBatchMeta) -> None:
+        """Replace stock's advantages (and returns, which equal them); padding rows have none."""
         mask = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["response_mask"])["response_mask"]
-        rows = torch.tensor([advantages.get(key, 0.0) for key in batch.keys])
-        values = rows.repeat_interleave(mask.offsets().diff()) * mask.values()
+        lengths = mask.offsets().diff().tolist()
+        rows = [torch.as_tensor(self._advantages.get(key, 0.0)) for key in batch.keys]
+        values = torch.cat([row.expand(length) for row, length in zip(rows, lengths, strict=True)]) * mask.values()
         nested = torch.nested.nested_tensor_from_jagged(values, mask.offsets())
         fields = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
@@ -276,7 +284,14 @@ class PPOTrainerGAD(PPOTrainerSync):
             view = self._view(batch.keys, teacher_keys=teachers)
             teacher_scores = self.discriminator._forward_micro_batch(view, compute_teacher=True)
             self._scores |= dict(zip(teachers, teacher_scores.tolist(), strict=True))
-        return self.discriminator.compute_values(self._view(batch.keys, batch.tags))
+        scores = self.discriminator.compute_values(self._view(batch.keys, batch.tags))
+        if self.config.gad.credit == "token":
+            fields = ["values", "responses"]
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            columns = zip(batch.keys, data["values"].unbind(), data["responses"].unbind(), strict=True)
+            values = {key: row[-len(response) - 1 :] for key, row, response in columns}
+            self._advantages = token_credit(self._groups, values, self.config.gad.credit_gamma)
+        return scores
 
     def _score_by_updating(self, batch: KVBatchMeta, metrics: dict) -> torch.Tensor:
         """Update D; the scores are those of the update's forward pass. Stock's padding rows get 0."""
