@@ -265,6 +265,34 @@ def test_a_checkpoint_holds_the_gate(live, settings, tmp_path, monkeypatch):
     assert trainer._gate.accuracy == 0.6123
 
 
+def test_advantages_without_the_division_are_centred_scores(live, settings):
+    settings(
+        algorithm__norm_adv_by_std_in_grpo=False,
+        gad__score_in_update=True,
+        gad__skip_old_log_prob=True,
+        actor_rollout_ref__actor__kl_loss_coef=0.0,
+    )
+    batch, metrics = live.sample()
+    critic, policy = hf_model(live, "critic"), hf_model(live, "actor")
+    batch = run_from(live, batch, metrics)
+    fields = live.fields(batch.keys)
+    of_key = dict(zip(batch.keys, zip(rows(fields), fields["advantages"].unbind(), strict=True), strict=True))
+    loss, tokens = 0.0, int(fields["response_mask"].values().sum())
+    for group in live.trainer._groups:
+        answers = [of_key[row.key][0] for row in group.students]
+        scores = torch.stack([score(critic, *answer) for answer in answers])
+        for row, answer, advantage in zip(group.students, answers, scores - scores.mean(), strict=True):
+            got = of_key[row.key][1]
+            torch.testing.assert_close(got, torch.full_like(got, advantage.item()), atol=3e-5, rtol=0)
+            current = log_probs(policy, *answer, live.config.actor_rollout_ref.rollout.temperature)
+            loss = loss - (advantage * (current - current.detach()).exp()).sum() / tokens
+    loss.backward()
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/pg_loss"] == pytest.approx(loss.item(), abs=3e-5)
+    assert metrics["actor/grad_norm"] == pytest.approx(grad_norm(policy), rel=3e-3)
+    live.finish(batch)
+
+
 # ---------------------------------------------------------------------- credit per token
 
 

@@ -181,7 +181,13 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Policy": (
         Panel("entropy", "Entropy", "Nats per token. Near 0 the student has collapsed.", {"entropy": "actor/entropy"}),
-        Panel("pg_loss", "Policy gradient loss", "Around 0 by construction.", {"": "actor/pg_loss"}),
+        Panel(
+            "pg_loss",
+            "Policy gradient loss",
+            "Around 0 by construction, together with the teacher's part if it is in the group.",
+            {"students": "actor/pg_loss", "teacher": "actor/teacher_pg_loss"},
+        ),
+        Panel("policy_gate", "Policy gate", "Factor of the policy gradient; 1 is open.", {"": "gad/policy_gate"}),
         Panel(
             "pg_clipfrac",
             "Clipped tokens",
@@ -192,7 +198,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("ppo_kl", "KL within a step", "Sampling against updated policy, nats per token.", {"": "actor/ppo_kl"}),
         Panel("kl_loss", "KL to the reference", "From the warmup policy, nats per token.", {"": "actor/kl_loss"}),
-        Panel("sft_loss", "Imitation loss", "Next-token loss on the teacher's text.", {"": "actor/sft_loss"}),
+        Panel(
+            "sft_loss",
+            "Imitation loss",
+            "Next-token loss on the teacher's text, alone or beside the policy gradient.",
+            {"alone": "actor/sft_loss", "beside": "actor/imitation_loss"},
+        ),
         Panel(
             "grad_norm",
             "Gradient norms",
