@@ -174,7 +174,7 @@ def test_every_optimizer_step_of_a_batch_has_its_own_teachers(live, settings):
     def steps_taken():
         def count(worker):
             engine = next(w for name, w in worker.worker_dict.items() if name.startswith("actor")).actor.engine
-            return max(int(entry["step"]) for entry in engine.optimizer.state.values())
+            return max((int(entry["step"]) for entry in engine.optimizer.state.values()), default=0)
 
         return live.on_workers(count)
 
