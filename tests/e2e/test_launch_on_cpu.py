@@ -213,6 +213,29 @@ def killed_gad(runner, warmup):
     return runner.killed_and_resumed("gad", "killed-gad", "--warmup_dir", str(warmup))
 
 
+VARIANTS = (
+    "gad.imitation_coef=0.3",
+    "gad.teacher_in_group=True",
+    "gad.policy_gate=0.5",
+    "algorithm.norm_adv_by_std_in_grpo=False",
+)
+
+
+@in_background
+def variants(runner, warmup):
+    return runner.stage("gad", "variants", "--warmup_dir", str(warmup), *VARIANTS)
+
+
+@in_background
+def variants_on_two_ranks(runner, warmup):
+    return runner.stage("gad", "variants-2", "--warmup_dir", str(warmup), *VARIANTS, "trainer.n_gpus_per_node=2")
+
+
+@in_background
+def killed_variants(runner, warmup):
+    return runner.killed_and_resumed("gad", "killed-variants", "--warmup_dir", str(warmup), *VARIANTS)
+
+
 @in_background
 def two_ranks_from_two_ranks(runner):
     model = ["--model", f"{runner.problem}/model"]
@@ -275,19 +298,41 @@ def test_hand_over_takes_actor_and_critic_of_the_warmup(runner, warmup, gad):
     assert metrics(gad)[1]["critic/d_loss"] < metrics(warmup)[1]["critic/d_loss"]
 
 
-@pytest.mark.parametrize("stage", ["warmup", "gad"])
-def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(
-    warmup, gad, killed_warmup, killed_gad, stage
-):
-    out, last_checkpoint, last_step = killed_warmup if stage == "warmup" else killed_gad
+def same_metrics(killed: tuple[Path, str, int], uninterrupted: Path) -> None:
+    """A run that was killed and resumed logged what an uninterrupted one did."""
+    out, last_checkpoint, last_step = killed
     assert last_checkpoint == str(SAVE_FREQ)
     assert last_step == SAVE_FREQ + 1, "the run was over before it could be killed"
-    expected, got = metrics(warmup if stage == "warmup" else gad), metrics(out)
+    expected, got = metrics(uninterrupted), metrics(out)
     assert sorted(got) == sorted(expected)
     for step in range(1, STEPS + 1):
         # validation answers are summed in order of arrival, so their means (alone) may differ in the last digit
         means = {name: pytest.approx(v, rel=1e-12, abs=0) for name, v in expected[step].items() if "val-" in name}
         assert got[step] == expected[step] | means, f"step {step}"
+
+
+@pytest.mark.parametrize("stage", ["warmup", "gad"])
+def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(
+    warmup, gad, killed_warmup, killed_gad, stage
+):
+    if stage == "warmup":
+        same_metrics(killed_warmup, warmup)
+    else:
+        same_metrics(killed_gad, gad)
+
+
+def test_the_variants_of_the_objective_resume_with_the_same_metrics(variants, killed_variants):
+    log = metrics(variants)
+    assert all(0.0 < log[step]["gad/policy_gate"] < 1.0 for step in (SAVE_FREQ, SAVE_FREQ + 1))
+    same_metrics(killed_variants, variants)
+
+
+def test_the_variants_of_the_objective_do_the_same_on_two_ranks(variants, variants_on_two_ranks):
+    names = ["actor/imitation_loss", "actor/teacher_pg_loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm"]
+    one_log, two_log = metrics(variants), metrics(variants_on_two_ranks)
+    for step in range(1, STEPS + 1):
+        for name in [*names, "gad/policy_gate", "critic/d_loss"]:
+            assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
 
 
 def test_two_ranks_do_what_one_does(gad, gad_on_two_ranks):

@@ -9,6 +9,16 @@ import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 
 RAY_CPUS = 16
+REWARD = """
+import pyarrow.parquet as pq
+
+VALIDATION = set(pq.read_table({!r})["teacher_response"].to_pylist())
+
+
+def compute_score(ground_truth, **_):
+    assert ground_truth in VALIDATION, "D scores these rows"
+    return 0.25
+"""
 
 
 class LiveTrainer:
@@ -114,13 +124,13 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="package")
-def live(ray_cluster, compose_config, tmp_path_factory):
+def live(ray_cluster, compose_config, tiny_problem, tmp_path_factory):
     """A GAD-stage trainer at world size 1: actor, critic, reference, rollouts.
 
     All modules share it: a test finishes the steps it begins and restores the keys it sets.
     """
     folder = tmp_path_factory.mktemp("live")
-    (folder / "reward.py").write_text("def compute_score(**_):\n    raise AssertionError('D scores these rows')\n")
+    (folder / "reward.py").write_text(REWARD.format(f"{tiny_problem}/val.parquet"))
     config = compose_config(
         f"trainer.default_local_dir={folder}/out",
         "trainer.total_training_steps=100",

@@ -18,6 +18,7 @@ from recipe.gad.run.atomic_io import check_output, write_atomically
 from recipe.gad.run.findings import Finding, visible
 from recipe.gad.run.log import (
     ROUGE_L,
+    VAL_D_ACC,
     Metrics,
     answers_over_training,
     load_metrics,
@@ -136,8 +137,9 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "d_acc",
             "Discriminator accuracy",
             "Share of pairs in which D prefers the teacher; 0.5 is a coin toss. High after the warmup, in the band "
-            "once the student follows. Alone it proves nothing: look at ROUGE-L beside it.",
-            {"d_acc": "critic/d_acc"},
+            "once the student follows. Alone it proves nothing: look at ROUGE-L beside it. Its distance from the "
+            "accuracy on validation prompts is memorizing; the accuracy there is what the reward is worth.",
+            {"d_acc": "critic/d_acc", "on validation prompts": VAL_D_ACC},
             (0.5, 0.9),
         ),
         Panel("d_loss", "Discriminator loss", "ln 2 = 0.693 is guessing, 0 is certainty.", {"d_loss": "critic/d_loss"}),
@@ -184,7 +186,13 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Policy": (
         Panel("entropy", "Entropy", "Nats per token. Near 0 the student has collapsed.", {"entropy": "actor/entropy"}),
-        Panel("pg_loss", "Policy gradient loss", "Around 0 by construction.", {"": "actor/pg_loss"}),
+        Panel(
+            "pg_loss",
+            "Policy gradient loss",
+            "Around 0 by construction, together with the teacher's part if it is in the group.",
+            {"students": "actor/pg_loss", "teacher": "actor/teacher_pg_loss"},
+        ),
+        Panel("policy_gate", "Policy gate", "Factor of the policy gradient; 1 is open.", {"": "gad/policy_gate"}),
         Panel(
             "pg_clipfrac",
             "Clipped tokens",
@@ -195,7 +203,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("ppo_kl", "KL within a step", "Sampling against updated policy, nats per token.", {"": "actor/ppo_kl"}),
         Panel("kl_loss", "KL to the reference", "From the warmup policy, nats per token.", {"": "actor/kl_loss"}),
-        Panel("sft_loss", "Imitation loss", "Next-token loss on the teacher's text.", {"": "actor/sft_loss"}),
+        Panel(
+            "sft_loss",
+            "Imitation loss",
+            "Next-token loss on the teacher's text, alone or beside the policy gradient.",
+            {"alone": "actor/sft_loss", "beside": "actor/imitation_loss"},
+        ),
         Panel(
             "grad_norm",
             "Gradient norms",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recipe.gad.run.findings import LEVELS, Finding, error, note, warning
-from recipe.gad.run.log import ROUGE_L, Metrics, matching_names, series
+from recipe.gad.run.log import ROUGE_L, VAL_D_ACC, Metrics, matching_names, series
 
 RECENT = 20
 """Steps of "now": enough to average out the noise of one batch (d_acc moves by 0.1 from step to step)."""
@@ -35,6 +35,11 @@ COIN_TOSS_STEPS = 30
 
 FOOLED_D_ACC = 0.45
 """Below a coin toss by more than noise: D prefers the student, so it has stopped following the student's changes."""
+
+MEMORIZED = 0.15
+MEMORIZED_VALIDATIONS = 3
+"""Training d_acc so far above d_acc on validation prompts, in three validations in a row. At an accuracy of 0.85, this
+is more than three standard errors of one validation of 64 prompts; below about 50 prompts, chance can reach it."""
 
 ENTROPY_COLLAPSE = 0.2
 """Entropy below a fifth of its start: samples of one prompt become the same, and GRPO has no advantages left."""
@@ -170,6 +175,27 @@ def frozen_discriminator(learning_rate: Curve) -> Finding | None:
         evidence=f"critic/lr is 0 in steps {window.steps[0]}-{window.steps[-1]}: the student learns to please a "
         "discriminator that never learns.",
         fix="Set critic.optim.lr above 0, unless this is a control experiment.",
+    )
+
+
+def memorizing_discriminator(d_acc: Curve, val_d_acc: Curve) -> Finding | None:
+    """D knows the teacher's training answers by heart: it is far better on them than on validation prompts."""
+    pairs = []
+    for step, of_validation in zip(*val_d_acc.last(MEMORIZED_VALIDATIONS), strict=True):
+        before = d_acc.values[d_acc.steps <= step][-RECENT:]
+        if len(before) < RECENT or before.mean() - of_validation < MEMORIZED:
+            return None
+        pairs.append((step, before.mean(), of_validation))
+    if len(pairs) < MEMORIZED_VALIDATIONS:
+        return None
+    shown = ", ".join(f"{training:.3g} against {held_out:.3g} (step {step})" for step, training, held_out in pairs)
+    return warning(
+        "The discriminator memorizes",
+        evidence=f"critic/d_acc (mean of {RECENT} steps) against {VAL_D_ACC}: {shown}. The reward is worth what the "
+        "accuracy on validation prompts says.",
+        fix="Collect more teacher answers, or train fewer epochs (trainer.total_epochs). Otherwise slow the "
+        "discriminator: lower critic.optim.lr, or raise critic.optim.weight_decay. With fewer than 50 validation "
+        "prompts, add some before you trust this.",
     )
 
 
@@ -448,6 +474,7 @@ RULES = (
     Rule(guessing_discriminator, ("critic/d_acc",)),
     Rule(fooled_discriminator, ("critic/d_acc",)),
     Rule(frozen_discriminator, ("critic/lr",)),
+    Rule(memorizing_discriminator, ("critic/d_acc", VAL_D_ACC)),
     Rule(collapsed_entropy, ("actor/entropy",), policy_steps=True),
     Rule(falling_validation, (ROUGE_L, "critic/score_gap")),
     Rule(clip_fraction, ("actor/pg_clipfrac",)),

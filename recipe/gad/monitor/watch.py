@@ -15,6 +15,7 @@ from recipe.gad.monitor.rules import all_clear, apply_rules
 from recipe.gad.run.findings import Finding, line, visible
 from recipe.gad.run.log import (
     ROUGE_L,
+    VAL_D_ACC,
     MetricLog,
     matching_names,
     phase_seconds,
@@ -25,6 +26,7 @@ from recipe.gad.run.log import (
 
 KEY_METRICS = (
     "critic/d_acc",
+    VAL_D_ACC,
     "critic/d_loss",
     "critic/score_gap",
     ROUGE_L,

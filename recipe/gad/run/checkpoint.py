@@ -3,11 +3,13 @@
 A run's output folder (trainer.default_local_dir) holds:
 
     global_step_N/{actor,critic}/huggingface/   weights, configuration and tokenizer
+    global_step_N/gad_state.pt                  state of variants, such as gad.discriminator_lead
     global_step_N/data.pt                       verl writes it last
     latest_checkpointed_iteration.txt           the step from which trainer.resume_mode=auto resumes
-    gad_stage.json                              the stage that owns the folder; the only file that verl does not write
+    gad_stage.json                              the stage that owns the folder
 
-Only file names, sizes and safetensors headers are read, so this is fast for models of any size.
+verl writes all but the two files gad_*. Only file names, sizes and safetensors headers are read, so this is fast for
+models of any size.
 
     python -m recipe.gad.run.checkpoint resolve DIR [--step N]     prints the checkpoint that the next stage starts from
 """

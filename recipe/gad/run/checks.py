@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from math import inf
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -20,6 +21,7 @@ from recipe.gad.run.checkpoint import check_folder, resume_problems, stage_of
 from recipe.gad.run.config import (
     ACTOR,
     ACTOR_MODEL,
+    LEAD_MEAN,
     REF,
     ROLLOUT,
     files_of,
@@ -29,6 +31,7 @@ from recipe.gad.run.config import (
     lora_rank,
     needs_reference,
     neighbours,
+    number,
     parallelism,
     resolved,
     world_size,
@@ -50,6 +53,7 @@ from recipe.gad.run.model_checks import check_critic_lora, check_models, check_t
 
 STAGES = ("seqkd", "warmup", "gad")
 OBJECTIVES = ("policy_gradient", "imitation")
+CREDITS = ("sequence", "token")
 RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
 """`ray start` writes this file; ray.init() without an address then joins that cluster."""
 
@@ -170,11 +174,122 @@ def check_stage(config: DictConfig) -> Findings:
         yield error(f"trainer.v1.trainer_mode={mode}: the GAD trainer would not run", fix="trainer.v1.trainer_mode=gad")
 
 
+def check_objective(config: DictConfig) -> Findings:
+    """The variants of the policy gradient have values that work, and a policy gradient."""
+    on: dict[str, str] = {}
+    for key in ("gad.imitation_coef", "gad.policy_gate"):
+        value = get(config, key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
+            yield error(f"{key}={value}: expected a number of at least 0", fix=f"{key}=0")
+        elif value:
+            on[f"{key}={value}"] = f"{key}=0"
+    if (in_group := get(config, "gad.teacher_in_group")) not in (True, False):
+        yield error(f"gad.teacher_in_group={in_group}: expected True or False", fix="gad.teacher_in_group=False")
+    elif in_group:
+        on["gad.teacher_in_group=True"] = "gad.teacher_in_group=False"
+    if get(config, "gad.actor_objective") == "imitation":
+        for found, off in on.items():
+            yield error(
+                f"{found} belongs to the policy gradient, and gad.actor_objective=imitation",
+                fix=f"{off}, or gad.actor_objective=policy_gradient in stage gad",
+            )
+
+
+def check_teacher_terms(config: DictConfig) -> Findings:
+    """Teacher rows can share a batch with the students' in the actor's update."""
+    if get(config, "gad.actor_objective") == "imitation":
+        return
+    found = [
+        f"gad.{key}={value}" for key in ("imitation_coef", "teacher_in_group") if (value := get(config, f"gad.{key}"))
+    ]
+    if not found:
+        return
+    key, temperature = f"{ACTOR_MODEL}.use_fused_kernels", get(config, f"{ROLLOUT}.temperature")
+    if get(config, key) and temperature != 1:
+        yield error(
+            f"{found[0]} takes log-probabilities of students at {ROLLOUT}.temperature={temperature} and of teachers "
+            f"at 1 in one batch, which {key}=True cannot",
+            fix=f"{key}=False, or {ROLLOUT}.temperature=1.0",
+        )
+    key = f"{ACTOR}.{get(config, f'{ACTOR}.strategy')}.router_replay.mode"
+    if (mode := get(config, key, "disabled")) != "disabled":
+        yield error(f"{found[0]} adds rows that have no routing to replay, and {key}={mode}", fix=f"{key}=disabled")
+    if get(config, "gad.teacher_in_group") is not True:
+        return
+    if (estimator := get(config, "algorithm.adv_estimator")) != "grpo":
+        yield error(
+            f"gad.teacher_in_group=True needs groups, and algorithm.adv_estimator={estimator}",
+            fix="algorithm.adv_estimator=grpo",
+        )
+    if get(config, "algorithm.use_kl_in_reward"):
+        yield error(
+            "gad.teacher_in_group=True compares the scores of a group, and algorithm.use_kl_in_reward=True would "
+            "change the students' alone",
+            fix=f"algorithm.use_kl_in_reward=False with {ACTOR}.use_kl_loss=True",
+        )
+
+
+def check_credit(config: DictConfig) -> Findings:
+    """Credit per token finds a discriminator, and advantages that nothing else computes."""
+    credit, gamma = get(config, "gad.credit"), get(config, "gad.credit_gamma")
+    if credit not in CREDITS:
+        yield error(f"gad.credit={credit}: expected {either(CREDITS)}", fix="gad.credit=sequence")
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
+        yield error(f"gad.credit_gamma={gamma}: expected a number from 0 to 1", fix="gad.credit_gamma=0.9")
+    if credit != "token":
+        return
+    if get(config, "gad.stage") == "seqkd":
+        yield error("gad.credit=token: stage seqkd trains no discriminator", fix="gad.credit=sequence")
+    if get(config, "gad.actor_objective") == "imitation":
+        return
+    needed = {
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": False,
+        "algorithm.use_kl_in_reward": False,
+        "gad.teacher_in_group": False,
+    }
+    for key, value in needed.items():
+        if (found := get(config, key)) != value:
+            yield error(f"gad.credit=token would ignore {key}={found}", fix=f"{key}={value}")
+
+
 def check_polling(config: DictConfig) -> Findings:
     """The trainer waits a positive time between two looks at the replay buffer."""
     poll = get(config, "gad.poll_interval")
     if isinstance(poll, bool) or not isinstance(poll, int | float) or poll <= 0:
         yield error(f"gad.poll_interval={poll}: expected a number of seconds above 0", fix="gad.poll_interval=0.1")
+
+
+def check_lead(config: DictConfig) -> Findings:
+    """The discriminator's lead can end before its last step, and only in a stage that it can precede."""
+    key = "gad.discriminator_lead"
+    steps = integer(config, f"{key}.max_steps", minimum=0)
+    patience = integer(config, f"{key}.patience")
+    number(config, f"{key}.min_delta", 0, 1)
+    if not steps:
+        return
+    if get(config, "gad.actor_objective") == "imitation":
+        yield error(
+            f"{key}.max_steps={steps}, but gad.actor_objective=imitation: the lead is for the policy gradient",
+            fix=f"{key}.max_steps=0, or trainer.critic_warmup={steps + 1}",
+        )
+    if warmup := integer(config, "trainer.critic_warmup", minimum=0):
+        yield error(
+            f"{key}.max_steps={steps} and trainer.critic_warmup={warmup}: both hold the actor back",
+            fix=f"trainer.critic_warmup=0 or {key}.max_steps=0",
+        )
+    test_freq = integer(config, "trainer.test_freq", -1, minimum=-1)
+    validates = bool(get(config, "gad.val_d_acc")) and test_freq > 0
+    at_start = bool(validates and get(config, "trainer.val_before_train", True))
+    every = test_freq if validates else LEAD_MEAN
+    values = at_start + (steps - 1) // every
+    if values <= patience:
+        yield error(
+            f"{key}.max_steps={steps} sees {values} accuracies (one every {every} steps), too few for "
+            f"{key}.patience={patience}: the lead would always last {steps} steps",
+            fix=f"{key}.max_steps={(patience + 1 - at_start) * every + 1} or more, or "
+            f"trainer.critic_warmup={steps + 1} for a fixed number of steps",
+        )
 
 
 def check_sampling(config: DictConfig) -> Findings:
@@ -491,7 +606,11 @@ def _cpu_findings(config: DictConfig, rollout: str, platform: str, in_worker: bo
 CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
+    check_objective,
+    check_teacher_terms,
+    check_credit,
     check_polling,
+    check_lead,
     check_sampling,
     check_saving,
     check_device,

@@ -11,6 +11,8 @@ from recipe.gad.run.findings import InputError, one_line
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 ACTOR_MODEL = "actor_rollout_ref.model"
+LEAD_MEAN = 10
+"""Without validation, gad.discriminator_lead looks at means of so many training steps: one step is too noisy."""
 LORA_KEYS = ("lora_rank", "lora.rank")
 
 
@@ -29,6 +31,18 @@ def integer(config: DictConfig, key: str, default: int | None = None, minimum: i
     value = get(config, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise InputError(f"{key}={value}: expected a whole number of at least {minimum}", fix=f"set {key} to one")
+    return value
+
+
+def number(config: DictConfig, key: str, low: float, below: float) -> float:
+    """Number of a dotted key, from ``low`` to less than ``below``.
+
+    Raises:
+        InputError: the value is no number, or outside.
+    """
+    value = get(config, key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:
+        raise InputError(f"{key}={value}: expected a number from {low} to below {below}", fix=f"set {key} to one")
     return value
 
 

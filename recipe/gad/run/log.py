@@ -28,6 +28,9 @@ LAST_STEP = 2**53
 ROUGE_L = "val-aux/*/rouge_l/mean@*"
 """Name pattern of the validation answers' ROUGE-L against the teacher's, one metric per data source."""
 
+VAL_D_ACC = "val-aux/d_acc"
+"""Name of the discriminator's accuracy on the validation prompts."""
+
 
 class MetricLog:
     """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only the new lines."""

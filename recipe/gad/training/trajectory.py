@@ -17,6 +17,8 @@ TEACHER_TEXT, TEACHER_IDS = "teacher_response", "teacher_response_ids"
 """Fields of a prompt, and of each of its student rows: the teacher's answer as text and as token ids."""
 PAIR_WEIGHT, ROW_NUMBER = "pair_weight", "row"
 """Fields of a row in D's update: its weight in the loss, and the number under which its score comes back."""
+IMITATION_WEIGHT, POLICY_WEIGHT, TEMPERATURE = "imitation_weight", "policy_weight", "temperature"
+"""Fields of a row in an actor's update on students and teachers: ``teacher_terms.RowWeights``; verl's temperature."""
 
 _PROBE = "xyzzy"  # in no name of a special token (Gemma: "<end_of_turn>")
 

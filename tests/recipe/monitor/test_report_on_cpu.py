@@ -30,6 +30,7 @@ def write_run(folder: Path, stage: str = "gad", steps: int = 30, seed: int = 0, 
             data |= {f"{side}response_length/mean": 10 + rng.random(), f"{side}response_length/cut_ratio": 0.0}
         if stage == "gad":
             data |= {"actor/pg_loss": 0.0, "actor/pg_clipfrac": 0.15, "actor/ppo_kl": 0.001, "actor/kl_loss": 0.1}
+            data |= {"gad/policy_gate": 0.5}
         else:
             data |= {"actor/sft_loss": 2.0 / step}
         data |= {"timing_s/gen": 1.0, "timing_s/update_actor": 0.5, "timing_s/step": 1.6, "perf/throughput": 500.0}

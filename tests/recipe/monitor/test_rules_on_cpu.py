@@ -242,3 +242,31 @@ def test_a_long_run_is_looked_at_so_many_times_only(monkeypatch):
     monkeypatch.setattr(health, "apply_rules", lambda metrics: (looks.append(len(metrics)), ([], []))[1])
     earlier_findings({step: {} for step in range(1000)}, [], looks=10)
     assert looks == list(range(100, 1000, 100))
+
+
+def validations(values, every=10) -> Curve:
+    return Curve(np.arange(every, every * len(values) + 1, every), np.array(values, dtype=float))
+
+
+def test_memorizing_discriminator():
+    training = curve([0.86] * 30 + [0.94] * 30)
+    finding = health.memorizing_discriminator(training, validations([0.8, 0.75, 0.72, 0.7, 0.69, 0.69]))
+    assert finding.level == "warning" and "0.94 against 0.69 (step 60)" in finding.evidence
+    assert "critic.optim.lr" in finding.fix
+    assert health.memorizing_discriminator(training, validations([0.8, 0.75, 0.72, 0.85, 0.69, 0.69])) is None
+    assert health.memorizing_discriminator(training, validations([0.5, 0.5])) is None  # two are not enough
+    assert health.memorizing_discriminator(curve([0.94] * 12), validations([0.5] * 3, every=4)) is None  # too early
+
+
+def test_memorizing_discriminator_is_silent_about_a_discriminator_that_generalizes():
+    """64 prompts, some easy and some hard in every validation, and the same chances in training."""
+    rng, alarms = np.random.default_rng(0), 0
+    for _ in range(300):
+        chances = rng.beta(4.25, 0.75, size=64)  # mean 0.85
+        held_out = [rng.binomial(1, chances).mean() for _ in range(10)]
+        training = rng.binomial(32, 0.85, size=100) / 32
+        curves = curve(training), validations(held_out)
+        alarms += any(
+            health.memorizing_discriminator(curves[0], Curve(*(part[:end] for part in curves[1]))) for end in range(11)
+        )
+    assert alarms <= 3

@@ -452,6 +452,73 @@ def test_grpo_needs_two_samples(config, critic):
     assert errors_of(config({f"{ROLLOUT}.n": 1, f"{ROLLOUT}.temperature": 0})) == []  # imitation compares nothing
 
 
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gad.imitation_coef": -0.1}, ["gad.imitation_coef=-0.1", "at least 0"]),
+        ({"gad.imitation_coef": True}, ["gad.imitation_coef=True", "a number"]),
+        ({"gad.imitation_coef": "1"}, ["gad.imitation_coef=1", "a number"]),
+        ({"gad.imitation_coef": float("inf")}, ["gad.imitation_coef=inf", "a number"]),
+        (
+            {"gad.imitation_coef": 0.1, f"{MODEL}.use_fused_kernels": True},
+            ["gad.imitation_coef=0.1", f"{MODEL}.use_fused_kernels=False", f"{ROLLOUT}.temperature=1.0"],
+        ),
+        (
+            {"gad.imitation_coef": 0.1, f"{ACTOR}.fsdp2.router_replay.mode": "R2"},
+            ["gad.imitation_coef=0.1", f"{ACTOR}.fsdp2.router_replay.mode=R2"],
+        ),
+        ({"gad.policy_gate": -1}, ["gad.policy_gate=-1", "at least 0"]),
+        ({"gad.credit": "word"}, ["gad.credit=word", "sequence or token"]),
+        ({"gad.credit_gamma": 1.5}, ["gad.credit_gamma=1.5", "from 0 to 1"]),
+        (
+            {"gad.credit": "token"},
+            ["would ignore algorithm.norm_adv_by_std_in_grpo=True", "Fix: algorithm.norm_adv_by_std_in_grpo=False"],
+        ),
+        (
+            {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False, "gad.teacher_in_group": True},
+            ["would ignore gad.teacher_in_group=True"],
+        ),
+        (
+            {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False, "algorithm.adv_estimator": "rloo"},
+            ["would ignore algorithm.adv_estimator=rloo"],
+        ),
+        ({"gad.teacher_in_group": "yes"}, ["gad.teacher_in_group=yes", "True or False"]),
+        (
+            {"gad.teacher_in_group": True, "algorithm.adv_estimator": "rloo"},
+            ["gad.teacher_in_group=True", "algorithm.adv_estimator=rloo", "Fix: algorithm.adv_estimator=grpo"],
+        ),
+        (
+            {"gad.teacher_in_group": True, "algorithm.use_kl_in_reward": True},
+            ["gad.teacher_in_group=True", "algorithm.use_kl_in_reward=True"],
+        ),
+    ],
+)
+def test_variants_of_the_objective(gad, changes, parts):
+    expect(gad(changes), *parts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("gad.imitation_coef", 1), ("gad.teacher_in_group", True), ("gad.policy_gate", 0.1)]
+)
+def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, key, value):
+    expect(config({key: value}), f"{key}={value}", "gad.actor_objective=imitation", f"Fix: {key}=")
+    expect(config({key: value, "gad.stage": "seqkd", "critic.enable": False}), f"{key}={value}", f"Fix: {key}=")
+
+
+def test_credit_per_token_needs_a_discriminator(config):
+    assert errors_of(config({"gad.credit": "token"})) == []  # the warmup's learns on prefixes
+    expect(config({"gad.credit": "token", "gad.stage": "seqkd", "critic.enable": False}), "gad.credit=token", "seqkd")
+
+
+def test_variants_of_the_objective_that_fit(gad):
+    assert errors_of(gad({"algorithm.norm_adv_by_std_in_grpo": False})) == []
+    assert errors_of(gad({"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False})) == []
+    assert errors_of(gad({"gad.imitation_coef": 0.1, "gad.teacher_in_group": True, "gad.policy_gate": 0.1})) == []
+    assert errors_of(gad({"gad.policy_gate": 0.1, f"{MODEL}.use_fused_kernels": True})) == []
+    fused = {f"{MODEL}.use_fused_kernels": True, f"{ROLLOUT}.temperature": 1.0}
+    assert errors_of(gad({"gad.imitation_coef": 0.1, "gad.teacher_in_group": True, **fused})) == []
+
+
 def test_the_gad_stage_needs_a_trained_head(config, critic, tmp_path):
     stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient"}
     expect(config(stage), "critic.model.path", "no score head", "critic/huggingface", "--warmup_dir")
@@ -711,3 +778,40 @@ def test_environment(config, monkeypatch):
 def test_importing_the_checks_imports_no_torch():
     script = "import sys, recipe.gad.run.checks; assert not {'torch', 'transformers', 'verl'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+# ---------------------------------------------------------------------- variants of the discriminator
+
+
+@pytest.fixture
+def gad(config, critic):
+    """Function: the configuration of a run of stage gad that passes, with keys changed."""
+    stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
+    return lambda changes=None: config({**stage, **(changes or {})})
+
+
+LEAD = "gad.discriminator_lead"
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({f"{LEAD}.max_steps": -1}, [f"{LEAD}.max_steps=-1", "whole number"]),
+        ({f"{LEAD}.patience": 0}, [f"{LEAD}.patience=0"]),
+        ({f"{LEAD}.min_delta": 1}, [f"{LEAD}.min_delta=1", "from 0 to below 1"]),
+        ({"trainer.critic_warmup": 5}, ["trainer.critic_warmup=5", f"{LEAD}.max_steps=200", "both"]),
+        # validations at 0, 50, 100 and 150 see four accuracies, enough for a patience of 3
+        ({f"{LEAD}.max_steps": 150}, ["sees 3 accuracies", "one every 50 steps", f"Fix: {LEAD}.max_steps=151 or more"]),
+        (
+            {f"{LEAD}.max_steps": 40, "gad.val_d_acc": False},
+            ["sees 3 accuracies", "one every 10 steps", f"{LEAD}.max_steps=41 or more", "trainer.critic_warmup=41"],
+        ),
+    ],
+)
+def test_a_lead_that_cannot_work_is_refused(gad, changes, parts):
+    assert errors_of(gad({f"{LEAD}.max_steps": 200})) == []
+    expect(gad({f"{LEAD}.max_steps": 200, **changes}), *parts)
+
+
+def test_a_lead_before_imitation_is_refused(config):
+    expect(config({f"{LEAD}.max_steps": 200}), "gad.actor_objective=imitation", "trainer.critic_warmup=201")

@@ -150,7 +150,8 @@ def test_stage_and_objective_choose_the_class(stage, objective, name):
 
 
 def test_advantages_without_old_log_probs_leave_the_configuration_as_it_is(monkeypatch):
-    config = OmegaConf.create({"algorithm": {"rollout_correction": {"rollout_is": None}, "gamma": 1.0}, "data": {}})
+    algorithm = {"rollout_correction": {"rollout_is": None}, "gamma": 1.0}
+    config = OmegaConf.create({"algorithm": algorithm, "gad": {"teacher_in_group": False, "credit": "sequence"}})
     trainer = trainer_gad.PPOTrainerGAD.__new__(trainer_gad.PPOTrainerGAD, config)
     trainer.config, seen = config, []
     monkeypatch.setattr(trainer_gad.PPOTrainerSync, "_compute_advantage", lambda self, *_: seen.append(self.config))

@@ -88,12 +88,14 @@ class DataParallelPPOCritic:
         critic_wg: worker group of stock ``TrainingWorker`` with a value model.
         config: ``config.critic``.
         rollout_n: student samples per prompt.
+        loss: of groups, an engine loss as :func:`discriminator_loss`.
     """
 
-    def __init__(self, critic_wg: Any, config: DictConfig, rollout_n: int):
+    def __init__(self, critic_wg: Any, config: DictConfig, rollout_n: int, loss: Callable = discriminator_loss):
         self.critic_wg = critic_wg
         self.config = config
         self.rollout_n = rollout_n
+        self.group_loss = loss
         self._loss: Callable | None = None
 
     @property
@@ -114,8 +116,7 @@ class DataParallelPPOCritic:
 
         Args:
             batch: rows to score, ``extra_info["teacher_keys"]`` the rows of their teachers (one per prompt).
-            compute_teacher: score the teachers' rows instead. Called by tests and by
-                :meth:`_forward_batch_teacher_forcing_grpo`; the trainer has no use for it.
+            compute_teacher: score the teachers' rows instead. The trainer needs it for ``gad.teacher_in_group``.
 
         Returns:
             (R,) float32, or (P,) for the teachers.
@@ -158,7 +159,7 @@ class DataParallelPPOCritic:
         """
         if "group_size" not in batch.extra_info:
             return self.update_on_returns(batch), torch.empty(0)
-        self._set_loss(discriminator_loss, group_size=self.group_size)
+        self._set_loss(self.group_loss, group_size=self.group_size)
         fields = [*SCORING_FIELDS, PAIR_WEIGHT, ROW_NUMBER]
         # groups must stay whole: the trainer shuffles them, the engine's row-wise shuffle stays off
         metrics = self._train(batch, self.group_size, fields, shuffle=False, force_group_size=self.group_size)

@@ -12,6 +12,7 @@ Goes when: verl ships a GAD trainer.
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -26,9 +27,29 @@ from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
+from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
+from recipe.gad.training.gate import PolicyGate
+from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.rows import Group, Row, Trajectory
-from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
+from recipe.gad.training.state import load_state, save_state
+from recipe.gad.training.teacher_terms import (
+    PER_TOKEN_FIELDS,
+    actor_row_weights,
+    blank_fields,
+    group_advantages,
+    loss_with_teacher,
+)
+from recipe.gad.training.trajectory import (
+    IMITATION_WEIGHT,
+    POLICY_WEIGHT,
+    TEACHER_IDS,
+    TEMPERATURE,
+    build_prompt_ids,
+)
+from recipe.gad.training.validation import Pair, SeenRows, pair_rows
+from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -37,7 +58,13 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.actor.dp_actor import imitation_loss, on_policy_loss
-from verl.workers.critic.dp_critic import DataParallelPPOCritic, data_parallel_size, largest_divisor
+from verl.workers.critic.dp_critic import (
+    SCORING_FIELDS,
+    DataParallelPPOCritic,
+    data_parallel_size,
+    discriminator_loss,
+    largest_divisor,
+)
 from verl.workers.utils.losses import ppo_loss
 
 __all__ = ["PPOTrainerGAD", "PPOTrainerSeqKD", "PPOTrainerWarmup"]
@@ -75,8 +102,12 @@ class PPOTrainerGAD(PPOTrainerSync):
         self.rollout_n = config.actor_rollout_ref.rollout.n
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
         self._groups: list[Group] = []
-        self._actor_loss: Callable = ppo_loss  # what stock verl has set
+        self._scores: dict[str, float] = {}  # D's score of every row of the step
+        self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
+        self._actor_loss: tuple[Callable, dict] = (ppo_loss, {})  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
+        self._lead = DiscriminatorLead.of(config)
+        self._gate = PolicyGate(config.gad.policy_gate)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -86,12 +117,13 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _setup(self):
         super()._setup()
         if self.use_critic:
-            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n)
+            loss = prefix_discriminator_loss if self.config.gad.credit == "token" else discriminator_loss
+            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n, loss)
 
     # ------------------------------------------------------------------ a step
 
     def prepare_step(self) -> dict:
-        self._submitted = {}
+        self._submitted, self._scores, self._advantages = {}, {}, {}
         return super().prepare_step()
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
@@ -169,7 +201,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         return update.ppo_epochs == 1 and update.ppo_mini_batch_size == self.config.data.train_batch_size
 
     def _scores_in_update(self) -> bool:
-        return self.config.gad.score_in_update and self._one_optimizer_step(self.config.critic)
+        gad = self.config.gad
+        return gad.score_in_update and gad.credit == "sequence" and self._one_optimizer_step(self.config.critic)
 
     def _skips_old_log_prob(self) -> bool:
         """Does nothing need old log-probabilities beyond those that the actor's update finds itself?"""
@@ -196,6 +229,18 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Stock, or with the teacher's answer in each group (``gad.teacher_in_group``), or of each token
+        (``gad.credit``)."""
+        batch = self._students_advantage(batch, metrics)
+        gad = self.config.gad
+        if gad.teacher_in_group:
+            by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
+            self._advantages = group_advantages(self._groups, self._scores, by_std)
+        if gad.teacher_in_group or gad.credit == "token":
+            self._put_advantages(batch)
+        return batch
+
+    def _students_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Stock; without its statistics of rollout correction if there are no old log-probabilities to compare."""
         if not self._skips_old_log_prob():
             return super()._compute_advantage(batch, metrics)
@@ -205,23 +250,54 @@ class PPOTrainerGAD(PPOTrainerSync):
         view.config = SimpleNamespace(**{**self.config, "algorithm": algorithm})
         return super(PPOTrainerGAD, view)._compute_advantage(batch, metrics)
 
+    def _put_advantages(self, batch: KVBatchMeta) -> None:
+        """Replace stock's advantages (and returns, which equal them); padding rows have none."""
+        mask = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["response_mask"])["response_mask"]
+        lengths = mask.offsets().diff().tolist()
+        rows = [torch.as_tensor(self._advantages.get(key, 0.0)) for key in batch.keys]
+        values = torch.cat([row.expand(length) for row, length in zip(rows, lengths, strict=True)]) * mask.values()
+        nested = torch.nested.nested_tensor_from_jagged(values, mask.offsets())
+        fields = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
+
+    def _scale_advantages(self, batch: KVBatchMeta, factor: float) -> None:
+        """Scale the policy term: stock's losses are proportional to a factor of all advantages."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["advantages"])
+        fields = TensorDict({"advantages": data["advantages"] * factor}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
+        self._advantages = {key: value * factor for key, value in self._advantages.items()}
+
     # ------------------------------------------------------------------ the discriminator's scores
 
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """D's score of every student answer, at its last response token, becomes ``values`` and ``rm_scores``."""
         score = self._score_by_updating if self._scores_in_update() else self._score_by_forward
-        self._put_scores(batch, score(batch, metrics), metrics)
+        scores = score(batch, metrics)
+        self._scores |= dict(zip(batch.keys, scores.tolist(), strict=True))
+        self._put_scores(batch, scores, metrics)
         return batch
 
     def _score_by_forward(self, batch: KVBatchMeta, metrics: dict) -> torch.Tensor:
         """Scores by a forward pass of D; :meth:`_update_critic` updates it later in the step."""
-        return self.discriminator.compute_values(self._view(batch.keys, batch.tags))
+        if self.config.gad.teacher_in_group:
+            teachers = [group.teacher.key for group in self._groups]
+            view = self._view(batch.keys, teacher_keys=teachers)
+            teacher_scores = self.discriminator._forward_micro_batch(view, compute_teacher=True)
+            self._scores |= dict(zip(teachers, teacher_scores.tolist(), strict=True))
+        scores = self.discriminator.compute_values(self._view(batch.keys, batch.tags))
+        if self.config.gad.credit == "token":
+            fields = ["values", "responses"]
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            columns = zip(batch.keys, data["values"].unbind(), data["responses"].unbind(), strict=True)
+            values = {key: row[-len(response) - 1 :] for key, row, response in columns}
+            self._advantages = token_credit(self._groups, values, self.config.gad.credit_gamma)
+        return scores
 
     def _score_by_updating(self, batch: KVBatchMeta, metrics: dict) -> torch.Tensor:
         """Update D; the scores are those of the update's forward pass. Stock's padding rows get 0."""
         with marked_timer("update_critic", self.timing_raw, color="pink"):
-            score_of = self._update_discriminator(batch.partition_id, metrics)
-        return torch.tensor([score_of.get(key, 0.0) for key in batch.keys])
+            self._scores = self._update_discriminator(batch.partition_id, metrics)
+        return torch.tensor([self._scores.get(key, 0.0) for key in batch.keys])
 
     def _put_scores(self, batch: KVBatchMeta, scores: torch.Tensor, metrics: dict) -> None:
         """Write scores, one per row of ``batch``, into TransferQueue; 0 for padding and for empty answers."""
@@ -262,22 +338,154 @@ class PPOTrainerGAD(PPOTrainerSync):
         rows = self._view(keys, group_size=self.discriminator.group_size)
         update_metrics, scores = self.discriminator.update_critic(rows)
         metrics.update(update_metrics)
+        if self._gate.width:
+            self._gate.note(metrics["critic/d_acc"])
+            metrics["gad/policy_gate"] = self._gate.factor
         return dict(zip(keys, scores.tolist(), strict=True))
 
+    # ------------------------------------------------------------------ validation
+
+    def _validate(self) -> dict[str, float]:
+        """Stock, and then D's accuracy on the validation samples."""
+        if not (self.use_critic and self.config.gad.val_d_acc):
+            return super()._validate()
+        view = copy.copy(self)  # this trainer with a replay buffer that notes what it hands out
+        view.replay_buffer = seen = SeenRows(self.replay_buffer)
+        metrics = super(PPOTrainerGAD, view)._validate()
+        if seen.pairs:
+            metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
+            self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
+            if os.path.isdir(self._step_folder()):  # saved before this validation
+                save_state(self._step_folder(), self._state())
+        return metrics
+
+    def _validation_accuracy(self, pairs: list[Pair]) -> float:
+        """Share of pairs in which D prefers the teacher. The rollout engine makes room for D's forward pass."""
+        rows, n_ranks = pair_rows(pairs), self.discriminator.data_parallel_size()
+        for i in range(-len(rows) % n_ranks):
+            rows[f"validation_filler_{i}"] = gad_rows.filler(self.tokenizer.eos_token_id)
+        self._put_rows("train", rows)
+        self.checkpoint_manager.sleep_replicas()
+        scores = self.discriminator.compute_values(self._view(list(rows)))
+        self.checkpoint_manager.update_weights(self.global_steps)
+        tq.kv_clear(keys=list(rows), partition_id="train")
+        student, teacher = scores[: 2 * len(pairs)].chunk(2)
+        return compute_discriminator_accuracy(student, teacher).mean().item()
+
+    # ------------------------------------------------------------------ the actor
+
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Stock, with the loss that fits the passes of this step."""
-        self._set_actor_loss(on_policy_loss if self._skips_old_log_prob() else ppo_loss)
-        batch = super()._update_actor(batch, metrics)
+        """Stock, with the loss that fits the passes of this step, and teacher rows if wanted; nothing while D leads."""
+        if self._lead.max_steps:
+            self._lead.note_training(self.global_steps, metrics["critic/d_acc"])
+            metrics["gad/leading"] = float(self._lead.leads(self.global_steps))
+            if metrics["gad/leading"]:
+                return batch
+        if self._gate.factor < 1.0:
+            self._scale_advantages(batch, self._gate.factor)
+        policy_loss = on_policy_loss if self._skips_old_log_prob() else ppo_loss
+        if self.config.gad.imitation_coef or self.config.gad.teacher_in_group:
+            self._update_actor_with_teacher(policy_loss, metrics)
+        else:
+            self._set_actor_loss(policy_loss)
+            batch = super()._update_actor(batch, metrics)
         for name in ("rollout_probs_diff_mean", "rollout_probs_diff_max"):
             if f"actor/{name}" in metrics:  # under stock's name for what its old_log_prob pass finds
                 metrics[f"training/{name}"] = metrics.pop(f"actor/{name}")
         return batch
 
-    def _set_actor_loss(self, loss: Callable) -> None:
-        if loss is not self._actor_loss:
+    def _update_actor_with_teacher(self, policy_loss: Callable, metrics: dict) -> None:
+        """One update on whole groups [teacher, s_1, ..., s_n], spread over ranks and mini-batches like D's."""
+        actor, temperature = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout.temperature
+        sizes = [sum(row.tokens for row in group.rows()) for group in self._groups]
+        n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
+        ranks = gad_rows.spread(sizes, actor, n_ranks, self.global_steps)
+        keys = [row.key for rank in ranks for part in rank for i in part for row in self._groups[i].rows()]
+        masks = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])["loss_mask"].unbind()
+        tokens = {key: int(mask.sum()) for key, mask in zip(keys, masks, strict=True)}
+        terms = {name: self.config.gad[name] for name in ("imitation_coef", "teacher_in_group")}
+        in_group = terms["teacher_in_group"]
+        weights = actor_row_weights(self._groups, ranks, tokens, actor.loss_agg_mode, in_group)
+        students = {row.key for group in self._groups for row in group.students}
+        others = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in students}
+        student = tq.kv_batch_get(keys=[min(students)], partition_id="train")
+        rows = {key: blank_fields(mask, student, self._advantages.get(key, 0.0)) for key, mask in others.items()}
+        self._put_rows("train", rows)
+        fields = {
+            IMITATION_WEIGHT: torch.tensor([weights[key].imitation for key in keys]),
+            POLICY_WEIGHT: torch.tensor([weights[key].policy for key in keys]),
+            TEMPERATURE: torch.tensor([temperature if key in students else 1.0 for key in keys]),
+        }
+        tq.kv_batch_put(keys=keys, partition_id="train", fields=TensorDict(fields, batch_size=len(keys)))
+        self._set_actor_loss(loss_with_teacher, policy_loss=policy_loss, **terms)
+        extra_info: dict[str, Any] = {"calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0}
+        if temperature == 1.0:  # one number: fused kernels know nothing else
+            del fields[TEMPERATURE]
+            extra_info["temperature"] = 1.0
+        names = [*SCORING_FIELDS, *(name for name in PER_TOKEN_FIELDS if name in student), *fields]
+        n_answers = actor.ppo_mini_batch_size * self.rollout_n  # what stock divides by, missing answers included
+        self._train_actor(keys, n_answers, self.rollout_n + 1, metrics, names, **extra_info)
+
+    def _train_actor(
+        self,
+        keys: list[str],
+        global_batch_size: float,
+        rows_per_prompt: int,
+        metrics: dict,
+        fields: list[str] | None = None,
+        **extra_info: Any,
+    ) -> None:
+        """Optimizer steps of the actor over rows that :func:`spread` has put into their order; ``fields`` None: all
+        that the rows share."""
+        actor = self.config.actor_rollout_ref.actor
+        mini_batch_size = actor.ppo_mini_batch_size * rows_per_prompt
+        extra_info = {
+            "global_batch_size": global_batch_size,
+            "mini_batch_size": mini_batch_size,
+            "epochs": actor.ppo_epochs,
+            "seed": actor.data_loader_seed,
+            "dataloader_kwargs": {"shuffle": False},  # spread has shuffled already
+            "distillation_use_topk": False,
+            "distillation_only": False,
+            **extra_info,
+        }
+        if not actor.use_dynamic_bsz:
+            rows_per_rank = mini_batch_size // data_parallel_size(self.actor_rollout_wg, "actor")
+            extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
+        view = self._view(keys, **extra_info)
+        view.fields = fields
+        output = rename_dict(self.actor_rollout_wg.update_actor(view)["metrics"], "actor/")
+        output["perf/mfu/actor"] = output.pop("actor/mfu")
+        metrics.update(reduce_metrics(output))
+
+    def _set_actor_loss(self, loss: Callable, **arguments: Any) -> None:
+        if self._actor_loss != (loss, arguments):
             actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
-            self.actor_rollout_wg.set_loss_fn(partial(loss, config=actor_config))
-            self._actor_loss = loss
+            self.actor_rollout_wg.set_loss_fn(partial(loss, config=actor_config, **arguments))
+            self._actor_loss = (loss, arguments)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        """State of what is switched on and has one; stock checkpoints hold the rest."""
+        state: dict[str, Any] = {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
+        return state | ({"policy_gate": self._gate.accuracy} if self._gate.width else {})
+
+    def _step_folder(self) -> str:
+        return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
+
+    def _save_checkpoint(self):
+        save_state(self._step_folder(), self._state())  # first: stock marks the checkpoint as complete
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self):
+        super()._load_checkpoint()
+        if self.global_steps:
+            trainer = self.config.trainer
+            folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else self._step_folder()
+            state = load_state(folder, set(self._state()))
+            self._lead.values = state.get("discriminator_lead", {})
+            self._gate.accuracy = state.get("policy_gate")
 
 
 class PPOTrainerWarmup(PPOTrainerGAD):
@@ -297,24 +505,8 @@ class PPOTrainerWarmup(PPOTrainerGAD):
         actor = self.config.actor_rollout_ref.actor
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
         ranks = gad_rows.spread([row.tokens for row in teachers], actor, n_ranks, self.global_steps)
-        extra_info = {
-            "global_batch_size": n_real / len(ranks[0]),
-            "mini_batch_size": actor.ppo_mini_batch_size,
-            "epochs": actor.ppo_epochs,
-            "seed": actor.data_loader_seed,
-            "dataloader_kwargs": {"shuffle": False},  # spread has shuffled already
-            "temperature": 1.0,
-            "calculate_entropy": False,
-            "distillation_use_topk": False,
-            "distillation_only": False,
-        }
-        if not actor.use_dynamic_bsz:
-            rows_per_rank = actor.ppo_mini_batch_size // n_ranks
-            extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
         keys = [teachers[i].key for rank in ranks for indices in rank for i in indices]
-        output = rename_dict(self.actor_rollout_wg.update_actor(self._view(keys, **extra_info))["metrics"], "actor/")
-        output["perf/mfu/actor"] = output.pop("actor/mfu")
-        metrics.update(reduce_metrics(output))
+        self._train_actor(keys, n_real / len(ranks[0]), 1, metrics, temperature=1.0, calculate_entropy=False)
 
 
 class PPOTrainerSeqKD(PPOTrainerWarmup):

@@ -1,0 +1,54 @@
+"""The discriminator's accuracy on validation prompts, whose teacher answers it never trains on.
+
+Stock validation removes its rows as soon as their text is read, so :class:`SeenRows` notes token ids on the way.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import transfer_queue as tq
+
+from recipe.gad.training.rows import Trajectory
+from recipe.gad.training.trajectory import TEACHER_IDS, build_teacher_trajectory
+
+
+class Pair(NamedTuple):
+    """Token ids of one validation sample: its prompt, the student's answer and the teacher's."""
+
+    prompt: list[int]
+    student: list[int]
+    teacher: list[int]
+
+
+class SeenRows:
+    """A replay buffer whose samples leave their token ids in :attr:`pairs`; a student's empty answer is left out."""
+
+    def __init__(self, replay_buffer: Any):
+        self._replay_buffer = replay_buffer
+        self.pairs: list[Pair] = []
+
+    def sample(self, **arguments: Any) -> tuple[Any, dict]:
+        """Stock ``sample``."""
+        batch, metrics = self._replay_buffer.sample(**arguments)
+        fields = ["prompts", "responses", TEACHER_IDS]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        columns = zip(data["prompts"].unbind(), data["responses"].unbind(), list(data[TEACHER_IDS]), strict=True)
+        for prompt, response, teacher in columns:
+            if response.numel():
+                self.pairs.append(Pair(prompt.tolist(), response.tolist(), list(teacher)))
+        return batch, metrics
+
+
+def pair_rows(pairs: Sequence[Pair]) -> dict[str, Trajectory]:
+    """Key -> trajectory: the students' rows, then as many rows of their teachers.
+
+    Rows are in the order of their token ids, since validation samples arrive in any order and a run repeats itself.
+    """
+    ordered = sorted(pairs)
+    sides = {"student": [pair.student for pair in ordered], "teacher": [pair.teacher for pair in ordered]}
+    return {
+        f"validation_{side}_{i}": build_teacher_trajectory(torch.tensor(pair.prompt), torch.tensor(ids))
+        for side, answers in sides.items()
+        for i, (pair, ids) in enumerate(zip(ordered, answers, strict=True))
+    }
