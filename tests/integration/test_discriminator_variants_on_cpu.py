@@ -79,3 +79,68 @@ def test_the_lead_delays_exactly_the_actor_and_survives_a_checkpoint(live, tmp_p
     metrics, _ = live.step()
     assert metrics["gad/leading"] == 0.0 and "actor/pg_loss" in metrics
     assert any(not torch.equal(actor[name], value) for name, value in live.weights("actor").items())
+
+
+# ---------------------------------------------------------------------- the average of its weights
+
+
+def distance(got, expected):
+    """Largest difference; one update of the average moves it by up to 2.5e-4."""
+    return max((got[name] - value).abs().max().item() for name, value in expected.items())
+
+
+def equal(got, expected):
+    return all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def averaged(live):
+    """The weights that score, by name; D's own are put back."""
+    live.trainer.critic_wg.use_average(True)
+    weights = live.weights("critic")
+    live.trainer.critic_wg.use_average(False)
+    return weights
+
+
+def test_scores_are_those_of_the_averaged_weights_and_a_resumed_run_has_the_same(live, tmp_path, monkeypatch):
+    trainer = live.trainer
+    own = live.weights("critic")
+    expected = {name: value.double() for name, value in own.items()}
+    trainer.critic_wg.start_average(0.75)
+    monkeypatch.setattr(trainer.discriminator, "averages", True)
+    live.set(gad__discriminator_ema=0.75, gad__score_in_update=True)
+    assert not trainer._scores_in_update()
+    taken = []
+    for _ in range(2):
+        batch, metrics = live.sample()
+        batch = trainer._balance_batch(batch, metrics=metrics)
+        before = live.weights("critic")
+        trainer._compute_values(batch, metrics=metrics)
+        assert equal(live.weights("critic"), before), "scoring has put D's own weights back"
+        taken.append((batch, live.fields(batch.keys), hf_model(live, "critic")))
+        taken[-1][2].load_state_dict(expected, strict=False)
+        trainer._update_critic(batch, metrics=metrics)
+        after = live.weights("critic")
+        assert not equal(after, before)
+        expected = {name: 0.75 * value + 0.25 * after[name].double() for name, value in expected.items()}
+        assert distance(averaged(live), expected) < 1e-6
+        live.finish(batch)
+    for _, fields, model in taken:
+        rows = zip(fields["prompts"].unbind(), fields["responses"].unbind(), fields["rm_scores"].unbind(), strict=True)
+        for prompt, response, scores in rows:
+            assert scores[-1].item() == pytest.approx(score(model, prompt, response).item(), abs=2e-5)
+
+    live.set(trainer__default_local_dir=str(tmp_path))
+    trainer._save_checkpoint()
+    folder = tmp_path / f"global_step_{trainer.global_steps}"
+    saved, average = live.weights("critic"), averaged(live)
+    assert not equal(saved, average)
+    live.step()
+    assert not equal(averaged(live), average)
+    live.set(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
+    trainer._load_checkpoint()
+    assert equal(live.weights("critic"), saved) and equal(averaged(live), average)
+    (folder / "critic" / "average_world_size_1_rank_0.pt").unlink()  # of a run without the average
+    trainer._load_checkpoint()
+    assert equal(averaged(live), saved)
+    live.set(trainer__resume_mode="disable", gad__discriminator_ema=0.0, gad__score_in_update=False)
+    trainer.global_steps += 1

@@ -211,6 +211,22 @@ def check_lead(config: DictConfig) -> Findings:
         )
 
 
+def check_average(config: DictConfig) -> Findings:
+    """The average of the discriminator's weights has an engine that can keep it, and somebody follows its scores."""
+    key = "gad.discriminator_ema"
+    if not (decay := number(config, key, 0, 1)):
+        return
+    if get(config, "gad.actor_objective") == "imitation":
+        yield error(
+            f"{key}={decay}, but gad.actor_objective=imitation: no actor follows the scores of the average",
+            fix=f"{key}=0",
+        )
+    if (strategy := get(config, "critic.strategy")) != "fsdp2":
+        yield error(
+            f"{key}={decay}, but critic.strategy={strategy}: the average is for FSDP2", fix="critic.strategy=fsdp2"
+        )
+
+
 def check_sampling(config: DictConfig) -> Findings:
     """The samples of one prompt differ, and GRPO has at least two to compare."""
     n = integer(config, f"{ROLLOUT}.n")
@@ -527,6 +543,7 @@ CHECKS: tuple[Check, ...] = (
     check_stage,
     check_polling,
     check_lead,
+    check_average,
     check_sampling,
     check_saving,
     check_device,

@@ -746,5 +746,22 @@ def test_a_lead_that_cannot_work_is_refused(gad, changes, parts):
     expect(gad({f"{LEAD}.max_steps": 200, **changes}), *parts)
 
 
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gad.discriminator_ema": 1.0}, ["gad.discriminator_ema=1.0", "from 0 to below 1"]),
+        ({"gad.actor_objective": "imitation"}, ["gad.discriminator_ema=0.9", "no actor follows"]),
+    ],
+)
+def test_an_average_that_cannot_work_is_refused(gad, changes, parts):
+    assert errors_of(gad({"gad.discriminator_ema": 0.9})) == []
+    expect(gad({"gad.discriminator_ema": 0.9, **changes}), *parts)
+
+
+def test_an_average_needs_fsdp2(gad):
+    (finding,) = check.check_average(gad({"gad.discriminator_ema": 0.9, "critic.strategy": "fsdp"}))
+    assert "critic.strategy=fsdp:" in finding.what and finding.fix == "critic.strategy=fsdp2"
+
+
 def test_a_lead_before_imitation_is_refused(config):
     expect(config({f"{LEAD}.max_steps": 200}), "gad.actor_objective=imitation", "trainer.critic_warmup=201")

@@ -88,12 +88,14 @@ class DataParallelPPOCritic:
         critic_wg: worker group of stock ``TrainingWorker`` with a value model.
         config: ``config.critic``.
         rollout_n: student samples per prompt.
+        averages: the workers keep an average of D's weights, which scores (``gad.discriminator_ema``).
     """
 
-    def __init__(self, critic_wg: Any, config: DictConfig, rollout_n: int):
+    def __init__(self, critic_wg: Any, config: DictConfig, rollout_n: int, averages: bool = False):
         self.critic_wg = critic_wg
         self.config = config
         self.rollout_n = rollout_n
+        self.averages = averages
         self._loss: Callable | None = None
 
     @property
@@ -107,7 +109,12 @@ class DataParallelPPOCritic:
 
     def compute_values(self, batch: KVBatchMeta) -> torch.Tensor:
         """D's scores of ``batch.keys``, (R,) in float32. The trainer calls it if scores get their own forward pass."""
-        return self._forward_micro_batch(batch, compute_teacher=False)
+        if not self.averages:
+            return self._forward_micro_batch(batch, compute_teacher=False)
+        self.critic_wg.use_average(True)
+        scores = self._forward_micro_batch(batch, compute_teacher=False)
+        self.critic_wg.use_average(False)
+        return scores
 
     def _forward_micro_batch(self, batch: KVBatchMeta, compute_teacher: bool) -> torch.Tensor:
         """D's scores of one batch: only the value of the last response token is kept.

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
@@ -29,12 +30,14 @@ from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.average import DiscriminatorWorker
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
+from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -93,7 +96,13 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _setup(self):
         super()._setup()
         if self.use_critic:
-            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n)
+            averages = self.config.gad.discriminator_ema > 0
+            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n, averages)
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        if self.use_critic:
+            self.role_worker_mapping[Role.Critic] = ray.remote(DiscriminatorWorker)
 
     # ------------------------------------------------------------------ a step
 
@@ -176,7 +185,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         return update.ppo_epochs == 1 and update.ppo_mini_batch_size == self.config.data.train_batch_size
 
     def _scores_in_update(self) -> bool:
-        return self.config.gad.score_in_update and self._one_optimizer_step(self.config.critic)
+        gad = self.config.gad
+        return gad.score_in_update and not gad.discriminator_ema and self._one_optimizer_step(self.config.critic)
 
     def _skips_old_log_prob(self) -> bool:
         """Does nothing need old log-probabilities beyond those that the actor's update finds itself?"""
@@ -336,6 +346,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         super()._save_checkpoint()
 
     def _load_checkpoint(self):
+        if self.use_critic and self.config.gad.discriminator_ema:
+            self.critic_wg.start_average(self.config.gad.discriminator_ema)
         super()._load_checkpoint()
         if self.global_steps:
             trainer = self.config.trainer
