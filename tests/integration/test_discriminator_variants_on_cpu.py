@@ -6,7 +6,8 @@ import transfer_queue as tq
 
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training.lead import DiscriminatorLead
-from tests.integration.test_gad_step_on_cpu import hf_model, score
+from recipe.gad.training.replay import Replay
+from tests.integration.test_gad_step_on_cpu import drop, hf_model, live_groups, pairwise_reference, rows, score
 
 
 class Spy:
@@ -144,3 +145,56 @@ def test_scores_are_those_of_the_averaged_weights_and_a_resumed_run_has_the_same
     assert equal(averaged(live), saved)
     live.set(trainer__resume_mode="disable", gad__discriminator_ema=0.0, gad__score_in_update=False)
     trainer.global_steps += 1
+
+
+# ---------------------------------------------------------------------- replay
+
+
+@pytest.mark.parametrize("in_update", [True, False])
+def test_an_update_with_replay_equals_the_pairwise_one_over_fresh_and_old_pairs(live, monkeypatch, tmp_path, in_update):
+    trainer = live.trainer
+    replay = Replay(4, 100, 1)
+    monkeypatch.setattr(trainer, "_replay", replay)
+    live.set(gad__score_in_update=in_update)
+    metrics, _ = live.step()  # nothing to replay yet
+    assert "critic/replay_d_acc" not in metrics and len(replay.groups) == 8
+    old = [
+        ((past.prompt.long(), past.teacher.long()), [(past.prompt.long(), ids.long()) for ids in past.students])
+        for past in replay.draw(trainer.global_steps)
+    ]
+    assert len(old) == 4 and all(len(students) == 4 for _, students in old)
+
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
+    critic, fresh = hf_model(live, "critic"), live_groups(live)
+    loss, accuracy, _ = pairwise_reference(critic, fresh)
+    old_accuracy = pairwise_reference(critic, old)[1]
+    loss_of_both, _, norm = pairwise_reference(critic, fresh + old)
+    trainer._compute_values(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    for is_real, (prompt, response), scores in zip(real, rows(fields), fields["rm_scores"].unbind(), strict=True):
+        expected = score(critic, prompt, response).item() if is_real else 0.0
+        assert scores[-1].item() == pytest.approx(expected, abs=2e-5)
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert metrics["critic/loss"] == pytest.approx(loss_of_both, rel=1e-5)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/replay_d_acc"] == pytest.approx(old_accuracy, abs=1e-6)
+    live.finish(batch)
+    assert len(replay.groups) == 16
+    assert not (tq.kv_list("train") or {}).get("train"), "rows of a finished step stay in the queue"
+
+    kept = replay.state()
+    live.set(gad__score_in_update=False, trainer__default_local_dir=str(tmp_path), trainer__resume_mode="resume_path")
+    live.set(trainer__resume_from_path=f"{tmp_path}/global_step_{trainer.global_steps}")
+    trainer._save_checkpoint()
+    live.step()
+    trainer._load_checkpoint()
+    live.set(trainer__resume_mode="disable")
+    trainer.global_steps += 1
+    assert replay.seen == kept["seen"] == 16
+    for got, (prompt, teacher, students) in zip(replay.groups, kept["groups"], strict=True):
+        tensors = zip((got.prompt, got.teacher, *got.students), (prompt, teacher, *students), strict=True)
+        assert all(torch.equal(a, b) for a, b in tensors)

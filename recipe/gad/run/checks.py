@@ -32,6 +32,7 @@ from recipe.gad.run.config import (
     neighbours,
     number,
     parallelism,
+    replayed_prompts,
     resolved,
     world_size,
 )
@@ -224,6 +225,33 @@ def check_average(config: DictConfig) -> Findings:
     if (strategy := get(config, "critic.strategy")) != "fsdp2":
         yield error(
             f"{key}={decay}, but critic.strategy={strategy}: the average is for FSDP2", fix="critic.strategy=fsdp2"
+        )
+
+
+def check_replay(config: DictConfig) -> Findings:
+    """Replayed prompts split evenly over the data-parallel ranks, and the buffer holds those of one step."""
+    key, mini_key = "gad.replay", "critic.ppo_mini_batch_size"
+    capacity = integer(config, "gad.replay_capacity")
+    if not (fraction := number(config, key, 0, 10)):
+        return
+    if not has_discriminator(config):
+        yield error(f"{key}={fraction}: stage seqkd trains no discriminator", fix=f"{key}=0")
+        return
+    mini, prompts = integer(config, mini_key), replayed_prompts(config)
+    copy, _ = parallelism(config, "critic") or (1, 1)
+    ranks = max(1, world_size(config) // copy)
+    if not prompts or prompts % ranks:
+        fits = either(f"{n / mini:g}" for n in neighbours(prompts, ranks))
+        yield error(
+            f"{key}={fraction} x {mini_key}={mini} are {prompts} prompts of earlier steps, expected a multiple of the "
+            f"{ranks} data-parallel ranks",
+            fix=f"{key}={fits}",
+        )
+    needed = prompts * (integer(config, "data.train_batch_size") // mini)
+    if capacity < needed:
+        yield error(
+            f"gad.replay_capacity={capacity} is less than the {needed} prompts that one step replays",
+            fix=f"gad.replay_capacity={needed} or more",
         )
 
 
@@ -544,6 +572,7 @@ CHECKS: tuple[Check, ...] = (
     check_polling,
     check_lead,
     check_average,
+    check_replay,
     check_sampling,
     check_saving,
     check_device,

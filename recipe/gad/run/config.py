@@ -52,6 +52,11 @@ def neighbours(value: int, step: int) -> list[int]:
     return [below, below + step] if below else [step]
 
 
+def replayed_prompts(config: DictConfig) -> int:
+    """Prompts of earlier steps in one optimizer step of the discriminator (gad.replay)."""
+    return round(get(config, "gad.replay") * integer(config, "critic.ppo_mini_batch_size"))
+
+
 def has_discriminator(config: DictConfig) -> bool:
     return get(config, "gad.stage") != "seqkd"
 

@@ -758,6 +758,18 @@ def test_an_average_that_cannot_work_is_refused(gad, changes, parts):
     expect(gad({"gad.discriminator_ema": 0.9, **changes}), *parts)
 
 
+def test_replay_that_cannot_work_is_refused(gad, config):
+    assert errors_of(gad({"gad.replay": 0.5})) == []
+    expect(gad({"gad.replay": -0.5}), "gad.replay=-0.5", "from 0 to below 10")
+    expect(gad({"gad.replay": 0.05}), "critic.ppo_mini_batch_size=8 are 0 prompts", "Fix: gad.replay=0.125")
+    mini = {"gad.replay": 0.5, "critic.ppo_mini_batch_size": 4, "gad.replay_capacity": 3}
+    expect(gad(mini), "gad.replay_capacity=3", "the 4 prompts", "gad.replay_capacity=4 or more")
+    (finding,) = check.check_replay(gad({"gad.replay": 1.25, "trainer.n_gpus_per_node": 4}))
+    assert "10 prompts" in finding.what and "the 4 data-parallel" in finding.what and "1 or 1.5" in finding.fix
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, "gad.replay": 0.5}
+    expect(config(seqkd), "gad.replay=0.5", "no discriminator")
+
+
 def test_an_average_needs_fsdp2(gad):
     (finding,) = check.check_average(gad({"gad.discriminator_ema": 0.9, "critic.strategy": "fsdp"}))
     assert "critic.strategy=fsdp:" in finding.what and finding.fix == "critic.strategy=fsdp2"

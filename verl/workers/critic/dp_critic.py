@@ -158,6 +158,7 @@ class DataParallelPPOCritic:
         Args:
             batch: with teacher data (``extra_info["group_size"]``) rows grouped as [teacher, s_1..s_n], with
                 :data:`PAIR_WEIGHT` and :data:`ROW_NUMBER` = 0, 1, ...; without it see :meth:`update_on_returns`.
+                ``extra_info["mini_batch_prompts"]``: prompts of one optimizer step, if not ppo_mini_batch_size.
 
         Returns:
             Metrics of the step, under "critic/"; and D's scores of the rows in float32, (R,), as the first epoch's
@@ -182,7 +183,8 @@ class DataParallelPPOCritic:
 
     def _train(self, batch: KVBatchMeta, rows_per_prompt: int, fields: list[str] | None, shuffle: bool, **extra_info):
         """Metrics of the optimizer steps, under "critic/", not yet reduced; ``fields`` None: all that the rows have."""
-        mini_batch_size = self.config.ppo_mini_batch_size * rows_per_prompt
+        prompts = batch.extra_info.get("mini_batch_prompts", self.config.ppo_mini_batch_size)
+        mini_batch_size = prompts * rows_per_prompt
         rows_per_rank = mini_batch_size // self.data_parallel_size()
         extra_info |= {
             "global_batch_size": mini_batch_size,

@@ -32,6 +32,7 @@ from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.average import DiscriminatorWorker
 from recipe.gad.training.lead import DiscriminatorLead
+from recipe.gad.training.replay import PastGroup, Replay, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
@@ -87,6 +88,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._actor_loss: Callable = ppo_loss  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
         self._lead = DiscriminatorLead.of(config)
+        self._replay = Replay.of(config)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -270,16 +272,45 @@ class PPOTrainerGAD(PPOTrainerSync):
         Returns:
             key of a row -> its score in the update's forward pass, before the optimizer step.
         """
-        sizes = [sum(row.tokens for row in group.rows()) for group in self._groups]
+        past = self._put_past_rows(partition_id) if self._replay.count else []
+        groups, critic = [*self._groups, *past], self.config.critic
+        sizes = [sum(row.tokens for row in group.rows()) for group in groups]
         n_ranks = self.discriminator.data_parallel_size()
-        ranks = gad_rows.spread(sizes, self.config.critic, n_ranks, self.global_steps)
-        weights = gad_rows.pair_weights(self._groups, ranks)
+        ranks = spread_both(sizes, len(self._groups), critic, n_ranks, self.global_steps)
+        weights = gad_rows.pair_weights(groups, ranks)
         keys, fields = list(weights), TensorDict(gad_rows.update_fields(weights), batch_size=len(weights))
         tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=fields)
-        rows = self._view(keys, group_size=self.discriminator.group_size)
+        prompts = len(groups) // len(ranks[0])
+        rows = self._view(keys, group_size=self.discriminator.group_size, mini_batch_prompts=prompts)
         update_metrics, scores = self.discriminator.update_critic(rows)
         metrics.update(update_metrics)
-        return dict(zip(keys, scores.tolist(), strict=True))
+        score_of = dict(zip(keys, scores.tolist(), strict=True))
+        if past:  # the metrics are about fresh pairs
+            metrics.update(rename_dict(pair_metrics(self._groups, score_of), "critic/"))
+            metrics["critic/replay_d_acc"] = pair_metrics(past, score_of)["d_acc"]
+        if self._replay.count:
+            self._replay.add(self.global_steps, self._fresh_groups(partition_id))
+        return score_of
+
+    def _put_past_rows(self, partition_id: str) -> list[Group]:
+        past, eos = self._replay.draw(self.global_steps), self.tokenizer.eos_token_id
+        groups, rows = past_rows(past, self.rollout_n, eos)
+        if rows:
+            self._put_rows(partition_id, rows)
+            self._extra_keys.extend(rows)
+        return groups
+
+    def _fresh_groups(self, partition_id: str) -> list[PastGroup]:
+        """Token ids of the groups of this step, for later steps."""
+        groups = [group for group in self._groups if group.students]
+        keys = [row.key for group in groups for row in (group.teacher, *group.students)]
+        fields = ["prompts", "responses"]
+        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=fields)
+        ids = dict(zip(keys, zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True), strict=True))
+        return [
+            PastGroup.of(*ids[group.teacher.key], [ids[row.key][1] for row in group.students if len(ids[row.key][1])])
+            for group in groups
+        ]
 
     # ------------------------------------------------------------------ validation
 
@@ -336,7 +367,8 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _state(self) -> dict[str, Any]:
         """State of what is switched on and has one; stock checkpoints hold the rest."""
-        return {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
+        lead = {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
+        return lead | ({"replay": self._replay.state()} if self._replay.count else {})
 
     def _step_folder(self) -> str:
         return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
@@ -354,6 +386,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else self._step_folder()
             state = load_state(folder, set(self._state()))
             self._lead.values = state.get("discriminator_lead", {})
+            self._replay.load(state.get("replay", {}))
 
 
 class PPOTrainerWarmup(PPOTrainerGAD):
