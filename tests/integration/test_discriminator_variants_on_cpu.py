@@ -1,5 +1,6 @@
 """Switches of the discriminator on real engine workers, each against an independent computation."""
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transfer_queue as tq
@@ -7,7 +8,15 @@ import transfer_queue as tq
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay
-from tests.integration.test_gad_step_on_cpu import drop, hf_model, live_groups, pairwise_reference, rows, score
+from tests.integration.test_gad_step_on_cpu import (
+    drop,
+    hf_model,
+    live_groups,
+    pairwise_reference,
+    rows,
+    run_from,
+    score,
+)
 
 
 class Spy:
@@ -186,7 +195,7 @@ def test_an_update_with_replay_equals_the_pairwise_one_over_fresh_and_old_pairs(
     assert len(replay.groups) == 16
     assert not (tq.kv_list("train") or {}).get("train"), "rows of a finished step stay in the queue"
 
-    kept = replay.state()
+    kept = replay.state_dict()
     live.set(gad__score_in_update=False, trainer__default_local_dir=str(tmp_path), trainer__resume_mode="resume_path")
     live.set(trainer__resume_from_path=f"{tmp_path}/global_step_{trainer.global_steps}")
     trainer._save_checkpoint()
@@ -198,3 +207,72 @@ def test_an_update_with_replay_equals_the_pairwise_one_over_fresh_and_old_pairs(
     for got, (prompt, teacher, students) in zip(replay.groups, kept["groups"], strict=True):
         tensors = zip((got.prompt, got.teacher, *got.students), (prompt, teacher, *students), strict=True)
         assert all(torch.equal(a, b) for a, b in tensors)
+
+
+# ---------------------------------------------------------------------- prompts without teacher answers
+
+
+@pytest.fixture
+def unlabelled(live, tiny_problem, tmp_path):
+    """Two of eight prompts of a step come from a file without teacher answers."""
+    prompts = pq.read_table(tiny_problem / "val.parquet").select(["content"])
+    pq.write_table(prompts, tmp_path / "unlabelled.parquet")
+    live.set(gad__unlabelled_files=[f"{tmp_path}/unlabelled.parquet"], gad__unlabelled_ratio=0.25)
+    live.trainer._init_dataloader()
+    yield [messages[0]["content"] for messages in prompts["content"].to_pylist()]
+    live.set(gad__unlabelled_files=[], gad__unlabelled_ratio=0.0, data__gen_batch_size=None)
+    live.trainer._init_dataloader()
+    live.trainer._unlabelled = set()
+
+
+def test_d_scores_prompts_without_teacher_answers_and_trains_on_the_others(live, unlabelled):
+    trainer = live.trainer
+    live.set(gad__score_in_update=True)  # scores come from a separate pass all the same
+    batch, metrics = live.sample()
+    without = {key for key in batch.keys if key.rsplit("_", 2)[0] in trainer._unlabelled}
+    assert len(without) == 2 * 4 and len(batch) == 8 * 4
+    batch = run_from(live, drop(batch, sorted(without)[:1]), metrics)
+    assert metrics["gad/missing_rollouts"] == 1 and len(trainer._groups) == 6
+    critic, fields = hf_model(live, "critic"), live.fields(batch.keys)
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    tokens = fields["rm_scores"].unbind(), fields["advantages"].unbind()
+    columns = zip(batch.keys, real, rows(fields), *tokens, strict=True)
+    moved = False
+    for key, is_real, (prompt, response), scores, advantages in columns:
+        expected = score(critic, prompt, response).item() if is_real else 0.0
+        assert scores[-1].item() == pytest.approx(expected, abs=2e-5)
+        if key in without:
+            text = trainer.tokenizer.decode(prompt, skip_special_tokens=True)
+            assert not is_real or any(content in text for content in unlabelled)
+            moved |= bool(advantages.any())
+    assert moved, "the policy follows the scores on prompts without teacher answers"
+    loss, accuracy, norm = pairwise_reference(critic, live_groups(live))
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    live.finish(batch)
+    metrics, _ = live.step()
+    assert "actor/pg_loss" in metrics and metrics["gad/missing_rollouts"] == 0
+    live.set(gad__score_in_update=False)
+
+
+def test_a_resumed_run_goes_on_with_the_next_prompts(live, unlabelled, tmp_path):
+    trainer = live.trainer
+
+    def prompts_of_next_step():
+        return [messages[0]["content"] for messages in trainer._next_train_batch()["raw_prompt"]]
+
+    first = prompts_of_next_step()
+    assert set(first[6:]) <= set(unlabelled) and not set(first[:6]) & set(unlabelled)
+    live.set(trainer__default_local_dir=str(tmp_path), trainer__resume_mode="resume_path")
+    live.set(trainer__resume_from_path=f"{tmp_path}/global_step_{trainer.global_steps}")
+    trainer._save_checkpoint()
+    following = [prompts_of_next_step() for _ in range(6)]  # past the end of the unlabelled file
+    seen = [content for prompts in [first, *following] for content in prompts[6:]]
+    assert sorted(seen[:8]) == sorted(unlabelled), "an epoch has every prompt once"
+    trainer._init_dataloader()
+    trainer._load_checkpoint()
+    assert [prompts_of_next_step() for _ in range(6)] == following
+    live.set(trainer__resume_mode="disable")
+    trainer.global_steps += 1

@@ -27,6 +27,7 @@ from recipe.gad.run.config import (
     get,
     has_discriminator,
     integer,
+    labelled_mini_batch,
     lora_rank,
     needs_reference,
     neighbours,
@@ -34,6 +35,7 @@ from recipe.gad.run.config import (
     parallelism,
     replayed_prompts,
     resolved,
+    unlabelled_prompts,
     world_size,
 )
 from recipe.gad.run.data_file import data_file_problems
@@ -237,22 +239,64 @@ def check_replay(config: DictConfig) -> Findings:
     if not has_discriminator(config):
         yield error(f"{key}={fraction}: stage seqkd trains no discriminator", fix=f"{key}=0")
         return
-    mini, prompts = integer(config, mini_key), replayed_prompts(config)
+    mini, prompts = labelled_mini_batch(config), replayed_prompts(config)
     copy, _ = parallelism(config, "critic") or (1, 1)
     ranks = max(1, world_size(config) // copy)
     if not prompts or prompts % ranks:
         fits = either(f"{n / mini:g}" for n in neighbours(prompts, ranks))
         yield error(
-            f"{key}={fraction} x {mini_key}={mini} are {prompts} prompts of earlier steps, expected a multiple of the "
-            f"{ranks} data-parallel ranks",
+            f"{key}={fraction} x {mini} prompts of an optimizer step ({mini_key}) are {prompts} earlier prompts, "
+            f"expected a multiple of the {ranks} data-parallel ranks",
             fix=f"{key}={fits}",
         )
-    needed = prompts * (integer(config, "data.train_batch_size") // mini)
+    needed = prompts * (integer(config, "data.train_batch_size") // integer(config, mini_key))
     if capacity < needed:
         yield error(
             f"gad.replay_capacity={capacity} is less than the {needed} prompts that one step replays",
             fix=f"gad.replay_capacity={needed} or more",
         )
+
+
+def check_unlabelled(config: DictConfig) -> Findings:
+    """Prompts without teacher answers: files and share fit together, and the rest of a step suits the discriminator."""
+    key, ratio = "gad.unlabelled_files", number(config, "gad.unlabelled_ratio", 0, 1)
+    files = files_of(get(config, key))
+    if bool(files) != bool(ratio):
+        yield error(
+            f"{key}={files}, but gad.unlabelled_ratio={ratio}: one is of no use without the other",
+            fix=f"set both, or {key}=[] gad.unlabelled_ratio=0",
+        )
+        return
+    if not files:
+        return
+    if get(config, "gad.actor_objective") == "imitation":
+        yield error(
+            f"{key}={files}, but gad.actor_objective=imitation: there is nothing to imitate on these prompts",
+            fix=f"{key}=[] gad.unlabelled_ratio=0",
+        )
+        return
+    for file in files:
+        _, problems = data_file_problems(file, get(config, "data.prompt_key"), None)
+        yield from (problem.about(key) for problem in problems)
+    batch, mini = integer(config, "data.train_batch_size"), integer(config, "critic.ppo_mini_batch_size")
+    labelled, steps = batch - unlabelled_prompts(config), max(1, batch // mini)
+    copy, _ = parallelism(config, "critic") or (1, 1)
+    share = steps * max(1, world_size(config) // copy)
+    if labelled == batch or labelled == 0 or labelled % share:
+        fits = either(f"{(batch - n) / batch:g}" for n in neighbours(labelled, share) if n < batch)
+        yield error(
+            f"gad.unlabelled_ratio={ratio} leaves {labelled} of data.train_batch_size={batch} prompts for the "
+            f"discriminator, expected fewer than {batch} and a multiple of {share} (optimizer steps x data-parallel "
+            "ranks)",
+            fix=f"gad.unlabelled_ratio={fits}",
+        )
+    draws = "algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups", "data.gen_batch_size"
+    for other in draws:
+        if value := get(config, other):
+            yield error(
+                f"{other}={value} and {key} both decide how many prompts are drawn",
+                fix=f"{other}={'null' if other == draws[-1] else False}, or {key}=[] gad.unlabelled_ratio=0",
+            )
 
 
 def check_sampling(config: DictConfig) -> Findings:
@@ -573,6 +617,7 @@ CHECKS: tuple[Check, ...] = (
     check_lead,
     check_average,
     check_replay,
+    check_unlabelled,
     check_sampling,
     check_saving,
     check_device,

@@ -49,7 +49,7 @@ class Replay:
     def of(cls, config: DictConfig) -> "Replay":
         """The replay of a run's configuration."""
         steps = config.data.train_batch_size // config.critic.ppo_mini_batch_size
-        count = replayed_prompts(config) * steps if config.critic.enable else 0
+        count = replayed_prompts(config) * steps if config.gad.replay else 0
         return cls(count, config.gad.replay_capacity, config.critic.data_loader_seed)
 
     def add(self, step: int, groups: Sequence[PastGroup]) -> None:
@@ -67,14 +67,14 @@ class Replay:
             return []
         return random.Random(f"{self.seed}-{step}-draw").sample(self.groups, self.count)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: plain data."""
         return {"groups": [tuple(group) for group in self.groups], "seen": self.seen}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state`; an empty one starts anew."""
-        self.groups = [PastGroup(*group) for group in state.get("groups", [])]
-        self.seen = state.get("seen", 0)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a :meth:`state_dict`."""
+        self.groups = [PastGroup(*group) for group in state["groups"]]
+        self.seen = state["seen"]
 
 
 def past_rows(past: Sequence[PastGroup], n: int, eos_token_id: int) -> tuple[list[Group], dict[str, Trajectory]]:

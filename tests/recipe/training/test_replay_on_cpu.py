@@ -78,8 +78,8 @@ def test_a_draw_holds_different_groups_of_earlier_steps_and_depends_on_seed_and_
 def test_a_resumed_run_keeps_and_draws_the_same(tmp_path):
     replay, resumed = Replay(3, 10, 1), Replay(3, 10, 1)
     replay.add(1, [group(i) for i in range(30)])
-    save_state(tmp_path, {"replay": replay.state()})
-    resumed.load(load_state(tmp_path, {"replay"})["replay"])
+    save_state(tmp_path, {"replay": replay.state_dict()})
+    resumed.load_state_dict(load_state(tmp_path, {"replay"})["replay"])
     for buffer in (replay, resumed):
         buffer.add(2, [group(i) for i in range(30, 60)])
     assert numbers(replay.groups) == numbers(resumed.groups) and replay.seen == resumed.seen == 60
