@@ -1,12 +1,22 @@
 """Switches of the discriminator on real engine workers, each against an independent computation."""
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transfer_queue as tq
 
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training.lead import DiscriminatorLead
-from tests.integration.test_gad_step_on_cpu import hf_model, score
+from recipe.gad.training.replay import Replay
+from tests.integration.test_gad_step_on_cpu import (
+    drop,
+    hf_model,
+    live_groups,
+    pairwise_reference,
+    rows,
+    run_from,
+    score,
+)
 
 
 class Spy:
@@ -79,3 +89,190 @@ def test_the_lead_delays_exactly_the_actor_and_survives_a_checkpoint(live, tmp_p
     metrics, _ = live.step()
     assert metrics["gad/leading"] == 0.0 and "actor/pg_loss" in metrics
     assert any(not torch.equal(actor[name], value) for name, value in live.weights("actor").items())
+
+
+# ---------------------------------------------------------------------- the average of its weights
+
+
+def distance(got, expected):
+    """Largest difference; one update of the average moves it by up to 2.5e-4."""
+    return max((got[name] - value).abs().max().item() for name, value in expected.items())
+
+
+def equal(got, expected):
+    return all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def averaged(live):
+    """The weights that score, by name; D's own are put back."""
+    live.trainer.critic_wg.use_average(True)
+    weights = live.weights("critic")
+    live.trainer.critic_wg.use_average(False)
+    return weights
+
+
+def test_scores_are_those_of_the_averaged_weights_and_a_resumed_run_has_the_same(live, tmp_path, monkeypatch):
+    trainer = live.trainer
+    own = live.weights("critic")
+    expected = {name: value.double() for name, value in own.items()}
+    trainer.critic_wg.start_average(0.75)
+    monkeypatch.setattr(trainer.discriminator, "averages", True)
+    live.set(gad__discriminator_ema=0.75, gad__score_in_update=True)
+    assert not trainer._scores_in_update()
+    taken = []
+    for _ in range(2):
+        batch, metrics = live.sample()
+        batch = trainer._balance_batch(batch, metrics=metrics)
+        before = live.weights("critic")
+        trainer._compute_values(batch, metrics=metrics)
+        assert equal(live.weights("critic"), before), "scoring has put D's own weights back"
+        taken.append((batch, live.fields(batch.keys), hf_model(live, "critic")))
+        taken[-1][2].load_state_dict(expected, strict=False)
+        trainer._update_critic(batch, metrics=metrics)
+        after = live.weights("critic")
+        assert not equal(after, before)
+        expected = {name: 0.75 * value + 0.25 * after[name].double() for name, value in expected.items()}
+        assert distance(averaged(live), expected) < 1e-6
+        live.finish(batch)
+    for _, fields, model in taken:
+        rows = zip(fields["prompts"].unbind(), fields["responses"].unbind(), fields["rm_scores"].unbind(), strict=True)
+        for prompt, response, scores in rows:
+            assert scores[-1].item() == pytest.approx(score(model, prompt, response).item(), abs=2e-5)
+
+    live.set(trainer__default_local_dir=str(tmp_path))
+    trainer._save_checkpoint()
+    folder = tmp_path / f"global_step_{trainer.global_steps}"
+    saved, average = live.weights("critic"), averaged(live)
+    assert not equal(saved, average)
+    live.step()
+    assert not equal(averaged(live), average)
+    live.set(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
+    trainer._load_checkpoint()
+    assert equal(live.weights("critic"), saved) and equal(averaged(live), average)
+    (folder / "critic" / "average_world_size_1_rank_0.pt").unlink()  # of a run without the average
+    trainer._load_checkpoint()
+    assert equal(averaged(live), saved)
+    live.set(trainer__resume_mode="disable", gad__discriminator_ema=0.0, gad__score_in_update=False)
+    trainer.global_steps += 1
+
+
+# ---------------------------------------------------------------------- replay
+
+
+@pytest.mark.parametrize("in_update", [True, False])
+def test_an_update_with_replay_equals_the_pairwise_one_over_fresh_and_old_pairs(live, monkeypatch, tmp_path, in_update):
+    trainer = live.trainer
+    replay = Replay(4, 100, 1)
+    monkeypatch.setattr(trainer, "_replay", replay)
+    live.set(gad__score_in_update=in_update)
+    metrics, _ = live.step()  # nothing to replay yet
+    assert "critic/replay_d_acc" not in metrics and len(replay.groups) == 8
+    old = [
+        ((past.prompt.long(), past.teacher.long()), [(past.prompt.long(), ids.long()) for ids in past.students])
+        for past in replay.draw(trainer.global_steps)
+    ]
+    assert len(old) == 4 and all(len(students) == 4 for _, students in old)
+
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
+    critic, fresh = hf_model(live, "critic"), live_groups(live)
+    loss, accuracy, _ = pairwise_reference(critic, fresh)
+    old_accuracy = pairwise_reference(critic, old)[1]
+    loss_of_both, _, norm = pairwise_reference(critic, fresh + old)
+    trainer._compute_values(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    for is_real, (prompt, response), scores in zip(real, rows(fields), fields["rm_scores"].unbind(), strict=True):
+        expected = score(critic, prompt, response).item() if is_real else 0.0
+        assert scores[-1].item() == pytest.approx(expected, abs=2e-5)
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert metrics["critic/loss"] == pytest.approx(loss_of_both, rel=1e-5)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/replay_d_acc"] == pytest.approx(old_accuracy, abs=1e-6)
+    live.finish(batch)
+    assert len(replay.groups) == 16
+    assert not (tq.kv_list("train") or {}).get("train"), "rows of a finished step stay in the queue"
+
+    kept = replay.state_dict()
+    live.set(gad__score_in_update=False, trainer__default_local_dir=str(tmp_path), trainer__resume_mode="resume_path")
+    live.set(trainer__resume_from_path=f"{tmp_path}/global_step_{trainer.global_steps}")
+    trainer._save_checkpoint()
+    live.step()
+    trainer._load_checkpoint()
+    live.set(trainer__resume_mode="disable")
+    trainer.global_steps += 1
+    assert replay.seen == kept["seen"] == 16
+    for got, (prompt, teacher, students) in zip(replay.groups, kept["groups"], strict=True):
+        tensors = zip((got.prompt, got.teacher, *got.students), (prompt, teacher, *students), strict=True)
+        assert all(torch.equal(a, b) for a, b in tensors)
+
+
+# ---------------------------------------------------------------------- prompts without teacher answers
+
+
+@pytest.fixture
+def unlabelled(live, tiny_problem, tmp_path):
+    """Two of eight prompts of a step come from a file without teacher answers."""
+    prompts = pq.read_table(tiny_problem / "val.parquet").select(["content"])
+    pq.write_table(prompts, tmp_path / "unlabelled.parquet")
+    live.set(gad__unlabelled_files=[f"{tmp_path}/unlabelled.parquet"], gad__unlabelled_ratio=0.25)
+    live.trainer._init_dataloader()
+    yield [messages[0]["content"] for messages in prompts["content"].to_pylist()]
+    live.set(gad__unlabelled_files=[], gad__unlabelled_ratio=0.0, data__gen_batch_size=None)
+    live.trainer._init_dataloader()
+    live.trainer._unlabelled = set()
+
+
+def test_d_scores_prompts_without_teacher_answers_and_trains_on_the_others(live, unlabelled):
+    trainer = live.trainer
+    live.set(gad__score_in_update=True)  # scores come from a separate pass all the same
+    batch, metrics = live.sample()
+    without = {key for key in batch.keys if key.rsplit("_", 2)[0] in trainer._unlabelled}
+    assert len(without) == 2 * 4 and len(batch) == 8 * 4
+    batch = run_from(live, drop(batch, sorted(without)[:1]), metrics)
+    assert metrics["gad/missing_rollouts"] == 1 and len(trainer._groups) == 6
+    critic, fields = hf_model(live, "critic"), live.fields(batch.keys)
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    tokens = fields["rm_scores"].unbind(), fields["advantages"].unbind()
+    columns = zip(batch.keys, real, rows(fields), *tokens, strict=True)
+    moved = False
+    for key, is_real, (prompt, response), scores, advantages in columns:
+        expected = score(critic, prompt, response).item() if is_real else 0.0
+        assert scores[-1].item() == pytest.approx(expected, abs=2e-5)
+        if key in without:
+            text = trainer.tokenizer.decode(prompt, skip_special_tokens=True)
+            assert not is_real or any(content in text for content in unlabelled)
+            moved |= bool(advantages.any())
+    assert moved, "the policy follows the scores on prompts without teacher answers"
+    loss, accuracy, norm = pairwise_reference(critic, live_groups(live))
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    live.finish(batch)
+    metrics, _ = live.step()
+    assert "actor/pg_loss" in metrics and metrics["gad/missing_rollouts"] == 0
+    live.set(gad__score_in_update=False)
+
+
+def test_a_resumed_run_goes_on_with_the_next_prompts(live, unlabelled, tmp_path):
+    trainer = live.trainer
+
+    def prompts_of_next_step():
+        return [messages[0]["content"] for messages in trainer._next_train_batch()["raw_prompt"]]
+
+    first = prompts_of_next_step()
+    assert set(first[6:]) <= set(unlabelled) and not set(first[:6]) & set(unlabelled)
+    live.set(trainer__default_local_dir=str(tmp_path), trainer__resume_mode="resume_path")
+    live.set(trainer__resume_from_path=f"{tmp_path}/global_step_{trainer.global_steps}")
+    trainer._save_checkpoint()
+    following = [prompts_of_next_step() for _ in range(6)]  # past the end of the unlabelled file
+    seen = [content for prompts in [first, *following] for content in prompts[6:]]
+    assert sorted(seen[:8]) == sorted(unlabelled), "an epoch has every prompt once"
+    trainer._init_dataloader()
+    trainer._load_checkpoint()
+    assert [prompts_of_next_step() for _ in range(6)] == following
+    live.set(trainer__resume_mode="disable")
+    trainer.global_steps += 1

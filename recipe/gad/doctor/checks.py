@@ -70,6 +70,8 @@ MEMORY_SHARE = 0.9
 buffers, fragmentation."""
 ERROR_CHARS = 300
 """Characters of an unexpected error that are shown."""
+SAME_SIZE = 0.01
+"""Two models whose parameters differ by less than this share count as equally large."""
 PACKAGES = ("torch", "transformers", "vllm", "sglang")
 ROLLOUT_EXTRAS = ("vllm", "sglang")
 
@@ -136,6 +138,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_chat_ids, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_lengths, frozenset({"plugin", "models", "tokenizers", "data"})),
         Prerequisites(check_rollout_heads, frozenset({"models"})),
+        Prerequisites(check_discriminator_size, frozenset({"models"})),
         Prerequisites(check_gpu_memory, frozenset({"models", "batches", "tokens"})),
         Prerequisites(check_disk, frozenset({"models", "batches", "tokens", "data", "output"})),
     ]
@@ -505,6 +508,26 @@ def check_rollout_heads(config: DictConfig) -> Findings:
         yield error(
             f"{key}={size} does not divide the model's {shape.heads} attention heads", fix=f"{key}={either(fits)}"
         )
+
+
+def check_discriminator_size(config: DictConfig) -> Findings:
+    """A discriminator, if there is one, is compared with the student in size."""
+    if not has_discriminator(config):
+        return
+    key = "critic.model.path"
+    shapes = _role_shape(config, ACTOR, f"{ACTOR_MODEL}.path"), _role_shape(config, "critic", key)
+    if shapes[0] is None or shapes[1] is None:
+        return
+    # without embedding and language-model head, which only the student has
+    student, discriminator = (shape.parameters - shape.root_parameters for shape in shapes if shape is not None)
+    found = f"{key}: the discriminator's layers have {discriminator:,} parameters, the student's {student:,}"
+    fix = "start the discriminator from a larger model with the same vocabulary: --reward_model of the warmup"
+    if discriminator < (1 - SAME_SIZE) * student:
+        yield warning(f"{found}: a discriminator weaker than the student cannot lead it", fix=fix)
+    elif discriminator > (1 + SAME_SIZE) * student:
+        yield note(found)
+    else:
+        yield note(f"{found}: it is no stronger than the student", fix=fix)
 
 
 def this_gpu_bytes() -> float | None:

@@ -147,7 +147,7 @@ def guessing_discriminator(d_acc: Curve) -> Finding | None:
         "guessed from the start.",
         fix="Check that critic/grad_norm and critic/lr are above 0 and that teacher and student answers differ at all. "
         "Then raise critic.optim.lr, give the discriminator a longer head start (trainer.critic_warmup in the warmup "
-        "stage), or choose a larger one (critic.model.path).",
+        "stage), or start the warmup with a larger one (--reward_model).",
     )
 
 
@@ -161,7 +161,8 @@ def fooled_discriminator(d_acc: Curve) -> Finding | None:
         evidence=f"critic/d_acc is {window.show()}, below a coin toss: the discriminator prefers the student's answers "
         "to the teacher's, and its reward no longer points to the teacher.",
         fix="Raise critic.optim.lr, or slow the student: lower actor_rollout_ref.actor.optim.lr, raise "
-        "actor_rollout_ref.actor.kl_loss_coef. An earlier checkpoint may be the better one.",
+        "actor_rollout_ref.actor.kl_loss_coef. A discriminator that is no stronger than the student cannot lead it for "
+        "long: start the warmup with a larger one (--reward_model). An earlier checkpoint may be the better one.",
     )
 
 

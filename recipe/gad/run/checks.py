@@ -28,12 +28,15 @@ from recipe.gad.run.config import (
     get,
     has_discriminator,
     integer,
+    labelled_mini_batch,
     lora_rank,
     needs_reference,
     neighbours,
     number,
     parallelism,
+    replayed_prompts,
     resolved,
+    unlabelled_prompts,
     world_size,
 )
 from recipe.gad.run.data_file import data_file_problems
@@ -290,6 +293,97 @@ def check_lead(config: DictConfig) -> Findings:
             fix=f"{key}.max_steps={(patience + 1 - at_start) * every + 1} or more, or "
             f"trainer.critic_warmup={steps + 1} for a fixed number of steps",
         )
+
+
+def check_average(config: DictConfig) -> Findings:
+    """The average of the discriminator's weights has an engine that can keep it, and somebody follows its scores."""
+    key = "gad.discriminator_ema"
+    if not (decay := number(config, key, 0, 1)):
+        return
+    if get(config, "gad.actor_objective") == "imitation":
+        yield error(
+            f"{key}={decay}, but gad.actor_objective=imitation: no actor follows the scores of the average",
+            fix=f"{key}=0",
+        )
+    if (strategy := get(config, "critic.strategy")) != "fsdp2":
+        yield error(
+            f"{key}={decay}, but critic.strategy={strategy}: the average is for FSDP2", fix="critic.strategy=fsdp2"
+        )
+
+
+def check_replay(config: DictConfig) -> Findings:
+    """Replayed prompts split evenly over the data-parallel ranks, and the buffer holds those of one step."""
+    key, mini_key = "gad.replay", "critic.ppo_mini_batch_size"
+    capacity = integer(config, "gad.replay_capacity")
+    if not (fraction := number(config, key, 0, 10)):
+        return
+    if not has_discriminator(config):
+        yield error(f"{key}={fraction}: stage seqkd trains no discriminator", fix=f"{key}=0")
+        return
+    mini, prompts = labelled_mini_batch(config), replayed_prompts(config)
+    copy, _ = parallelism(config, "critic") or (1, 1)
+    ranks = max(1, world_size(config) // copy)
+    if not prompts or prompts % ranks:
+        fits = either(f"{n / mini:g}" for n in neighbours(prompts, ranks))
+        yield error(
+            f"{key}={fraction} x {mini} prompts of an optimizer step ({mini_key}) are {prompts} earlier prompts, "
+            f"expected a multiple of the {ranks} data-parallel ranks",
+            fix=f"{key}={fits}",
+        )
+    needed = prompts * (integer(config, "data.train_batch_size") // integer(config, mini_key))
+    if capacity < needed:
+        yield error(
+            f"gad.replay_capacity={capacity} is less than the {needed} prompts that one step replays",
+            fix=f"gad.replay_capacity={needed} or more",
+        )
+
+
+def check_unlabelled(config: DictConfig) -> Findings:
+    """Prompts without teacher answers: files and share fit together, and the rest of a step suits the discriminator."""
+    key, ratio = "gad.unlabelled_files", number(config, "gad.unlabelled_ratio", 0, 1)
+    files = files_of(get(config, key))
+    if bool(files) != bool(ratio):
+        yield error(
+            f"{key}={files}, but gad.unlabelled_ratio={ratio}: one is of no use without the other",
+            fix=f"set both, or {key}=[] gad.unlabelled_ratio=0",
+        )
+        return
+    if not files:
+        return
+    if get(config, "gad.actor_objective") == "imitation":
+        yield error(
+            f"{key}={files}, but gad.actor_objective=imitation: there is nothing to imitate on these prompts",
+            fix=f"{key}=[] gad.unlabelled_ratio=0",
+        )
+        return
+    for other, off in (("gad.imitation_coef", 0), ("gad.teacher_in_group", False), ("gad.credit", "sequence")):
+        if (value := get(config, other)) not in (off, None):
+            yield error(
+                f"{other}={value} works on groups with a teacher answer, which the prompts of {key} lack",
+                fix=f"{other}={off}, or {key}=[] gad.unlabelled_ratio=0",
+            )
+    for file in files:
+        _, problems = data_file_problems(file, get(config, "data.prompt_key"), None)
+        yield from (problem.about(key) for problem in problems)
+    batch, mini = integer(config, "data.train_batch_size"), integer(config, "critic.ppo_mini_batch_size")
+    labelled, steps = batch - unlabelled_prompts(config), max(1, batch // mini)
+    copy, _ = parallelism(config, "critic") or (1, 1)
+    share = steps * max(1, world_size(config) // copy)
+    if labelled == batch or labelled == 0 or labelled % share:
+        fits = either(f"{(batch - n) / batch:g}" for n in neighbours(labelled, share) if n < batch)
+        yield error(
+            f"gad.unlabelled_ratio={ratio} leaves {labelled} of data.train_batch_size={batch} prompts for the "
+            f"discriminator, expected fewer than {batch} and a multiple of {share} (optimizer steps x data-parallel "
+            "ranks)",
+            fix=f"gad.unlabelled_ratio={fits}",
+        )
+    draws = "algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups", "data.gen_batch_size"
+    for other in draws:
+        if value := get(config, other):
+            yield error(
+                f"{other}={value} and {key} both decide how many prompts are drawn",
+                fix=f"{other}={'null' if other == draws[-1] else False}, or {key}=[] gad.unlabelled_ratio=0",
+            )
 
 
 def check_sampling(config: DictConfig) -> Findings:
@@ -611,6 +705,9 @@ CHECKS: tuple[Check, ...] = (
     check_credit,
     check_polling,
     check_lead,
+    check_average,
+    check_replay,
+    check_unlabelled,
     check_sampling,
     check_saving,
     check_device,

@@ -52,6 +52,22 @@ def neighbours(value: int, step: int) -> list[int]:
     return [below, below + step] if below else [step]
 
 
+def unlabelled_prompts(config: DictConfig) -> int:
+    """Prompts of a step that have no teacher answer (gad.unlabelled_files)."""
+    return round(number(config, "gad.unlabelled_ratio", 0, 1) * integer(config, "data.train_batch_size"))
+
+
+def labelled_mini_batch(config: DictConfig) -> int:
+    """Fresh prompts in one optimizer step of the discriminator: those that have a teacher answer."""
+    batch, mini = integer(config, "data.train_batch_size"), integer(config, "critic.ppo_mini_batch_size")
+    return (batch - unlabelled_prompts(config)) // max(1, batch // mini)
+
+
+def replayed_prompts(config: DictConfig) -> int:
+    """Prompts of earlier steps in one optimizer step of the discriminator (gad.replay)."""
+    return round(number(config, "gad.replay", 0, 10) * labelled_mini_batch(config))
+
+
 def has_discriminator(config: DictConfig) -> bool:
     return get(config, "gad.stage") != "seqkd"
 

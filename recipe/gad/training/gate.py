@@ -23,6 +23,14 @@ class PolicyGate:
         before = accuracy if self.accuracy is None else self.accuracy
         self.accuracy = DECAY * before + (1 - DECAY) * accuracy
 
+    def state_dict(self) -> dict[str, float | None]:
+        """For the checkpoint."""
+        return {"accuracy": self.accuracy}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Take over a :meth:`state_dict`."""
+        self.accuracy = state["accuracy"]
+
     @property
     def factor(self) -> float:
         """In [0, 1]."""

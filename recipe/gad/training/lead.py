@@ -42,6 +42,14 @@ class DiscriminatorLead:
         if self.test_freq and step % self.test_freq == 0 and step <= self.max_steps:
             self.values.setdefault(step, accuracy)
 
+    def state_dict(self) -> dict[int, float]:
+        """For the checkpoint."""
+        return dict(self.values)
+
+    def load_state_dict(self, state: dict[int, float]) -> None:
+        """Take over a :meth:`state_dict`."""
+        self.values = dict(state)
+
     def leads(self, step: int) -> bool:
         """Does D train alone in this step?"""
         return step <= self.max_steps and not self._has_stopped_rising()

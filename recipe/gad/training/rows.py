@@ -8,6 +8,7 @@ It is apart from the trainer so that the rules about rows can be tested without 
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from recipe.gad.training.trajectory import build_teacher_trajectory, split_key
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 Trajectory = dict[str, torch.Tensor]
+Update = DictConfig | SimpleNamespace
+"""``config.critic``, the actor's config, or a part of one."""
 
 
 class Row(NamedTuple):
@@ -94,7 +97,7 @@ def filler(eos_token_id: int) -> Trajectory:
     return {**build_teacher_trajectory(eos, eos), "response_mask": zero, "loss_mask": zero.clone()}
 
 
-def spread(sizes: Sequence[int], update: DictConfig, n_ranks: int, step: int) -> list[list[list[int]]]:
+def spread(sizes: Sequence[int], update: Update, n_ranks: int, step: int) -> list[list[list[int]]]:
     """Which unit (a group, or a row) goes to which rank and optimizer step.
 
     Mini-batches are cut in the order of the data, or shuffled anew at every step, so they do not depend on the number

@@ -19,6 +19,7 @@ from recipe.gad.cli import main as cli
 from recipe.gad.doctor import checks as doctor
 from recipe.gad.doctor.checks import (
     check_chat_ids,
+    check_discriminator_size,
     check_disk,
     check_end_token,
     check_lengths,
@@ -562,6 +563,27 @@ def test_without_a_gpu_the_estimate_is_not_compared(compose_config, monkeypatch)
 def test_heads_that_do_not_split(compose_config):
     (error,) = messages(check_rollout_heads, compose_config(f"{ROLLOUT}.tensor_model_parallel_size=4"), "error")
     assert "does not divide the model's 2 attention heads" in error and "=1 or 2" in error
+
+
+def test_a_discriminator_that_is_no_stronger_than_the_student(compose_config, tiny_problem, tmp_path):
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    def found(layers, level):
+        config = AutoConfig.from_pretrained(tiny_problem / "model", num_hidden_layers=layers)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / str(layers))
+        return messages(check_discriminator_size, compose_config(f"critic.model.path={tmp_path}/{layers}"), level)
+
+    # without 2 x 31 x 32 parameters of embedding and head; 33 are the score head's
+    (same,) = messages(check_discriminator_size, compose_config(), "ok")
+    assert "have 20,673 parameters, the student's 20,640: it is no stronger" in same and "--reward_model" in same
+    assert found(2, "ok") == [same]
+    layer = (20_640 - 32) // 2  # 32: the last norm
+    (weaker,) = found(1, "warning")
+    assert f"have {20_673 - layer:,} parameters" in weaker and "cannot lead it" in weaker
+    assert found(4, "warning") == []
+    (larger,) = found(4, "ok")
+    assert f"have {20_673 + 2 * layer:,} parameters" in larger and "--reward_model" not in larger
+    assert "if there is one" in messages(check_discriminator_size, compose_config("gad.stage=seqkd"), "ok")[0]
 
 
 # ---------------------------------------------------------------------- disk

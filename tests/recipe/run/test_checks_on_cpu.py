@@ -813,5 +813,60 @@ def test_a_lead_that_cannot_work_is_refused(gad, changes, parts):
     expect(gad({f"{LEAD}.max_steps": 200, **changes}), *parts)
 
 
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gad.discriminator_ema": 1.0}, ["gad.discriminator_ema=1.0", "from 0 to below 1"]),
+        ({"gad.actor_objective": "imitation"}, ["gad.discriminator_ema=0.9", "no actor follows"]),
+    ],
+)
+def test_an_average_that_cannot_work_is_refused(gad, changes, parts):
+    assert errors_of(gad({"gad.discriminator_ema": 0.9})) == []
+    expect(gad({"gad.discriminator_ema": 0.9, **changes}), *parts)
+
+
+def test_replay_that_cannot_work_is_refused(gad, config):
+    assert errors_of(gad({"gad.replay": 0.5})) == []
+    expect(gad({"gad.replay": -0.5}), "gad.replay=-0.5", "from 0 to below 10")
+    expect(
+        gad({"gad.replay": 0.05}),
+        "8 prompts of an optimizer step",
+        "are 0 earlier",
+        "Fix: gad.replay=0.125",
+    )
+    mini = {"gad.replay": 0.5, "critic.ppo_mini_batch_size": 4, "gad.replay_capacity": 3}
+    expect(gad(mini), "gad.replay_capacity=3", "the 4 prompts", "gad.replay_capacity=4 or more")
+    (finding,) = check.check_replay(gad({"gad.replay": 1.25, "trainer.n_gpus_per_node": 4}))
+    assert (
+        "are 10 earlier prompts" in finding.what and "the 4 data-parallel" in finding.what and "1 or 1.5" in finding.fix
+    )
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, "gad.replay": 0.5}
+    expect(config(seqkd), "gad.replay=0.5", "no discriminator")
+
+
+def test_unlabelled_files_that_cannot_work_are_refused(gad, tmp_path):
+    file, bad = tmp_path / "prompts.parquet", tmp_path / "bad.parquet"
+    pq.write_table(pa.Table.from_pylist([{"content": USER}] * 4), file)
+    pq.write_table(pa.Table.from_pylist([{"content": None}, {"content": USER}]), bad)
+    ratio, files = "gad.unlabelled_ratio", "gad.unlabelled_files"
+    good = {ratio: 0.25, files: [str(file)]}
+    assert errors_of(gad(good)) == []
+    expect(gad({ratio: 0.25}), f"{files}=[]", f"{ratio}=0.25", "without the other")
+    expect(gad({files: [str(file)]}), f"{ratio}=0.0", "without the other")
+    expect(gad({**good, ratio: 1}), f"{ratio}=1", "from 0 to below 1")
+    expect(gad({**good, ratio: 0.99}), "leaves 0 of data.train_batch_size=8", f"Fix: {ratio}=0.875")
+    expect(gad({**good, "critic.ppo_mini_batch_size": 2}), "leaves 6", "a multiple of 4", f"{ratio}=0.5")
+    expect(gad({**good, files: [str(bad)]}), f"{files}: {bad}", "row 0", "is null")
+    expect(gad({**good, files: "missing.parquet"}), f"{files}: missing.parquet", "no such file")
+    expect(gad({**good, "data.gen_batch_size": 4}), "data.gen_batch_size=4", "null")
+    expect(gad({**good, "gad.actor_objective": "imitation"}), "gad.actor_objective=imitation")
+    expect(gad({**good, "gad.imitation_coef": 0.2}), "gad.imitation_coef=0.2", "teacher answer", f"{files}=[]")
+
+
+def test_an_average_needs_fsdp2(gad):
+    (finding,) = check.check_average(gad({"gad.discriminator_ema": 0.9, "critic.strategy": "fsdp"}))
+    assert "critic.strategy=fsdp:" in finding.what and finding.fix == "critic.strategy=fsdp2"
+
+
 def test_a_lead_before_imitation_is_refused(config):
     expect(config({f"{LEAD}.max_steps": 200}), "gad.actor_objective=imitation", "trainer.critic_warmup=201")

@@ -46,8 +46,8 @@ def test_a_resumed_run_decides_the_same_and_the_first_value_of_a_step_counts(tmp
     lead, resumed = (DiscriminatorLead(80, 2, 0.01, test_freq=10) for _ in range(2))
     for step, value in ((0, 0.6), (10, 0.7), (20, 0.7)):
         lead.note_validation(step, value)
-    save_state(tmp_path / "global_step_20", {"discriminator_lead": lead.values})
-    resumed.values = load_state(tmp_path / "global_step_20", {"discriminator_lead"})["discriminator_lead"]
+    save_state(tmp_path / "global_step_20", {"discriminator_lead": lead.state_dict()})
+    resumed.load_state_dict(load_state(tmp_path / "global_step_20", {"discriminator_lead"})["discriminator_lead"])
     resumed.note_validation(20, 0.9)  # validation before training, with other samples
     resumed.note_validation(25, 0.9)  # resumed from a step at which the first run did not validate
     for run in (lead, resumed):

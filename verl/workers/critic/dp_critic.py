@@ -89,13 +89,22 @@ class DataParallelPPOCritic:
         config: ``config.critic``.
         rollout_n: student samples per prompt.
         loss: of groups, an engine loss as :func:`discriminator_loss`.
+        averages: the workers keep an average of D's weights, which scores (``gad.discriminator_ema``).
     """
 
-    def __init__(self, critic_wg: Any, config: DictConfig, rollout_n: int, loss: Callable = discriminator_loss):
+    def __init__(
+        self,
+        critic_wg: Any,
+        config: DictConfig,
+        rollout_n: int,
+        loss: Callable = discriminator_loss,
+        averages: bool = False,
+    ):
         self.critic_wg = critic_wg
         self.config = config
         self.rollout_n = rollout_n
         self.group_loss = loss
+        self.averages = averages
         self._loss: Callable | None = None
 
     @property
@@ -109,7 +118,12 @@ class DataParallelPPOCritic:
 
     def compute_values(self, batch: KVBatchMeta) -> torch.Tensor:
         """D's scores of ``batch.keys``, (R,) in float32. The trainer calls it if scores get their own forward pass."""
-        return self._forward_micro_batch(batch, compute_teacher=False)
+        if not self.averages:
+            return self._forward_micro_batch(batch, compute_teacher=False)
+        self.critic_wg.use_average(True)
+        scores = self._forward_micro_batch(batch, compute_teacher=False)
+        self.critic_wg.use_average(False)
+        return scores
 
     def _forward_micro_batch(self, batch: KVBatchMeta, compute_teacher: bool) -> torch.Tensor:
         """D's scores of one batch: only the value of the last response token is kept.
@@ -152,6 +166,7 @@ class DataParallelPPOCritic:
         Args:
             batch: with teacher data (``extra_info["group_size"]``) rows grouped as [teacher, s_1..s_n], with
                 :data:`PAIR_WEIGHT` and :data:`ROW_NUMBER` = 0, 1, ...; without it see :meth:`update_on_returns`.
+                ``extra_info["mini_batch_prompts"]``: prompts of one optimizer step, if not ppo_mini_batch_size.
 
         Returns:
             Metrics of the step, under "critic/"; and D's scores of the rows in float32, (R,), as the first epoch's
@@ -176,7 +191,8 @@ class DataParallelPPOCritic:
 
     def _train(self, batch: KVBatchMeta, rows_per_prompt: int, fields: list[str] | None, shuffle: bool, **extra_info):
         """Metrics of the optimizer steps, under "critic/", not yet reduced; ``fields`` None: all that the rows have."""
-        mini_batch_size = self.config.ppo_mini_batch_size * rows_per_prompt
+        prompts = batch.extra_info.get("mini_batch_prompts", self.config.ppo_mini_batch_size)
+        mini_batch_size = prompts * rows_per_prompt
         rows_per_rank = mini_batch_size // self.data_parallel_size()
         extra_info |= {
             "global_batch_size": mini_batch_size,

@@ -19,19 +19,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checkpoint import claim_folder
 from recipe.gad.run.checks import check_config
+from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.average import DiscriminatorWorker
 from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
+from recipe.gad.training.replay import PastGroup, Replay, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.teacher_terms import (
@@ -48,8 +52,10 @@ from recipe.gad.training.trajectory import (
     TEMPERATURE,
     build_prompt_ids,
 )
+from recipe.gad.training.unlabelled import UnlabelledPrompts, join
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
+from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -101,6 +107,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         super().__init__(config)
         self.rollout_n = config.actor_rollout_ref.rollout.n
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
+        self._unlabelled: set[str] = set()  # prompts of the step that have no teacher answer
         self._groups: list[Group] = []
         self._scores: dict[str, float] = {}  # D's score of every row of the step
         self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
@@ -108,6 +115,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
         self._lead = DiscriminatorLead.of(config)
         self._gate = PolicyGate(config.gad.policy_gate)
+        self._replay = Replay.of(config)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -118,9 +126,34 @@ class PPOTrainerGAD(PPOTrainerSync):
         super()._setup()
         if self.use_critic:
             loss = prefix_discriminator_loss if self.config.gad.credit == "token" else discriminator_loss
-            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, self.rollout_n, loss)
+            averages = self.config.gad.discriminator_ema > 0
+            critic = self.config.critic
+            self.discriminator = DataParallelPPOCritic(self.critic_wg, critic, self.rollout_n, loss, averages)
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        if self.use_critic:
+            self.role_worker_mapping[Role.Critic] = ray.remote(DiscriminatorWorker)
 
     # ------------------------------------------------------------------ a step
+
+    def _init_dataloader(self):
+        count, config = unlabelled_prompts(self.config), self.config
+        if count:
+            with open_dict(config):
+                config.data.gen_batch_size = config.data.train_batch_size - count
+        super()._init_dataloader()
+        self._prompts = UnlabelledPrompts(config, count, self.tokenizer, self.processor) if count else None
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        """Stock; with ``gad.unlabelled_files`` a part of the prompts has no teacher answer."""
+        if self._prompts is None:
+            return super()._next_train_batch(num_prompts)
+        unlabelled = self._prompts.next()
+        self._unlabelled = set(unlabelled["uid"])
+        batch = join(super()._next_train_batch(self.config.data.gen_batch_size), unlabelled)
+        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+        return batch
 
     def prepare_step(self) -> dict:
         self._submitted, self._scores, self._advantages = {}, {}, {}
@@ -167,8 +200,11 @@ class PPOTrainerGAD(PPOTrainerSync):
         all failed is a whole group of them.
         """
         limit, n_prompts = self.config.data.max_response_length, self.config.data.train_batch_size
-        students = [Row(key, tag["seq_len"]) for key, tag in zip(batch.keys, batch.tags, strict=True)]
-        self._groups = gad_rows.group_rows(students, self._submitted, self.rollout_n, n_prompts)
+        pairs = zip(batch.keys, batch.tags, strict=True)
+        students = [Row(k, tag["seq_len"]) for k, tag in pairs if gad_rows.split_key(k)[0] not in self._unlabelled]
+        submitted = [uid for uid in self._submitted if uid not in self._unlabelled]
+        n_labelled = n_prompts - len(self._unlabelled)
+        self._groups = gad_rows.group_rows(students, submitted, self.rollout_n, n_labelled)
         answered = [group for group in self._groups if group.students]
         keys, fields = [group.students[0].key for group in answered], ["prompts", TEACHER_IDS]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
@@ -178,7 +214,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             group.teacher_tokens = rows[group.teacher.key]["input_ids"].numel()
         metrics.update(gad_rows.teacher_length_metrics(rows, limit))
         metrics["response_length/cut_ratio"] = float(np.mean([tag["response_len"] >= limit for tag in batch.tags]))
-        metrics["gad/missing_rollouts"] = len(self._groups) * self.rollout_n - len(batch)
+        metrics["gad/missing_rollouts"] = (len(self._groups) + len(self._unlabelled)) * self.rollout_n - len(batch)
         known = {*rows, *batch.keys}
         missing = [row.key for group in self._groups for row in group.rows() if row.key not in known]
         rows |= {key: gad_rows.filler(self.tokenizer.eos_token_id) for key in missing}
@@ -202,7 +238,8 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _scores_in_update(self) -> bool:
         gad = self.config.gad
-        return gad.score_in_update and gad.credit == "sequence" and self._one_optimizer_step(self.config.critic)
+        needs_pass = gad.discriminator_ema or gad.unlabelled_ratio or gad.credit == "token"
+        return gad.score_in_update and not needs_pass and self._one_optimizer_step(self.config.critic)
 
     def _skips_old_log_prob(self) -> bool:
         """Does nothing need old log-probabilities beyond those that the actor's update finds itself?"""
@@ -329,19 +366,52 @@ class PPOTrainerGAD(PPOTrainerSync):
         Returns:
             key of a row -> its score in the update's forward pass, before the optimizer step.
         """
-        sizes = [sum(row.tokens for row in group.rows()) for group in self._groups]
+        past = self._put_past_rows(partition_id) if self._replay.count else []
+        groups, critic = [*self._groups, *past], self.config.critic
+        sizes = [sum(row.tokens for row in group.rows()) for group in groups]
         n_ranks = self.discriminator.data_parallel_size()
-        ranks = gad_rows.spread(sizes, self.config.critic, n_ranks, self.global_steps)
-        weights = gad_rows.pair_weights(self._groups, ranks)
+        mini_batch = labelled_mini_batch(self.config)
+        update = SimpleNamespace(
+            ppo_mini_batch_size=mini_batch, shuffle=critic.shuffle, data_loader_seed=critic.data_loader_seed
+        )
+        ranks = spread_both(sizes, len(self._groups), update, n_ranks, self.global_steps)
+        weights = gad_rows.pair_weights(groups, ranks)
         keys, fields = list(weights), TensorDict(gad_rows.update_fields(weights), batch_size=len(weights))
         tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=fields)
-        rows = self._view(keys, group_size=self.discriminator.group_size)
+        prompts = len(groups) // len(ranks[0])
+        rows = self._view(keys, group_size=self.discriminator.group_size, mini_batch_prompts=prompts)
         update_metrics, scores = self.discriminator.update_critic(rows)
         metrics.update(update_metrics)
+        score_of = dict(zip(keys, scores.tolist(), strict=True))
+        if past:  # the metrics are about fresh pairs
+            metrics.update(rename_dict(pair_metrics(self._groups, score_of), "critic/"))
+            metrics["critic/replay_d_acc"] = pair_metrics(past, score_of)["d_acc"]
+        if self._replay.count:
+            self._replay.add(self.global_steps, self._fresh_groups(partition_id))
         if self._gate.width:
             self._gate.note(metrics["critic/d_acc"])
             metrics["gad/policy_gate"] = self._gate.factor
-        return dict(zip(keys, scores.tolist(), strict=True))
+        return score_of
+
+    def _put_past_rows(self, partition_id: str) -> list[Group]:
+        past, eos = self._replay.draw(self.global_steps), self.tokenizer.eos_token_id
+        groups, rows = past_rows(past, self.rollout_n, eos)
+        if rows:
+            self._put_rows(partition_id, rows)
+            self._extra_keys.extend(rows)
+        return groups
+
+    def _fresh_groups(self, partition_id: str) -> list[PastGroup]:
+        """Token ids of the groups of this step, for later steps."""
+        groups = [group for group in self._groups if group.students]
+        keys = [row.key for group in groups for row in (group.teacher, *group.students)]
+        fields = ["prompts", "responses"]
+        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=fields)
+        ids = dict(zip(keys, zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True), strict=True))
+        return [
+            PastGroup.of(*ids[group.teacher.key], [ids[row.key][1] for row in group.students if len(ids[row.key][1])])
+            for group in groups
+        ]
 
     # ------------------------------------------------------------------ validation
 
@@ -356,7 +426,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
             self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
             if os.path.isdir(self._step_folder()):  # saved before this validation
-                save_state(self._step_folder(), self._state())
+                self._save_state()
         return metrics
 
     def _validation_accuracy(self, pairs: list[Pair]) -> float:
@@ -466,26 +536,36 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _state(self) -> dict[str, Any]:
-        """State of what is switched on and has one; stock checkpoints hold the rest."""
-        state: dict[str, Any] = {"discriminator_lead": self._lead.values} if self._lead.max_steps else {}
-        return state | ({"policy_gate": self._gate.accuracy} if self._gate.width else {})
+    def _stateful(self) -> dict[str, Any]:
+        """Parts that are switched on and have a state; stock checkpoints hold the rest."""
+        parts = {
+            "discriminator_lead": (self._lead, self._lead.max_steps),
+            "policy_gate": (self._gate, self._gate.width),
+            "replay": (self._replay, self._replay.count),
+            "unlabelled": (self._prompts, self._prompts is not None),
+        }
+        return {name: part for name, (part, on) in parts.items() if on}
+
+    def _save_state(self) -> None:
+        save_state(self._step_folder(), {name: part.state_dict() for name, part in self._stateful().items()})
 
     def _step_folder(self) -> str:
         return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
 
     def _save_checkpoint(self):
-        save_state(self._step_folder(), self._state())  # first: stock marks the checkpoint as complete
+        self._save_state()  # first: stock marks the checkpoint as complete
         super()._save_checkpoint()
 
     def _load_checkpoint(self):
+        if self.use_critic and self.config.gad.discriminator_ema:
+            self.critic_wg.start_average(self.config.gad.discriminator_ema)
         super()._load_checkpoint()
         if self.global_steps:
             trainer = self.config.trainer
             folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else self._step_folder()
-            state = load_state(folder, set(self._state()))
-            self._lead.values = state.get("discriminator_lead", {})
-            self._gate.accuracy = state.get("policy_gate")
+            parts = self._stateful()
+            for name, state in load_state(folder, set(parts)).items():
+                parts[name].load_state_dict(state)
 
 
 class PPOTrainerWarmup(PPOTrainerGAD):
