@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 OLD_LOG_PROB_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
 """Advantage estimators that read old log-probabilities."""
 
+GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline")
+"""Advantage estimators that compare an answer with the others to its prompt, and take one answer's score as it is."""
+
 
 @register_trainer("gad")
 class PPOTrainerGAD(PPOTrainerSync):
@@ -224,7 +227,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         return torch.tensor([score_of.get(key, 0.0) for key in batch.keys])
 
     def _put_scores(self, batch: KVBatchMeta, scores: torch.Tensor, metrics: dict) -> None:
-        """Write scores, one per row of ``batch``, into TransferQueue; 0 for padding and for empty answers."""
+        """Write scores, one per row of ``batch``, into TransferQueue; 0 for padding, empty and lone answers."""
         fields = ["response_mask", "values"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
@@ -235,6 +238,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         if correlation is not None:
             metrics["critic/score_length_corr"] = correlation
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
+        if self.config.algorithm.adv_estimator in GROUP_ESTIMATORS:
+            scores = gad_rows.without_lone_students(scores, batch.keys, self._groups)
         token_scores[offsets[1:][real] - 1] = scores[real]
         nested = torch.nested.nested_tensor_from_jagged(token_scores, offsets)
         # `values` replaces what workers may have put there, (prompt + response), in its dtype: the queue insists
