@@ -187,6 +187,12 @@ def check_sampling(config: DictConfig) -> Findings:
             f"{ROLLOUT}.n={n}: GRPO normalizes over the samples of one prompt, expected at least 2",
             fix=f"{ROLLOUT}.n=8",
         )
+    if get(config, "algorithm.filter_groups.enable"):
+        yield error(
+            "algorithm.filter_groups.enable=True: it filters by rewards at sampling time, when the discriminator has "
+            "not scored yet, so it would drop every prompt and sample without end; expected False",
+            fix="algorithm.filter_groups.enable=False",
+        )
     fix = f"{ROLLOUT}.temperature=0.8"
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
         yield error(f"{ROLLOUT}.temperature={temperature}: expected a number above 0", fix)
