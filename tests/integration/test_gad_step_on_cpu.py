@@ -508,9 +508,11 @@ def test_imitation_is_the_next_token_loss_on_the_teacher(live):
     live.trainer.__class__ = PPOTrainerWarmup
     batch, metrics = live.sample()
     keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
-    batch = run_from(live, drop(batch, keys[:4]), metrics)  # the first prompt has no rollout: its teacher is left out
+    first = live.fields(keys[:1])
+    batch = run_from(live, drop(batch, keys[:4]), metrics)  # the first prompt has no rollout, but a teacher's answer
     teacher_rows = [teacher for teacher, _ in live_groups(live)]
     assert len(teacher_rows) == 7
+    teacher_rows.append((first["prompts"][0], torch.tensor(list(first["teacher_response_ids"])[0])))
     policy = hf_model(live, "actor")
     expected = -torch.cat([token_log_probs(policy, *row, temperature=1.0) for row in teacher_rows]).mean()
     live.trainer._update_actor(batch, metrics=metrics)

@@ -77,6 +77,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         super().__init__(config)
         self.rollout_n = config.actor_rollout_ref.rollout.n
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
+        self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
         self._actor_loss: Callable = ppo_loss  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
@@ -94,13 +95,14 @@ class PPOTrainerGAD(PPOTrainerSync):
     # ------------------------------------------------------------------ a step
 
     def prepare_step(self) -> dict:
-        self._submitted = {}
+        self._submitted, self._data = {}, {}
         return super().prepare_step()
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         """Stock, after noting the order of the prompts and telling the reward function that D scores training rows."""
-        for uid in batch["uid"]:
+        for uid, *data in zip(*(list(batch[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)), strict=True):
             self._submitted[uid] = len(self._submitted)
+            self._data[uid] = data
         for extra_info in batch["extra_info"]:
             extra_info["scored_by_discriminator"] = True
         return super()._submit_batch_to_rollout(batch)
@@ -134,8 +136,8 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _add_teacher_rows(self, batch: KVBatchMeta, metrics: dict) -> None:
         """Put one teacher trajectory per prompt into TransferQueue, built from the prompt ids the students really got.
 
-        The number of groups never changes: a missing student is a filler row of weight 0, and a prompt whose rollouts
-        all failed is a whole group of them.
+        The number of groups never changes: a missing student is a filler row of weight 0. If all rollouts of a prompt
+        failed, its messages give the prompt ids.
         """
         limit, n_prompts = self.config.data.max_response_length, self.config.data.train_batch_size
         students = [Row(key, tag["seq_len"]) for key, tag in zip(batch.keys, batch.tags, strict=True)]
@@ -145,7 +147,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         uids = [group.uid for group in answered]
         rows = gad_rows.teacher_rows(uids, data["prompts"].unbind(), list(data[TEACHER_IDS]))
-        for group in answered:
+        failed = [group.uid for group in self._groups if not group.students]
+        rows |= self._rows_from_data(failed, *([self._data[uid][i] for uid in failed] for i in (0, 1)))
+        for group in self._groups:
             group.teacher_tokens = rows[group.teacher.key]["input_ids"].numel()
         metrics.update(gad_rows.teacher_length_metrics(rows, limit))
         metrics["response_length/cut_ratio"] = float(np.mean([tag["response_len"] >= limit for tag in batch.tags]))
@@ -155,6 +159,14 @@ class PPOTrainerGAD(PPOTrainerSync):
         rows |= {key: gad_rows.filler(self.tokenizer.eos_token_id) for key in missing}
         self._put_rows(batch.partition_id, rows)
         self._extra_keys.extend(rows)
+
+    def _rows_from_data(self, uids: list[str], messages: list, teacher_ids: list) -> dict[str, Trajectory]:
+        """Teacher rows of prompts that no rollout has turned into token ids."""
+        config = self.config.data
+        template_kwargs = config.get("apply_chat_template_kwargs", {})
+        prompts = [build_prompt_ids(self.tokenizer, list(chat), template_kwargs) for chat in messages]
+        prompts = [torch.tensor(ids[-config.max_prompt_length :]) for ids in prompts]
+        return gad_rows.teacher_rows(uids, prompts, teacher_ids)
 
     def _put_rows(self, partition_id: str, rows: dict[str, Trajectory]) -> None:
         fields = tu.list_of_dict_to_tensordict(list(rows.values()))
@@ -291,19 +303,19 @@ class PPOTrainerWarmup(PPOTrainerGAD):
     reads_old_log_prob = False
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Imitation; a prompt whose rollouts all failed is left out."""
-        self._imitate([group.teacher for group in self._groups], sum(bool(g.students) for g in self._groups), metrics)
+        """Imitation of every teacher answer of the step, rollouts or not."""
+        self._imitate([group.teacher for group in self._groups], metrics)
         return batch
 
-    def _imitate(self, teachers: list[Row], n_real: int, metrics: dict) -> None:
-        """Next-token loss on one teacher row per prompt, ``n_real`` of them no fillers. The text was not sampled from
-        the student, so the temperature is 1."""
+    def _imitate(self, teachers: list[Row], metrics: dict) -> None:
+        """Next-token loss on one teacher row per prompt. The text was not sampled from the student, so the temperature
+        is 1."""
         self._set_actor_loss(imitation_loss)
         actor = self.config.actor_rollout_ref.actor
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
         ranks = gad_rows.spread([row.tokens for row in teachers], actor, n_ranks, self.global_steps)
         extra_info = {
-            "global_batch_size": n_real / len(ranks[0]),
+            "global_batch_size": len(teachers) / len(ranks[0]),
             "mini_batch_size": actor.ppo_mini_batch_size,
             "epochs": actor.ppo_epochs,
             "seed": actor.data_loader_seed,
@@ -330,15 +342,12 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         self.on_sample_end()  # the rollout engine sleeps until the weights are sent to it again
-        data, config = self._next_train_batch(sample_batch_size), self.config.data
-        template_kwargs = config.get("apply_chat_template_kwargs", {})
-        prompts = [build_prompt_ids(self.tokenizer, messages, template_kwargs) for messages in list(data["raw_prompt"])]
-        prompts = [torch.tensor(ids[-config.max_prompt_length :]) for ids in prompts]
-        rows = gad_rows.teacher_rows(list(data["uid"]), prompts, list(data[TEACHER_IDS]))
+        data = self._next_train_batch(sample_batch_size)
+        rows = self._rows_from_data(*(list(data[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)))
         self._put_rows("train", rows)
-        metrics.update(gad_rows.teacher_length_metrics(rows, config.max_response_length))
+        metrics.update(gad_rows.teacher_length_metrics(rows, self.config.data.max_response_length))
         with marked_timer("update_actor", timing_raw, color="red"):
-            self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], len(rows), metrics)
+            self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], metrics)
         return self._view(list(rows))
 
     def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
