@@ -156,6 +156,9 @@ def check_stage(config: DictConfig) -> Findings:
         yield error(f"gad.actor_objective={objective}: stage seqkd only imitates", fix="gad.actor_objective=imitation")
     if stage == "seqkd" and critic:
         yield error("critic.enable=True: stage seqkd trains no discriminator", fix="critic.enable=False")
+    if stage == "seqkd" and get(config, "trainer.rollout_data_dir"):
+        folder = get(config, "trainer.rollout_data_dir")
+        yield warning(f"trainer.rollout_data_dir={folder}: stage seqkd samples nothing, so no file is written")
     if stage != "seqkd" and not critic:
         yield error(
             f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains a discriminator",

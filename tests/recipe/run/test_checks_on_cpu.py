@@ -469,6 +469,9 @@ def test_the_gad_stage_needs_a_trained_head(config, critic, tmp_path):
 def test_warnings(config):
     (message,) = warnings_of(config({"gad.actor_objective": "policy_gradient"}))
     assert "gad.actor_objective=policy_gradient in stage warmup: the paper uses imitation" in message
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, "trainer.rollout_data_dir": "/tmp/rollouts"}
+    (message,) = warnings_of(config(seqkd))
+    assert "trainer.rollout_data_dir=/tmp/rollouts" in message and "no file" in message
     (message,) = warnings_of(config({"trainer.save_freq": -1}))
     assert "trainer.save_freq=-1" in message
     (message,) = warnings_of(config({"critic.checkpoint.save_contents": ["model"]}))

@@ -350,6 +350,9 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
             self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], metrics)
         return self._view(list(rows))
 
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """Nothing: there are no rollouts."""
+
     def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
