@@ -16,7 +16,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recipe.gad.run.checkpoint import check_folder, resume_problems, stage_of
+from recipe.gad.run.checkpoint import (
+    check_folder,
+    check_models_of_run,
+    claim_folder,
+    resume_problems,
+    stage_of,
+    tracked_step,
+)
 from recipe.gad.run.config import (
     ACTOR,
     ACTOR_MODEL,
@@ -31,6 +38,7 @@ from recipe.gad.run.config import (
     neighbours,
     parallelism,
     resolved,
+    start_models,
     world_size,
 )
 from recipe.gad.run.data_file import data_file_problems
@@ -372,6 +380,27 @@ def check_output(config: DictConfig) -> Findings:
     check_folder(folder, stage, resume=mode == "auto", world_size=world_size(config))
     if mode == "resume_path":
         yield from _resume_path_findings(config, stage)
+    if (resumed := resumed_checkpoint(config)) is not None:
+        check_models_of_run(resumed.parent, start_models(config))
+
+
+def resumed_checkpoint(config: DictConfig) -> Path | None:
+    """Folder ``global_step_N`` from which the run will resume; None if it starts from its models."""
+    mode, folder = get(config, "trainer.resume_mode"), Path(get(config, "trainer.default_local_dir"))
+    if mode == "auto":
+        step = tracked_step(folder)
+        return None if step is None else folder / f"global_step_{step}"
+    path = get(config, "trainer.resume_from_path")
+    return Path(path) if mode == "resume_path" and path is not None else None
+
+
+def claim_output(config: DictConfig) -> None:
+    """Make the output folder that of this run; call it when :func:`check_config` has passed.
+
+    Raises:
+        InputError: the folder holds another run's checkpoints.
+    """
+    claim_folder(config.trainer.default_local_dir, config.gad.stage, start_models(config))
 
 
 def _resume_path_findings(config: DictConfig, stage: str) -> Findings:

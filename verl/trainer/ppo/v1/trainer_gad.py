@@ -24,8 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from recipe.gad.run.checkpoint import claim_folder
-from recipe.gad.run.checks import check_config
+from recipe.gad.run.checks import check_config, claim_output
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
@@ -73,7 +72,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     def __init__(self, config):
         for warning in check_config(config):
             logger.warning("%s", warning)
-        claim_folder(config.trainer.default_local_dir, config.gad.stage)
+        claim_output(config)
         super().__init__(config)
         self.rollout_n = config.actor_rollout_ref.rollout.n
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
