@@ -162,11 +162,23 @@ def tracked_step(folder: str | Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
+def current_steps(folder: str | Path) -> dict[int, Path]:
+    """:func:`step_folders` up to the step at which the run is.
+
+    A run that went back to an earlier checkpoint leaves later ones of another time line, which are named on stderr.
+    """
+    steps, now = step_folders(folder), tracked_step(folder)
+    later = {step: path for step, path in steps.items() if now is not None and step > now}
+    if later:
+        print(f"skipped {_names(later)} of {folder}: {TRACKER} says that the run is at step {now}", file=sys.stderr)
+    return {step: path for step, path in steps.items() if step not in later}
+
+
 def role_folders(folder: Path, role: str) -> list[Path]:
     """Folders of a role that a path names: one per step of a run, newest first; one step's; or the path itself."""
     if folder.name == role and (folder / "huggingface").is_dir():
         return [folder]
-    steps = [folder] if (folder / role).is_dir() else reversed(step_folders(folder).values())
+    steps = [folder] if (folder / role).is_dir() else reversed(current_steps(folder).values())
     return [step / role for step in steps if (step / role).is_dir()]
 
 
@@ -232,7 +244,8 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
 
     Args:
         folder: output folder of the earlier run.
-        step: take ``global_step_{step}``; None: the newest complete one (skipped ones are named on stderr).
+        step: take ``global_step_{step}``; None: the newest complete one up to the step at which the run is (skipped
+            ones are named on stderr).
 
     Raises:
         InputError: no checkpoint is complete, or the chosen one is not.
@@ -245,7 +258,7 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
             f"{folder} is one checkpoint, not a run's output folder",
             fix=f"pass {folder.parent} and the step {folder.name.removeprefix('global_step_')} (--resume_step)",
         )
-    steps = step_folders(folder)
+    steps = current_steps(folder) if step is None else step_folders(folder)
     if step is not None and step not in steps:
         found = _names(steps) if steps else "no global_step_* folder"
         raise InputError(f"{folder} has no global_step_{step}; found {found}", fix="choose one of the steps found")
