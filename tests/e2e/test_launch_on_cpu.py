@@ -189,7 +189,8 @@ def warmup(runner):
 
 @in_background
 def seqkd(runner):
-    return runner.stage("seqkd", "seqkd", "--model", f"{runner.problem}/model")
+    rollouts = f"trainer.rollout_data_dir={runner.base}/rollouts"  # there are none, which is no reason to fail
+    return runner.stage("seqkd", "seqkd", "--model", f"{runner.problem}/model", rollouts)
 
 
 @in_background

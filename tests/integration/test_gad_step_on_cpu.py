@@ -219,6 +219,40 @@ def test_scores_in_update_are_those_before_the_step_and_d_is_updated_once(live, 
     live.finish(batch)
 
 
+@pytest.mark.parametrize("score_in_update", [False, True])
+def test_the_only_answer_left_of_a_prompt_gets_no_advantage_whatever_the_offset_of_d(live, score_in_update):
+    live.set(gad__score_in_update=score_in_update)
+    bias = 50.0  # added to every score: the loss of D does not see it
+
+    def shift(worker, by=bias):
+        import torch
+
+        critic = worker.worker_dict["critic"].engine.module
+        head = critic.score
+        handle = head.register_forward_hook(lambda module, args, output: output + torch.tensor(by, dtype=output.dtype))
+        critic._test_shift = handle
+
+    def unshift(worker):
+        worker.worker_dict["critic"].engine.module._test_shift.remove()
+
+    live.on_workers(shift)
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
+    batch = run_from(live, drop(batch, keys[1:4]), metrics)
+    live.on_workers(unshift)
+    fields = live.fields(batch.keys)
+    advantages = dict(zip(batch.keys, (row.double() for row in fields["advantages"].unbind()), strict=True))
+    scores = dict(zip(batch.keys, (row[-1].item() for row in fields["rm_scores"].unbind()), strict=True))
+    assert advantages[keys[0]].abs().max() == 0.0
+    assert min(scores[key] for key in keys[4:]) > 0.5 * bias, "the others keep D's score"
+    for start in range(4, len(keys), 4):
+        group = torch.tensor([scores[key] for key in keys[start : start + 4]], dtype=torch.float64)
+        for key, expected in zip(keys[start : start + 4], (group - group.mean()) / (group.std() + 1e-6), strict=True):
+            assert advantages[key].tolist() == pytest.approx([expected.item()] * len(advantages[key]), abs=1e-3)
+    live.set(gad__score_in_update=False)
+    live.finish(batch)
+
+
 def test_scores_get_a_pass_of_their_own_when_a_batch_is_several_optimizer_steps(live):
     live.set(gad__score_in_update=True, critic__ppo_mini_batch_size=4)
     batch, metrics = live.sample()
@@ -474,9 +508,11 @@ def test_imitation_is_the_next_token_loss_on_the_teacher(live):
     live.trainer.__class__ = PPOTrainerWarmup
     batch, metrics = live.sample()
     keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
-    batch = run_from(live, drop(batch, keys[:4]), metrics)  # the first prompt has no rollout: its teacher is left out
+    first = live.fields(keys[:1])
+    batch = run_from(live, drop(batch, keys[:4]), metrics)  # the first prompt has no rollout, but a teacher's answer
     teacher_rows = [teacher for teacher, _ in live_groups(live)]
     assert len(teacher_rows) == 7
+    teacher_rows.append((first["prompts"][0], torch.tensor(list(first["teacher_response_ids"])[0])))
     policy = hf_model(live, "actor")
     expected = -torch.cat([token_log_probs(policy, *row, temperature=1.0) for row in teacher_rows]).mean()
     live.trainer._update_actor(batch, metrics=metrics)

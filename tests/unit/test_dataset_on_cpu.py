@@ -72,6 +72,7 @@ def test_rows_carry_prompt_and_teacher(tokenizer, parquet, tmp_path, capsys, tea
         assert row["teacher_response_ids"] == ids_of(tokenizer, answer)
         assert row["reward_model"] == {"style": "teacher", "ground_truth": answer}
         assert row["data_source"] == "gad"
+        assert row["index"] == i, "the seeds of a row's samples depend on it"
     # 9, 8, 2, 6 and 6 tokens
     assert "teacher answers: 5, mean 6.2 tokens, longest 9; 0 longer than" in capsys.readouterr().out
 

@@ -85,6 +85,15 @@ def test_the_validation_that_opens_a_resumed_run_does_not_replace_the_step_it_fo
     assert lines(path) == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2)]
 
 
+def test_a_new_run_in_an_old_folder_logs_its_own_validation_of_step_0(path):
+    run(range(5), attempt=1)
+    logger = FileLogger("project", "experiment")  # trainer.resume_mode=disable
+    logger.log({"val-core/x": 0.77, "attempt": 2}, step=0)
+    logger.log({"training/global_step": 1, "attempt": 2}, step=1)
+    logger.finish()
+    assert lines(path) == [(0, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("value", [None, "0"])
 def test_without_the_variable_the_logger_is_stock(path, monkeypatch, value):
     if value is None:

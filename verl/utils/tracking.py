@@ -31,7 +31,8 @@ class FileLogger(_StockFileLogger):
     def _restore(self, step: int, is_training_step: bool) -> bool:
         """Put the interrupted run's lines before this first one; False if its own line of ``step`` stands.
 
-        A resumed run starts with a validation at its checkpoint's step, which the interrupted run has logged whole.
+        A resumed run starts with a validation at its checkpoint's step, which the interrupted run has logged whole. A
+        run that is at step 0 has resumed nothing.
         """
         assert self._previous is not None
         previous, self._previous = self._previous, None
@@ -39,7 +40,7 @@ class FileLogger(_StockFileLogger):
             return True
         lines = [line for line in previous.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         steps = [json.loads(line)["step"] for line in lines]
-        stands = not is_training_step and step in steps
+        stands = not is_training_step and step > 0 and step in steps
         kept = [line for line, s in zip(lines, steps, strict=True) if s < step or (stands and s == step)]
         restored = Path(f"{self.filepath}.tmp")
         restored.write_bytes(b"".join(kept))

@@ -57,7 +57,7 @@ from recipe.gad.run.findings import (
     one_line,
     warning,
 )
-from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
+from recipe.gad.run.hub import load_tokenizer, local_model
 
 SAMPLE_ROWS = 1000
 """Rows per data key whose lengths are counted. This takes a second and gives shares to about 3 percentage points."""
@@ -202,16 +202,6 @@ def _finite(config: DictConfig, key: str, example: str) -> Findings:
 # ---------------------------------------------------------------------- tokenizer and data
 
 
-def _local(path: Any) -> Path | None:
-    """Folder on this machine of a model given as a folder or a hub id; None if the model is not here."""
-    if not isinstance(path, str):
-        return None
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    return cached_model(path) if HUB_ID.fullmatch(path) else None
-
-
 @functools.lru_cache(maxsize=2)
 def _tokenizer(folder: Path, trust_remote_code: bool, template: str | None) -> Any:
     tokenizer = load_tokenizer(folder, trust_remote_code)
@@ -222,7 +212,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool, template: str | None) -> A
 
 def _student_tokenizer(config: DictConfig) -> Any:
     """The student's tokenizer; None if it is not on this machine."""
-    folder = _local(get(config, f"{ACTOR_MODEL}.tokenizer_path") or get(config, f"{ACTOR_MODEL}.path"))
+    folder = local_model(get(config, f"{ACTOR_MODEL}.tokenizer_path") or get(config, f"{ACTOR_MODEL}.path"))
     trust, template = (get(config, f"{ACTOR_MODEL}.{key}") for key in ("trust_remote_code", "custom_chat_template"))
     return None if folder is None else _tokenizer(folder, bool(trust), template)
 
@@ -259,7 +249,7 @@ def _model_configs(config: DictConfig) -> Iterator[tuple[str, Any]]:
     from transformers import AutoConfig
 
     for key in (f"{ACTOR_MODEL}.path", *(["critic.model.path"] if has_discriminator(config) else [])):
-        if (folder := _local(get(config, key))) is not None:
+        if (folder := local_model(get(config, key))) is not None:
             trust = bool(get(config, key.removesuffix("path") + "trust_remote_code"))
             yield key, AutoConfig.from_pretrained(folder, trust_remote_code=trust).get_text_config()
 
@@ -394,7 +384,7 @@ def check_chat_ids(config: DictConfig) -> Findings:
     """The chat templates of actor and critic give the same token ids."""
     student = _student_tokenizer(config)
     path = get(config, "critic.model.tokenizer_path") or get(config, "critic.model.path")
-    critic = _local(path) if has_discriminator(config) else None
+    critic = local_model(path) if has_discriminator(config) else None
     if student is None or (critic is None and has_discriminator(config)):
         yield warning("not checked: a model is not on this machine", fix="download the models first")
         return
@@ -491,7 +481,7 @@ def _shape(folder: Path, value_model: bool, trust_remote_code: bool) -> ModelSha
 
 
 def _role_shape(config: DictConfig, role: str, key: str) -> ModelShape | None:
-    folder = _local(get(config, key))
+    folder = local_model(get(config, key))
     trust = bool(get(config, key.removesuffix("path") + "trust_remote_code"))
     return None if folder is None else _shape(folder, role == "critic", trust)
 

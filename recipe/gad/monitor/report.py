@@ -110,7 +110,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
 def _read_run(path: Path, label: str, handover: int) -> Run:
     run = Run(path, label, load_metrics(path / "metrics.jsonl"), overrides=read_overrides(path))
     run.offset = handover if matching_names(run.metrics, "actor/pg_loss") else 0  # only GAD follows a warmup
-    run.samples, run.notes = read_samples(path, SAMPLED_STEPS)
+    run.samples, run.notes = read_samples(path, SAMPLED_STEPS, run.metrics)
     run.findings, run.looked_at = apply_rules(run.metrics, list(run.samples.values())[-1] if run.samples else ())
     run.earlier = earlier_findings(run.metrics, run.findings)
     return run

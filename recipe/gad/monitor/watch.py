@@ -97,7 +97,7 @@ class RunState:
         if not self.log.update():
             return False
         self.total_steps = total_training_steps(self.run_dir)
-        samples, _ = read_samples(self.run_dir, 1)
+        samples, _ = read_samples(self.run_dir, 1, self.log.metrics)
         self.findings, _ = apply_rules(self.log.metrics, next(iter(samples.values()), ()))
         return True
 

@@ -6,7 +6,8 @@ A run's output folder (trainer.default_local_dir) holds:
     global_step_N/gad_state.pt                  state of variants, such as gad.discriminator_lead
     global_step_N/data.pt                       verl writes it last
     latest_checkpointed_iteration.txt           the step from which trainer.resume_mode=auto resumes
-    gad_stage.json                              the stage that owns the folder
+    gad_stage.json                              the stage that owns the folder, and the models that the run started
+                                                from
 
 verl writes all but the two files gad_*. Only file names, sizes and safetensors headers are read, so this is fast for
 models of any size.
@@ -15,6 +16,7 @@ models of any size.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -25,12 +27,14 @@ from typing import Any
 
 from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.findings import InputError
+from recipe.gad.run.hub import local_model
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HEAD_NAMES = re.compile(r"(^|\.)(score|classifier)\.weight$|(^|\.)v_head\.")
 PEFT_PREFIX = "base_model."  # what verl saves of a model with LoRA
+SAMPLED_BLOCKS, SAMPLED_BLOCK = 16, 1 << 16
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 # ---------------------------------------------------------------------- one Hugging Face folder
@@ -153,11 +157,30 @@ def step_folders(folder: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def tracked_step(folder: str | Path) -> int | None:
+    """The step at which the run of a folder is, from its tracker file; None if the file is missing or no number."""
+    tracker = Path(folder) / TRACKER
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def current_steps(folder: str | Path) -> dict[int, Path]:
+    """:func:`step_folders` up to the step at which the run is.
+
+    A run that went back to an earlier checkpoint leaves later ones of another time line, which are named on stderr.
+    """
+    steps, now = step_folders(folder), tracked_step(folder)
+    later = {step: path for step, path in steps.items() if now is not None and step > now}
+    if later:
+        print(f"skipped {_names(later)} of {folder}: {TRACKER} says that the run is at step {now}", file=sys.stderr)
+    return {step: path for step, path in steps.items() if step not in later}
+
+
 def role_folders(folder: Path, role: str) -> list[Path]:
     """Folders of a role that a path names: one per step of a run, newest first; one step's; or the path itself."""
     if folder.name == role and (folder / "huggingface").is_dir():
         return [folder]
-    steps = [folder] if (folder / role).is_dir() else reversed(step_folders(folder).values())
+    steps = [folder] if (folder / role).is_dir() else reversed(current_steps(folder).values())
     return [step / role for step in steps if (step / role).is_dir()]
 
 
@@ -223,7 +246,8 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
 
     Args:
         folder: output folder of the earlier run.
-        step: take ``global_step_{step}``; None: the newest complete one (skipped ones are named on stderr).
+        step: take ``global_step_{step}``; None: the newest complete one up to the step at which the run is (skipped
+            ones are named on stderr).
 
     Raises:
         InputError: no checkpoint is complete, or the chosen one is not.
@@ -236,7 +260,7 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
             f"{folder} is one checkpoint, not a run's output folder",
             fix=f"pass {folder.parent} and the step {folder.name.removeprefix('global_step_')} (--resume_step)",
         )
-    steps = step_folders(folder)
+    steps = current_steps(folder) if step is None else step_folders(folder)
     if step is not None and step not in steps:
         found = _names(steps) if steps else "no global_step_* folder"
         raise InputError(f"{folder} has no global_step_{step}; found {found}", fix="choose one of the steps found")
@@ -287,8 +311,8 @@ def actor_folder(model: str) -> str:
 # ---------------------------------------------------------------------- whose folder is it
 
 
-def stage_of(folder: str | Path) -> str | None:
-    """Stage whose run owns the folder; None if no run has claimed it.
+def _marker(folder: str | Path) -> dict[str, Any] | None:
+    """What a run has written about itself into its folder; None if no run has claimed it.
 
     Raises:
         InputError: the marker file cannot be read.
@@ -297,10 +321,21 @@ def stage_of(folder: str | Path) -> str | None:
     if not file.exists():
         return None
     try:
-        return str(read_object(file)["stage"])
+        marker = read_object(file)
+        return {**marker, "stage": str(marker["stage"])}
     except (ValueError, KeyError):
         fix = 'write {"stage": "warmup"} (or seqkd, gad) into it'
         raise InputError(f"{file} cannot be read", fix) from None
+
+
+def stage_of(folder: str | Path) -> str | None:
+    """Stage whose run owns the folder; None if no run has claimed it.
+
+    Raises:
+        InputError: the marker file cannot be read.
+    """
+    marker = _marker(folder)
+    return None if marker is None else marker["stage"]
 
 
 def _stage_or_none(folder: Path) -> str | None:
@@ -310,14 +345,62 @@ def _stage_or_none(folder: Path) -> str | None:
         return None
 
 
-def claim_folder(folder: str | Path, stage: str) -> None:
+def claim_folder(folder: str | Path, stage: str, models: dict[str, str] | None = None) -> None:
     """Write the marker file, atomically: from now on the folder belongs to a run of ``stage``.
+
+    Args:
+        models: role -> folder or hub id of the model that the run starts from; recorded with its content.
 
     Raises:
         InputError: the folder holds another run's checkpoints.
     """
     check_folder(folder, stage, resume=False)
-    write_atomically(Path(folder) / MARKER, json.dumps({"stage": stage}))
+    started = {role: {"path": path, "content": model_content(path)} for role, path in (models or {}).items()}
+    write_atomically(Path(folder) / MARKER, json.dumps({"stage": stage, "models": started}, indent=1))
+
+
+def model_content(path: str) -> str | None:
+    """Hash of a model's configuration, and of names, sizes and a sample of the bytes of its weights.
+
+    A training step changes nearly every weight, so 16 blocks of 64 KiB of each file tell two checkpoints apart.
+
+    Returns:
+        16 hexadecimal digits; None if the model is not on this machine.
+    """
+    folder = local_model(path)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in ("config.json", "*.safetensors", "*.bin") for file in folder.glob(pattern)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for i in range(SAMPLED_BLOCKS):
+                stream.seek(max(0, size - SAMPLED_BLOCK) * i // (SAMPLED_BLOCKS - 1))
+                digest.update(stream.read(SAMPLED_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def check_models_of_run(folder: str | Path, models: dict[str, str]) -> None:
+    """Refuse to resume with other models than those that the run of ``folder`` started from.
+
+    Actor and discriminator come from the checkpoint, but the reference of the KL is loaded anew from the actor's path.
+
+    Raises:
+        InputError: names both models.
+    """
+    recorded = (_marker(folder) or {}).get("models", {})
+    for role, path in models.items():
+        if (first := recorded.get(role)) is None:
+            continue
+        content = model_content(path)
+        if content != first["content"] if content and first["content"] else path != first["path"]:
+            raise InputError(
+                f"the run in {folder} started from the {role} {first['path']} (content {first['content']}), and this "
+                f"command names {path} (content {content}): a resumed run would change its KL reference or its model",
+                fix="name the first one (for a warmup's checkpoint N: --warmup_dir DIR --resume_step N), or start a "
+                "new run in another trainer.default_local_dir (--output_dir)",
+            )
 
 
 def check_folder(folder: str | Path, stage: str, resume: bool = True, world_size: int | None = None) -> None:

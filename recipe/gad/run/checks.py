@@ -17,7 +17,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recipe.gad.run.checkpoint import check_folder, resume_problems, stage_of
+from recipe.gad.run.checkpoint import (
+    check_folder,
+    check_models_of_run,
+    claim_folder,
+    resume_problems,
+    stage_of,
+    tracked_step,
+)
 from recipe.gad.run.config import (
     ACTOR,
     ACTOR_MODEL,
@@ -36,6 +43,7 @@ from recipe.gad.run.config import (
     parallelism,
     replayed_prompts,
     resolved,
+    start_models,
     unlabelled_prompts,
     world_size,
 )
@@ -163,6 +171,9 @@ def check_stage(config: DictConfig) -> Findings:
         yield error(f"gad.actor_objective={objective}: stage seqkd only imitates", fix="gad.actor_objective=imitation")
     if stage == "seqkd" and critic:
         yield error("critic.enable=True: stage seqkd trains no discriminator", fix="critic.enable=False")
+    if stage == "seqkd" and get(config, "trainer.rollout_data_dir"):
+        folder = get(config, "trainer.rollout_data_dir")
+        yield warning(f"trainer.rollout_data_dir={folder}: stage seqkd samples nothing, so no file is written")
     if stage != "seqkd" and not critic:
         yield error(
             f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains a discriminator",
@@ -396,6 +407,12 @@ def check_sampling(config: DictConfig) -> Findings:
             f"{ROLLOUT}.n={n}: GRPO normalizes over the samples of one prompt, expected at least 2",
             fix=f"{ROLLOUT}.n=8",
         )
+    if get(config, "algorithm.filter_groups.enable"):
+        yield error(
+            "algorithm.filter_groups.enable=True: it filters by rewards at sampling time, when the discriminator has "
+            "not scored yet, so it would drop every prompt and sample without end; expected False",
+            fix="algorithm.filter_groups.enable=False",
+        )
     fix = f"{ROLLOUT}.temperature=0.8"
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
         yield error(f"{ROLLOUT}.temperature={temperature}: expected a number above 0", fix)
@@ -572,6 +589,27 @@ def check_output(config: DictConfig) -> Findings:
     check_folder(folder, stage, resume=mode == "auto", world_size=world_size(config))
     if mode == "resume_path":
         yield from _resume_path_findings(config, stage)
+    if (resumed := resumed_checkpoint(config)) is not None:
+        check_models_of_run(resumed.parent, start_models(config))
+
+
+def resumed_checkpoint(config: DictConfig) -> Path | None:
+    """Folder ``global_step_N`` from which the run will resume; None if it starts from its models."""
+    mode, folder = get(config, "trainer.resume_mode"), Path(get(config, "trainer.default_local_dir"))
+    if mode == "auto":
+        step = tracked_step(folder)
+        return None if step is None else folder / f"global_step_{step}"
+    path = get(config, "trainer.resume_from_path")
+    return Path(path) if mode == "resume_path" and path is not None else None
+
+
+def claim_output(config: DictConfig) -> None:
+    """Make the output folder that of this run; call it when :func:`check_config` has passed.
+
+    Raises:
+        InputError: the folder holds another run's checkpoints.
+    """
+    claim_folder(config.trainer.default_local_dir, config.gad.stage, start_models(config))
 
 
 def _resume_path_findings(config: DictConfig, stage: str) -> Findings:

@@ -72,6 +72,12 @@ def has_discriminator(config: DictConfig) -> bool:
     return get(config, "gad.stage") != "seqkd"
 
 
+def start_models(config: DictConfig) -> dict[str, str]:
+    """Role -> folder or hub id of the model that the run starts from."""
+    keys = {"actor": f"{ACTOR_MODEL}.path", "critic": "critic.model.path"}
+    return {role: str(get(config, key)) for role, key in keys.items() if role == "actor" or has_discriminator(config)}
+
+
 def needs_reference(config: DictConfig) -> bool:
     return bool(get(config, f"{ACTOR}.use_kl_loss")) or bool(get(config, "algorithm.use_kl_in_reward"))
 

@@ -17,6 +17,16 @@ def cached_model(repo: str) -> Path | None:
     return Path(file).parent if isinstance(file, str) else None
 
 
+def local_model(path: Any) -> Path | None:
+    """Folder on this machine of a model given as a folder or a hub id; None if the model is not here."""
+    if not isinstance(path, str):
+        return None
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    return cached_model(path) if HUB_ID.fullmatch(path) else None
+
+
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
     """Tokenizer of a model folder or hub id.
 

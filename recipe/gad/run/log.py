@@ -163,19 +163,25 @@ def read_dump(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_samples(run_dir: str | Path, n: int) -> tuple[dict[int, list[dict]], list[str]]:
+def read_samples(run_dir: str | Path, n: int, metrics: Metrics) -> tuple[dict[int, list[dict]], list[str]]:
     """Rows of up to ``n`` validation dumps of a run, by step: the last, the first, and evenly spaced ones between.
 
-    A dump that cannot be read is left out, because samples are optional.
+    A dump that cannot be read is left out, because samples are optional. So is a dump of a step at which ``metrics``,
+    those of the run, have no validation: a run that went back to an earlier checkpoint leaves dumps of later steps.
 
     Returns:
-        The rows by step, and a line of text for every dump left out.
+        The rows by step, and a line of text for what is left out.
     """
     files = dump_files(Path(run_dir) / "val_samples")
-    steps = list(files)
+    validated = {step for step, row in metrics.items() if any(name.startswith("val-") for name in row)}
+    other = [step for step in files if validated and step not in validated]
+    steps = [step for step in files if step not in other]
     if len(steps) > n:
         steps = sorted({steps[-1 - round(i * (len(steps) - 1) / max(1, n - 1))] for i in range(n)})
     samples, left_out = {}, []
+    if other:
+        shown = ", ".join(map(str, other))
+        left_out.append(f"samples of step {shown} are left out: the run's metrics have no validation at that step")
     for step in steps:
         try:
             samples[step] = read_dump(files[step])

@@ -145,6 +145,19 @@ def update_fields(weights: dict[str, float]) -> dict[str, torch.Tensor]:
     return {names.PAIR_WEIGHT: torch.tensor(list(weights.values())), names.ROW_NUMBER: torch.arange(len(weights))}
 
 
+def without_lone_students(scores: torch.Tensor, keys: Sequence[str], groups: Iterable[Group]) -> torch.Tensor:
+    """Scores with 0 for a student that is the only one left of its group's n > 1.
+
+    D's loss leaves its scores free up to a constant. The mean of a group removes it, but stock estimators take the
+    score of a single answer as its advantage.
+
+    Args:
+        scores: of the rows ``keys``, (rows,).
+    """
+    lone = {group.students[0].key for group in groups if len(group.students) == 1 < group.n}
+    return scores.masked_fill(torch.tensor([key in lone for key in keys]), 0.0)
+
+
 def teacher_length_metrics(teachers: dict[str, Trajectory], limit: int) -> dict[str, float]:
     """Mean, max, min of the teachers' answers in tokens, and the share that reached ``limit`` tokens."""
     lengths = np.array([row["responses"].numel() for row in teachers.values()])

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from recipe.gad.run.config import files_of
+from recipe.gad.run.findings import InputError
 from recipe.gad.training.trajectory import TEACHER_IDS, TEACHER_TEXT
 from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler
 from verl.utils import tensordict_utils as tu
@@ -40,10 +41,10 @@ class UnlabelledPrompts:
         files = files_of(config.gad.unlabelled_files)
         prompts = create_rl_dataset(files, data, tokenizer, processor)
         if len(prompts) < count:
-            raise ValueError(
+            raise InputError(
                 f"gad.unlabelled_files has {len(prompts)} prompts of at most data.max_prompt_length="
-                f"{data.max_prompt_length} tokens, and a step takes {count}. Fix: add prompts, or lower "
-                "gad.unlabelled_ratio"
+                f"{data.max_prompt_length} tokens, and a step takes {count}",
+                fix="add prompts, or lower gad.unlabelled_ratio",
             )
         dataset = UnlabelledDataset(prompts, tokenizer.eos_token_id)
         self._loader = StatefulDataLoader(

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from recipe.gad.export import find_sources
 from recipe.gad.run.checkpoint import (
     MARKER,
     TRACKER,
+    actor_folder,
     check_folder,
     claim_folder,
     has_score_head,
@@ -128,7 +130,22 @@ def test_the_newest_complete_checkpoint_is_chosen(warmup, capsys):
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (9, 100, 20):
         write_checkpoint(tmp_path, step)
+    (tmp_path / TRACKER).write_text("100")
     assert latest_complete_checkpoint(tmp_path).name == "global_step_100"
+
+
+def test_checkpoints_above_the_step_at_which_the_run_is_are_of_another_time_line(warmup, capsys):
+    (warmup / TRACKER).write_text("5\n")  # the run went back from 10 to 5
+    assert latest_complete_checkpoint(warmup) == warmup / "global_step_5"
+    skipped = f"skipped global_step_10 of {warmup}: {TRACKER} says that the run is at step 5"
+    assert skipped in capsys.readouterr().err
+    assert actor_folder(str(warmup)) == str(warmup / "global_step_5/actor/huggingface")
+    assert find_sources(warmup, "actor", 1)[0] == [warmup / "global_step_5/actor"]
+    with pytest.raises(ValueError, match="--average 2: .* has 1 complete checkpoints"):
+        find_sources(warmup, "actor", 2)
+    assert latest_complete_checkpoint(warmup, 10).name == "global_step_10", "the user asked for it"
+    (warmup / TRACKER).write_text("cut off")  # no step: every complete checkpoint counts
+    assert latest_complete_checkpoint(warmup).name == "global_step_10"
 
 
 def test_a_wanted_step(warmup):

@@ -440,6 +440,7 @@ def test_lora_on_the_discriminator(config, key):
         ({f"{ROLLOUT}.temperature": 0}, [f"{ROLLOUT}.temperature=0", "the same text"]),
         ({f"{ROLLOUT}.temperature": -1}, [f"{ROLLOUT}.temperature=-1", "above 0"]),
         ({f"{ROLLOUT}.temperature": None}, [f"{ROLLOUT}.temperature=None", "above 0"]),
+        ({"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable=True", "expected False"]),
     ],
 )
 def test_stage_and_sampling(config, changes, parts):
@@ -535,6 +536,9 @@ def test_the_gad_stage_needs_a_trained_head(config, critic, tmp_path):
 def test_warnings(config):
     (message,) = warnings_of(config({"gad.actor_objective": "policy_gradient"}))
     assert "gad.actor_objective=policy_gradient in stage warmup: the paper uses imitation" in message
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, "trainer.rollout_data_dir": "/tmp/rollouts"}
+    (message,) = warnings_of(config(seqkd))
+    assert "trainer.rollout_data_dir=/tmp/rollouts" in message and "no file" in message
     (message,) = warnings_of(config({"trainer.save_freq": -1}))
     assert "trainer.save_freq=-1" in message
     (message,) = warnings_of(config({"critic.checkpoint.save_contents": ["model"]}))
@@ -680,6 +684,36 @@ def test_output_folder(config, tmp_path):
     assert errors_of(config({"trainer.resume_mode": "disable"})) == []
     expect(config({"trainer.resume_mode": "always"}), "trainer.resume_mode=always", "auto, disable or resume_path")
     expect(config({"trainer.default_local_dir": "~/run"}), "does not expand ~")
+
+
+def test_a_resumed_run_keeps_the_models_that_it_started_from(config, critic, tmp_path):
+    first, newer = (shutil.copytree(critic, tmp_path / name) for name in ("global_step_50", "global_step_60"))
+    tensors = load_file(newer / "model.safetensors")
+    name = max(tensors, key=lambda name: tensors[name].size)
+    save_file({**tensors, name: tensors[name] * np.float32(1.0001)}, newer / "model.safetensors")  # one training step
+
+    def run(actor, discriminator=first, **changes):
+        models = {f"{MODEL}.path": str(actor), "critic.model.path": str(discriminator)}
+        return config({"gad.stage": "gad", "gad.actor_objective": "policy_gradient", **models, **changes})
+
+    assert errors_of(run(first)) == []
+    check.claim_output(run(first))
+    assert errors_of(run(newer)) == [], "nothing has been saved yet"
+    folder = tmp_path / "run"
+    for role in ("actor", "critic"):
+        (folder / "global_step_5" / role).mkdir(parents=True)
+    (folder / "global_step_5" / "data.pt").write_bytes(b"")
+    (folder / TRACKER).write_text("5")
+    assert errors_of(run(first)) == []
+    expect(run(newer), f"started from the actor {first} (", f"this command names {newer} (", "--resume_step")
+    expect(run(first, newer), f"started from the critic {first} (", f"this command names {newer} (")
+    path = {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": str(folder / "global_step_5")}
+    expect(run(newer, **path, **{"trainer.default_local_dir": str(tmp_path / "other")}), f"names {newer}")
+    assert errors_of(run(newer, **{"trainer.resume_mode": "disable"})) == []
+    moved = first.rename(tmp_path / "moved")  # the same model under another name
+    assert errors_of(run(moved, moved)) == []
+    shutil.copytree(newer, first)  # another model under the same name
+    expect(run(first, moved), f"started from the actor {first} (", f"this command names {first} (")
 
 
 def test_resume_from_a_path(config, tmp_path):

@@ -87,15 +87,23 @@ def test_samples(tmp_path):
     for step in range(0, 100, 10):
         row = {"input": "p", "output": f"at {step}", "gts": "t"}
         write(tmp_path / f"val_samples/{step}.jsonl", json.dumps(row) + '\n{"torn')
-    samples, left_out = run_log.read_samples(tmp_path, 4)
+    samples, left_out = run_log.read_samples(tmp_path, 4, {})
     assert list(samples) == [0, 30, 60, 90] and left_out == []
-    assert list(run_log.read_samples(tmp_path, 1)[0]) == [90]
-    assert len(run_log.read_samples(tmp_path, 99)[0]) == 10
+    assert list(run_log.read_samples(tmp_path, 1, {})[0]) == [90]
+    assert len(run_log.read_samples(tmp_path, 99, {})[0]) == 10
     assert run_log.answers_over_training([samples[0], samples[90]], 5) == [("p", "t", [samples[0][0], samples[90][0]])]
     write(tmp_path / "val_samples/90.jsonl", '{"input": "p", "output": "o", "gts": null}\n')
-    samples, (note,) = run_log.read_samples(tmp_path, 2)
+    samples, (note,) = run_log.read_samples(tmp_path, 2, {})
     assert list(samples) == [0] and "step 90" in note and "input, output and gts" in note
-    assert run_log.read_samples(tmp_path / "none", 3) == ({}, [])
+    assert run_log.read_samples(tmp_path / "none", 3, {}) == ({}, [])
+
+
+def test_samples_of_another_time_line_are_left_out(tmp_path):
+    for step in (0, 10, 20, 30):
+        write(tmp_path / f"val_samples/{step}.jsonl", json.dumps({"input": "p", "output": "o", "gts": "t"}) + "\n")
+    metrics = {0: {"val-aux/a/rouge_l/mean@1": 0.1}, 5: {"actor/x": 1.0}, 10: {"val-aux/a/rouge_l/mean@1": 0.2}, 20: {}}
+    samples, (note,) = run_log.read_samples(tmp_path, 9, metrics)  # went back from 30 to 10, and is at 20 again
+    assert list(samples) == [0, 10] and "samples of step 20, 30 are left out" in note
 
 
 def test_settings(tmp_path):

@@ -2,7 +2,7 @@
 rollout, whole answers from vLLM, and no reward function for answers that D scores.
 
 The Hugging Face replica batches requests as they arrive, so a shared random stream would give every run other samples.
-A seed that depends only on step, prompt and sample makes runs repeatable and resumable.
+A seed that depends only on step, row and sample makes runs repeatable and resumable.
 
 A trainer that waits for all answers of a step (modes gad and sync) has no use for unfinished ones: see
 vllm_async_server.py. This changes stock synchronous runs on vLLM too.
@@ -30,6 +30,7 @@ class SingleTurnAgentLoop(_StockSingleTurnAgentLoop):
                 self.rollout_config.seed,
                 int(kwargs["global_steps"]),
                 [message["content"] for message in kwargs["raw_prompt"]],
+                int(kwargs["index"]),  # the row of the data: a prompt may be in it twice
                 int(kwargs["session_id"]),
             )
             sampling_params = {**sampling_params, "seed": zlib.crc32(repr(identity).encode())}

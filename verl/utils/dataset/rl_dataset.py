@@ -78,6 +78,7 @@ class RLHFDataset(_StockRLHFDataset):
     def __getitem__(self, item):
         row = super().__getitem__(item)
         if self.teacher_key is not None:
+            row["index"] = item  # stock verl takes it from extra_info, where it may be missing or the same for all rows
             if row.get("reward_model") is None:
                 row["reward_model"] = {"style": "teacher", "ground_truth": row[TEACHER_TEXT]}
             if row.get("data_source") is None:

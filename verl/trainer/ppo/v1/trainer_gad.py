@@ -26,8 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from recipe.gad.run.checkpoint import claim_folder
-from recipe.gad.run.checks import check_config
+from recipe.gad.run.checks import check_config, claim_output
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import rows as gad_rows
@@ -80,6 +79,9 @@ logger = logging.getLogger(__name__)
 OLD_LOG_PROB_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
 """Advantage estimators that read old log-probabilities."""
 
+GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline")
+"""Advantage estimators that compare an answer with the others to its prompt, and take one answer's score as it is."""
+
 
 @register_trainer("gad")
 class PPOTrainerGAD(PPOTrainerSync):
@@ -103,11 +105,12 @@ class PPOTrainerGAD(PPOTrainerSync):
     def __init__(self, config):
         for warning in check_config(config):
             logger.warning("%s", warning)
-        claim_folder(config.trainer.default_local_dir, config.gad.stage)
+        claim_output(config)
         super().__init__(config)
         self.rollout_n = config.actor_rollout_ref.rollout.n
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
         self._unlabelled: set[str] = set()  # prompts of the step that have no teacher answer
+        self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
         self._scores: dict[str, float] = {}  # D's score of every row of the step
         self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
@@ -156,13 +159,14 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def prepare_step(self) -> dict:
-        self._submitted, self._scores, self._advantages = {}, {}, {}
+        self._submitted, self._data, self._scores, self._advantages = {}, {}, {}, {}
         return super().prepare_step()
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         """Stock, after noting the order of the prompts and telling the reward function that D scores training rows."""
-        for uid in batch["uid"]:
+        for uid, *data in zip(*(list(batch[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)), strict=True):
             self._submitted[uid] = len(self._submitted)
+            self._data[uid] = data
         for extra_info in batch["extra_info"]:
             extra_info["scored_by_discriminator"] = True
         return super()._submit_batch_to_rollout(batch)
@@ -196,8 +200,8 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _add_teacher_rows(self, batch: KVBatchMeta, metrics: dict) -> None:
         """Put one teacher trajectory per prompt into TransferQueue, built from the prompt ids the students really got.
 
-        The number of groups never changes: a missing student is a filler row of weight 0, and a prompt whose rollouts
-        all failed is a whole group of them.
+        The number of groups never changes: a missing student is a filler row of weight 0. If all rollouts of a prompt
+        failed, its messages give the prompt ids.
         """
         limit, n_prompts = self.config.data.max_response_length, self.config.data.train_batch_size
         pairs = zip(batch.keys, batch.tags, strict=True)
@@ -210,7 +214,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
         uids = [group.uid for group in answered]
         rows = gad_rows.teacher_rows(uids, data["prompts"].unbind(), list(data[TEACHER_IDS]))
-        for group in answered:
+        failed = [group.uid for group in self._groups if not group.students]
+        rows |= self._rows_from_data(failed, *([self._data[uid][i] for uid in failed] for i in (0, 1)))
+        for group in self._groups:
             group.teacher_tokens = rows[group.teacher.key]["input_ids"].numel()
         metrics.update(gad_rows.teacher_length_metrics(rows, limit))
         metrics["response_length/cut_ratio"] = float(np.mean([tag["response_len"] >= limit for tag in batch.tags]))
@@ -220,6 +226,14 @@ class PPOTrainerGAD(PPOTrainerSync):
         rows |= {key: gad_rows.filler(self.tokenizer.eos_token_id) for key in missing}
         self._put_rows(batch.partition_id, rows)
         self._extra_keys.extend(rows)
+
+    def _rows_from_data(self, uids: list[str], messages: list, teacher_ids: list) -> dict[str, Trajectory]:
+        """Teacher rows of prompts that no rollout has turned into token ids."""
+        config = self.config.data
+        template_kwargs = config.get("apply_chat_template_kwargs", {})
+        prompts = [build_prompt_ids(self.tokenizer, list(chat), template_kwargs) for chat in messages]
+        prompts = [torch.tensor(ids[-config.max_prompt_length :]) for ids in prompts]
+        return gad_rows.teacher_rows(uids, prompts, teacher_ids)
 
     def _put_rows(self, partition_id: str, rows: dict[str, Trajectory]) -> None:
         fields = tu.list_of_dict_to_tensordict(list(rows.values()))
@@ -337,7 +351,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         return torch.tensor([self._scores.get(key, 0.0) for key in batch.keys])
 
     def _put_scores(self, batch: KVBatchMeta, scores: torch.Tensor, metrics: dict) -> None:
-        """Write scores, one per row of ``batch``, into TransferQueue; 0 for padding and for empty answers."""
+        """Write scores, one per row of ``batch``, into TransferQueue; 0 for padding, empty and lone answers."""
         fields = ["response_mask", "values"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
@@ -348,6 +362,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         if correlation is not None:
             metrics["critic/score_length_corr"] = correlation
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
+        if self.config.algorithm.adv_estimator in GROUP_ESTIMATORS:
+            scores = gad_rows.without_lone_students(scores, batch.keys, self._groups)
         token_scores[offsets[1:][real] - 1] = scores[real]
         nested = torch.nested.nested_tensor_from_jagged(token_scores, offsets)
         # `values` replaces what workers may have put there, (prompt + response), in its dtype: the queue insists
@@ -574,19 +590,19 @@ class PPOTrainerWarmup(PPOTrainerGAD):
     reads_old_log_prob = False
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Imitation; a prompt whose rollouts all failed is left out."""
-        self._imitate([group.teacher for group in self._groups], sum(bool(g.students) for g in self._groups), metrics)
+        """Imitation of every teacher answer of the step, rollouts or not."""
+        self._imitate([group.teacher for group in self._groups], metrics)
         return batch
 
-    def _imitate(self, teachers: list[Row], n_real: int, metrics: dict) -> None:
-        """Next-token loss on one teacher row per prompt, ``n_real`` of them no fillers. The text was not sampled from
-        the student, so the temperature is 1."""
+    def _imitate(self, teachers: list[Row], metrics: dict) -> None:
+        """Next-token loss on one teacher row per prompt. The text was not sampled from the student, so the temperature
+        is 1."""
         self._set_actor_loss(imitation_loss)
         actor = self.config.actor_rollout_ref.actor
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
         ranks = gad_rows.spread([row.tokens for row in teachers], actor, n_ranks, self.global_steps)
         keys = [teachers[i].key for rank in ranks for indices in rank for i in indices]
-        self._train_actor(keys, n_real / len(ranks[0]), 1, metrics, temperature=1.0, calculate_entropy=False)
+        self._train_actor(keys, len(teachers) / len(ranks[0]), 1, metrics, temperature=1.0, calculate_entropy=False)
 
 
 class PPOTrainerSeqKD(PPOTrainerWarmup):
@@ -597,16 +613,16 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         self.on_sample_end()  # the rollout engine sleeps until the weights are sent to it again
-        data, config = self._next_train_batch(sample_batch_size), self.config.data
-        template_kwargs = config.get("apply_chat_template_kwargs", {})
-        prompts = [build_prompt_ids(self.tokenizer, messages, template_kwargs) for messages in list(data["raw_prompt"])]
-        prompts = [torch.tensor(ids[-config.max_prompt_length :]) for ids in prompts]
-        rows = gad_rows.teacher_rows(list(data["uid"]), prompts, list(data[TEACHER_IDS]))
+        data = self._next_train_batch(sample_batch_size)
+        rows = self._rows_from_data(*(list(data[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)))
         self._put_rows("train", rows)
-        metrics.update(gad_rows.teacher_length_metrics(rows, config.max_response_length))
+        metrics.update(gad_rows.teacher_length_metrics(rows, self.config.data.max_response_length))
         with marked_timer("update_actor", timing_raw, color="red"):
-            self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], len(rows), metrics)
+            self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], metrics)
         return self._view(list(rows))
+
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """Nothing: there are no rollouts."""
 
     def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
