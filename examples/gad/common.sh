@@ -24,9 +24,10 @@ Arguments after the flags override the configuration: any key of recipe/gad/conf
 HELP
 }
 
+# parse_flags ARGUMENT...: flags of all launch scripts, and those that EXTRA_FLAGS and EXTRA_SWITCHES name.
 parse_flags() {
-  read_flags "model reward_model exp_name nnodes resume_step train_files val_files warmup_dir output_dir device" \
-    "dry_run skip_doctor" "$@"
+  read_flags "model reward_model exp_name nnodes resume_step train_files val_files warmup_dir output_dir device \
+${EXTRA_FLAGS:-}" "dry_run skip_doctor ${EXTRA_SWITCHES:-}" "$@"
   HYDRA_OVERRIDES=(${REST[@]+"${REST[@]}"})
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recipe.gad.run.checkpoint import check_folder, resume_problems, stage_of
+from recipe.gad.run.checkpoint import DPO_STAGES, WITHOUT_DISCRIMINATOR, check_folder, resume_problems, stage_of
 from recipe.gad.run.config import (
     ACTOR,
     ACTOR_MODEL,
@@ -48,8 +48,8 @@ from recipe.gad.run.findings import (
 )
 from recipe.gad.run.model_checks import check_critic_lora, check_models, check_tokenizers
 
-STAGES = ("seqkd", "warmup", "gad")
-OBJECTIVES = ("policy_gradient", "imitation")
+STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
+OBJECTIVES = ("policy_gradient", "imitation", "dpo")
 RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
 """`ray start` writes this file; ray.init() without an address then joins that cluster."""
 
@@ -152,11 +152,17 @@ def check_stage(config: DictConfig) -> Findings:
     if objective not in OBJECTIVES:
         yield error(f"gad.actor_objective={objective}: expected {either(OBJECTIVES)}", fix="set one of them")
         return
-    if stage == "seqkd" and objective != "imitation":
+    if stage == "seqkd" and objective == "policy_gradient":
         yield error(f"gad.actor_objective={objective}: stage seqkd only imitates", fix="gad.actor_objective=imitation")
-    if stage == "seqkd" and critic:
-        yield error("critic.enable=True: stage seqkd trains no discriminator", fix="critic.enable=False")
-    if stage != "seqkd" and not critic:
+    if (objective == "dpo") != (stage in DPO_STAGES):
+        fix = "dpo" if stage in DPO_STAGES else "imitation" if stage in ("seqkd", "warmup") else "policy_gradient"
+        yield error(
+            f"gad.actor_objective={objective}: dpo is for the stages {either(DPO_STAGES)}, and the stage is {stage}",
+            fix=f"gad.actor_objective={fix}",
+        )
+    if stage in WITHOUT_DISCRIMINATOR and critic:
+        yield error(f"critic.enable=True: stage {stage} trains no discriminator", fix="critic.enable=False")
+    if stage not in WITHOUT_DISCRIMINATOR and not critic:
         yield error(
             f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains a discriminator",
             fix="critic.enable=True",
@@ -168,6 +174,35 @@ def check_stage(config: DictConfig) -> Findings:
         yield error("trainer.use_v1=False: GAD is a v1 trainer", fix="trainer.use_v1=True")
     if (mode := get(config, "trainer.v1.trainer_mode")) != "gad":
         yield error(f"trainer.v1.trainer_mode={mode}: the GAD trainer would not run", fix="trainer.v1.trainer_mode=gad")
+
+
+def check_dpo(config: DictConfig) -> Findings:
+    """DPO has a reference, one optimizer step a batch, and no settings that it would not read."""
+    stage, batch = get(config, "gad.stage"), get(config, "data.train_batch_size")
+    if stage not in DPO_STAGES:
+        return
+    beta = get(config, "gad.dpo_beta")
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or beta <= 0:
+        yield error(f"gad.dpo_beta={beta}: expected a number above 0", fix="gad.dpo_beta=0.1")
+    if not get(config, f"{ACTOR}.use_kl_loss"):
+        yield error(
+            f"{ACTOR}.use_kl_loss=False: verl then loads no reference, which DPO compares with",
+            fix=f"{ACTOR}.use_kl_loss=True",
+        )
+    one_step = "the gradient of DPO is exact for one optimizer step of the whole batch"
+    for key, value in (("ppo_mini_batch_size", batch), ("ppo_epochs", 1)):
+        if (found := get(config, f"{ACTOR}.{key}")) != value:
+            yield error(f"{ACTOR}.{key}={found}: {one_step}", fix=f"{ACTOR}.{key}={value}")
+    unread = {
+        f"{ACTOR}.kl_loss_coef": 0,
+        f"{ACTOR}.entropy_coeff": 0,
+        f"{ACTOR}.policy_loss.loss_mode": "vanilla",
+        "algorithm.use_kl_in_reward": False,
+        "trainer.critic_warmup": 0,
+    }
+    for key, value in unread.items():
+        if (found := get(config, key)) != value:
+            yield error(f"{key}={found}: stage {stage} would not read it", fix=f"{key}={value}")
 
 
 def check_polling(config: DictConfig) -> Findings:
@@ -491,6 +526,7 @@ def _cpu_findings(config: DictConfig, rollout: str, platform: str, in_worker: bo
 CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
+    check_dpo,
     check_polling,
     check_sampling,
     check_saving,

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipe.gad.run.checkpoint import WITHOUT_DISCRIMINATOR
 from recipe.gad.run.findings import InputError, one_line
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
@@ -39,7 +40,7 @@ def neighbours(value: int, step: int) -> list[int]:
 
 
 def has_discriminator(config: DictConfig) -> bool:
-    return get(config, "gad.stage") != "seqkd"
+    return get(config, "gad.stage") not in WITHOUT_DISCRIMINATOR
 
 
 def needs_reference(config: DictConfig) -> bool:

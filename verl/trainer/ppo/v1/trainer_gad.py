@@ -63,6 +63,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     trainer_mode = property(lambda self: "sync", lambda self, value: None)
 
     reads_old_log_prob = True  # does the actor's update compare with the policy that sampled?
+    samples_in_training = True  # or is the rollout engine for validation alone?
 
     def __new__(cls, config=None):  # copy.copy gives no config
         return super().__new__(stage_class(config) if cls is PPOTrainerGAD and config is not None else cls)
@@ -108,11 +109,21 @@ class PPOTrainerGAD(PPOTrainerSync):
             del timing_raw["values"]  # stock's timer around an update that has timed itself
         return batch
 
+    def _wakes_engine(self) -> bool:
+        """Is the rollout engine used between the first step and the last?"""
+        trainer = self.config.trainer
+        return bool(self.samples_in_training or trainer.test_freq > 0 or trainer.val_before_train)
+
+    def on_sample_end(self):
+        if self._wakes_engine():
+            super().on_sample_end()
+
     def on_step_end(self):
         if self._extra_keys:
             tq.kv_clear(keys=self._extra_keys, partition_id="train")
             self._extra_keys = []
-        super().on_step_end()
+        if self._wakes_engine():
+            super().on_step_end()
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
@@ -273,6 +284,34 @@ class PPOTrainerGAD(PPOTrainerSync):
                 metrics[f"training/{name}"] = metrics.pop(f"actor/{name}")
         return batch
 
+    def _train_rows(
+        self, keys: list[str], metrics: dict, *, global_batch_size: float, n: int = 1, fields: list[str] | None = None
+    ) -> None:
+        """Optimizer steps of the actor on rows of ours, spread over the ranks in this order, at temperature 1.
+
+        ``n`` is the number of rows of a prompt. The workers get ``fields`` of a row, or all that the rows have.
+        """
+        actor = self.config.actor_rollout_ref.actor
+        extra_info = {
+            "global_batch_size": global_batch_size,
+            "mini_batch_size": actor.ppo_mini_batch_size * n,
+            "epochs": actor.ppo_epochs,
+            "seed": actor.data_loader_seed,
+            "dataloader_kwargs": {"shuffle": False},  # spread has shuffled already
+            "temperature": 1.0,
+            "calculate_entropy": False,
+            "distillation_use_topk": False,
+            "distillation_only": False,
+        }
+        if not actor.use_dynamic_bsz:
+            rows_per_rank = actor.ppo_mini_batch_size * n // data_parallel_size(self.actor_rollout_wg, "actor")
+            extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
+        rows = self._view(keys, **extra_info)
+        rows.fields = fields
+        output = rename_dict(self.actor_rollout_wg.update_actor(rows)["metrics"], "actor/")
+        output["perf/mfu/actor"] = output.pop("actor/mfu")
+        metrics.update(reduce_metrics(output))
+
     def _set_actor_loss(self, loss: Callable) -> None:
         if loss is not self._actor_loss:
             actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
@@ -294,31 +333,30 @@ class PPOTrainerWarmup(PPOTrainerGAD):
         """Next-token loss on one teacher row per prompt, ``n_real`` of them no fillers. The text was not sampled from
         the student, so the temperature is 1."""
         self._set_actor_loss(imitation_loss)
-        actor = self.config.actor_rollout_ref.actor
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
-        ranks = gad_rows.spread([row.tokens for row in teachers], actor, n_ranks, self.global_steps)
-        extra_info = {
-            "global_batch_size": n_real / len(ranks[0]),
-            "mini_batch_size": actor.ppo_mini_batch_size,
-            "epochs": actor.ppo_epochs,
-            "seed": actor.data_loader_seed,
-            "dataloader_kwargs": {"shuffle": False},  # spread has shuffled already
-            "temperature": 1.0,
-            "calculate_entropy": False,
-            "distillation_use_topk": False,
-            "distillation_only": False,
-        }
-        if not actor.use_dynamic_bsz:
-            rows_per_rank = actor.ppo_mini_batch_size // n_ranks
-            extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
+        sizes = [row.tokens for row in teachers]
+        ranks = gad_rows.spread(sizes, self.config.actor_rollout_ref.actor, n_ranks, self.global_steps)
         keys = [teachers[i].key for rank in ranks for indices in rank for i in indices]
-        output = rename_dict(self.actor_rollout_wg.update_actor(self._view(keys, **extra_info))["metrics"], "actor/")
-        output["perf/mfu/actor"] = output.pop("actor/mfu")
-        metrics.update(reduce_metrics(output))
+        self._train_rows(keys, metrics, global_batch_size=n_real / len(ranks[0]))
 
 
 class PPOTrainerSeqKD(PPOTrainerWarmup):
-    """Stage seqkd: imitation alone. The teacher's rows come straight from the data; nothing is sampled or scored."""
+    """Stage seqkd: imitation alone. The teacher's rows come straight from the data; nothing is sampled or scored.
+
+    A run that never validates starts no rollout engine, and none of the processes that ask it or score its answers.
+    """
+
+    samples_in_training = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not self._wakes_engine():
+            self._enable_hybrid_replicas = False
+            config.reward.num_workers = config.actor_rollout_ref.rollout.agent.num_workers = 0
+
+    def on_init_end(self):
+        if self._wakes_engine():
+            super().on_init_end()
 
     def prepare_step(self) -> dict:
         return {}
@@ -346,4 +384,8 @@ def stage_class(config: DictConfig) -> type[PPOTrainerGAD]:
     stage, objective = (OmegaConf.select(config, f"gad.{key}") for key in ("stage", "actor_objective"))
     if stage == "seqkd":
         return PPOTrainerSeqKD
+    if stage in ("soda", "online_dpo"):
+        from recipe.gad.training import preference_trainer  # its classes extend ours
+
+        return preference_trainer.STAGES[stage]
     return PPOTrainerWarmup if objective == "imitation" else PPOTrainerGAD
