@@ -29,11 +29,11 @@ class Kind(NamedTuple):
 
 KINDS = {
     "seqkd": Kind("run_seqkd.sh", trains_student=True, leaves_discriminator=False),
-    "soda": Kind("run_soda.sh", trains_student=True, leaves_discriminator=False),
-    "online_dpo": Kind("run_soda.sh", trains_student=True, leaves_discriminator=False, flags=("--online",)),
     "warmup": Kind("run_warmup.sh", trains_student=True, leaves_discriminator=True),
     "discriminator": Kind("run_warmup.sh", trains_student=False, leaves_discriminator=True),
     "gad": Kind("run_gad.sh", trains_student=True, leaves_discriminator=True, needs_discriminator=True),
+    "soda": Kind("run_soda.sh", trains_student=True, leaves_discriminator=False),
+    "online_dpo": Kind("run_soda.sh", trains_student=True, leaves_discriminator=False, flags=("--online",)),
 }
 """Kinds of stages; "discriminator" is a warmup in which the student is never updated."""
 

@@ -8,6 +8,7 @@ from tensordict import TensorDict
 
 from recipe.gad.training import preference
 from recipe.gad.training.trajectory import TEACHER_IDS
+from verl.utils import tensordict_utils as tu
 
 POLICY, REFERENCE = [-10.0, -12.0, -9.0, -20.0, -5.0, -6.5], [-11.0, -11.5, -9.5, -19.0, -5.0, -4.0]
 BETA = 0.3
@@ -129,7 +130,7 @@ def test_two_passes_in_any_micro_batches_have_the_gradient_of_dpo_written_out():
                 },
                 batch_size=len(micro_batch),
             )
-            data["dp_size"] = n_ranks
+            tu.assign_non_tensor(data, dp_size=n_ranks)
             offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
             output = {"log_probs": torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets)}
             part, metrics = preference.coefficient_loss(None, output, data)
