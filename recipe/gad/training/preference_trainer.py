@@ -40,6 +40,9 @@ CHUNK = 512
 class PPOTrainerOnlineDPO(PPOTrainerGAD):
     """Stage online_dpo: a stock step without scores and advantages, and an update of the actor on pairs."""
 
+    def _scores_in_update(self) -> bool:
+        return False  # nothing scores
+
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return batch
 
