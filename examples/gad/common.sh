@@ -49,7 +49,11 @@ launch() {
   case "$OUTPUT_DIR" in /*) ;; *) OUTPUT_DIR="$PWD/$OUTPUT_DIR" ;; esac
   local model; model=$(absolute "$MODEL")
   local environment=(VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" VERL_FILE_LOGGER_APPEND=1)
-  if [ "$DEVICE" = cpu ]; then environment+=(VERL_PLATFORM=cpu); fi
+  if [ "$DEVICE" = cpu ]; then
+    environment+=(VERL_PLATFORM=cpu)
+  else # verl disables the cache for engines that start together and read half of a file; torch 2.11 writes whole files
+    environment+=(VLLM_DISABLE_COMPILE_CACHE="${VLLM_DISABLE_COMPILE_CACHE:-0}")
+  fi
   local overrides=(
     device="$DEVICE"
     "$@"

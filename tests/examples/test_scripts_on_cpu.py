@@ -159,10 +159,16 @@ def test_the_printed_command_composes(stage, device):
     assert config.trainer.device == ("cpu" if device == "cpu" else "cuda")
     assert config.actor_rollout_ref.rollout.name == ("hf" if device == "cpu" else "vllm")
     expected = {"VERL_FILE_LOGGER_PATH": "/out/a b/metrics.jsonl", "VERL_FILE_LOGGER_APPEND": "1"}
-    expected |= {"VERL_PLATFORM": "cpu"} if device == "cpu" else {}
+    expected |= {"VERL_PLATFORM": "cpu"} if device == "cpu" else {"VLLM_DISABLE_COMPILE_CACHE": "0"}
     assert command.environment == expected
     assert dict(config.ray_kwargs.ray_init.runtime_env.env_vars) == expected, "Ray workers of other nodes need them too"
     assert all(isinstance(value, str) for value in config.ray_kwargs.ray_init.runtime_env.env_vars.values())
+
+
+def test_the_cache_of_compiled_graphs_can_be_disabled_again():
+    (command,) = dry_run("run_gad.sh", VLLM_DISABLE_COMPILE_CACHE="1")
+    assert command.environment["VLLM_DISABLE_COMPILE_CACHE"] == "1"
+    assert command.compose().ray_kwargs.ray_init.runtime_env.env_vars.VLLM_DISABLE_COMPILE_CACHE == "1"
 
 
 def test_the_papers_setting():
