@@ -352,7 +352,9 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
         super().__init__(config)
         if not self._wakes_engine():
             self._enable_hybrid_replicas = False
-            config.reward.num_workers = config.actor_rollout_ref.rollout.agent.num_workers = 0
+            rollout = config.actor_rollout_ref.rollout
+            rollout.nnodes = 1  # stock asks for a node before it finds that no engine is wanted
+            rollout.agent.num_workers = config.reward.num_workers = 0
 
     def on_init_end(self):
         if self._wakes_engine():
