@@ -192,6 +192,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("kl_loss", "KL to the reference", "From the warmup policy, nats per token.", {"": "actor/kl_loss"}),
         Panel("sft_loss", "Imitation loss", "Next-token loss on the teacher's text.", {"": "actor/sft_loss"}),
         Panel(
+            "dpo",
+            "DPO",
+            "Its loss, and the share of pairs in which the policy has come to prefer the teacher.",
+            {"loss": "actor/dpo_loss", "accuracy": "actor/dpo_acc"},
+        ),
+        Panel(
             "grad_norm",
             "Gradient norms",
             "Before clipping.",

@@ -69,7 +69,7 @@ class PPOTrainerOnlineDPO(PPOTrainerGAD):
         tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
         self._set_actor_loss(preference.coefficient_loss)
         fields_read = [*SCORING_FIELDS, preference.COEFFICIENT]
-        self._train_rows(keys, metrics, global_batch_size=len(keys), n=n + 1, fields=fields_read)
+        self._train_actor(keys, len(keys), n + 1, metrics, fields_read, temperature=1.0, calculate_entropy=False)
         del metrics["actor/loss"]  # the sum has the right gradient, but its value means nothing
         return batch
 

@@ -284,31 +284,35 @@ class PPOTrainerGAD(PPOTrainerSync):
                 metrics[f"training/{name}"] = metrics.pop(f"actor/{name}")
         return batch
 
-    def _train_rows(
-        self, keys: list[str], metrics: dict, *, global_batch_size: float, n: int = 1, fields: list[str] | None = None
+    def _train_actor(
+        self,
+        keys: list[str],
+        global_batch_size: float,
+        rows_per_prompt: int,
+        metrics: dict,
+        fields: list[str] | None = None,
+        **extra_info: Any,
     ) -> None:
-        """Optimizer steps of the actor on rows of ours, spread over the ranks in this order, at temperature 1.
-
-        ``n`` is the number of rows of a prompt. The workers get ``fields`` of a row, or all that the rows have.
-        """
+        """Optimizer steps of the actor over rows that :func:`spread` has put into their order; ``fields`` None: all
+        that the rows share."""
         actor = self.config.actor_rollout_ref.actor
+        mini_batch_size = actor.ppo_mini_batch_size * rows_per_prompt
         extra_info = {
             "global_batch_size": global_batch_size,
-            "mini_batch_size": actor.ppo_mini_batch_size * n,
+            "mini_batch_size": mini_batch_size,
             "epochs": actor.ppo_epochs,
             "seed": actor.data_loader_seed,
             "dataloader_kwargs": {"shuffle": False},  # spread has shuffled already
-            "temperature": 1.0,
-            "calculate_entropy": False,
             "distillation_use_topk": False,
             "distillation_only": False,
+            **extra_info,
         }
         if not actor.use_dynamic_bsz:
-            rows_per_rank = actor.ppo_mini_batch_size * n // data_parallel_size(self.actor_rollout_wg, "actor")
+            rows_per_rank = mini_batch_size // data_parallel_size(self.actor_rollout_wg, "actor")
             extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
-        rows = self._view(keys, **extra_info)
-        rows.fields = fields
-        output = rename_dict(self.actor_rollout_wg.update_actor(rows)["metrics"], "actor/")
+        view = self._view(keys, **extra_info)
+        view.fields = fields
+        output = rename_dict(self.actor_rollout_wg.update_actor(view)["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
         metrics.update(reduce_metrics(output))
 
@@ -333,11 +337,11 @@ class PPOTrainerWarmup(PPOTrainerGAD):
         """Next-token loss on one teacher row per prompt, ``n_real`` of them no fillers. The text was not sampled from
         the student, so the temperature is 1."""
         self._set_actor_loss(imitation_loss)
+        actor = self.config.actor_rollout_ref.actor
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
-        sizes = [row.tokens for row in teachers]
-        ranks = gad_rows.spread(sizes, self.config.actor_rollout_ref.actor, n_ranks, self.global_steps)
+        ranks = gad_rows.spread([row.tokens for row in teachers], actor, n_ranks, self.global_steps)
         keys = [teachers[i].key for rank in ranks for indices in rank for i in indices]
-        self._train_rows(keys, metrics, global_batch_size=n_real / len(ranks[0]))
+        self._train_actor(keys, n_real / len(ranks[0]), 1, metrics, temperature=1.0, calculate_entropy=False)
 
 
 class PPOTrainerSeqKD(PPOTrainerWarmup):
