@@ -51,7 +51,7 @@ launch() {
   local environment=(VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" VERL_FILE_LOGGER_APPEND=1)
   if [ "$DEVICE" = cpu ]; then
     environment+=(VERL_PLATFORM=cpu)
-  else # verl disables the cache for engines that start together and read half of a file; torch 2.11 writes whole files
+  else # verl disables the cache, see docs/troubleshooting.md
     environment+=(VLLM_DISABLE_COMPILE_CACHE="${VLLM_DISABLE_COMPILE_CACHE:-0}")
   fi
   local overrides=(
