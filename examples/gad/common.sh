@@ -24,9 +24,10 @@ Arguments after the flags override the configuration: any key of recipe/gad/conf
 HELP
 }
 
+# parse_flags ARGUMENT...: flags of all launch scripts, and those that EXTRA_FLAGS and EXTRA_SWITCHES name.
 parse_flags() {
-  read_flags "model reward_model exp_name nnodes resume_step train_files val_files warmup_dir output_dir device" \
-    "dry_run skip_doctor" "$@"
+  read_flags "model reward_model exp_name nnodes resume_step train_files val_files warmup_dir output_dir device \
+${EXTRA_FLAGS:-}" "dry_run skip_doctor ${EXTRA_SWITCHES:-}" "$@"
   HYDRA_OVERRIDES=(${REST[@]+"${REST[@]}"})
 }
 
@@ -48,7 +49,11 @@ launch() {
   case "$OUTPUT_DIR" in /*) ;; *) OUTPUT_DIR="$PWD/$OUTPUT_DIR" ;; esac
   local model; model=$(absolute "$MODEL")
   local environment=(VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" VERL_FILE_LOGGER_APPEND=1)
-  if [ "$DEVICE" = cpu ]; then environment+=(VERL_PLATFORM=cpu); fi
+  if [ "$DEVICE" = cpu ]; then
+    environment+=(VERL_PLATFORM=cpu)
+  else # verl disables the cache, see docs/troubleshooting.md
+    environment+=(VLLM_DISABLE_COMPILE_CACHE="${VLLM_DISABLE_COMPILE_CACHE:-0}")
+  fi
   local overrides=(
     device="$DEVICE"
     "$@"

@@ -29,7 +29,7 @@ DOCS = [
 ]
 FOLDERS = ("benchmarks", "docs", "examples", "recipe", "scripts", "tests", "verl")
 """What a path in backticks starts with, if it is one of this repository."""
-LAUNCHERS = [f"run_{stage}.sh" for stage in ("seqkd", "warmup", "gad", "pipeline")]
+LAUNCHERS = [f"run_{stage}.sh" for stage in ("seqkd", "warmup", "gad", "soda", "pipeline")]
 PLACEHOLDER = "..."
 """In a command: what it needs besides."""
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import shutil
 import signal
@@ -194,6 +195,33 @@ def seqkd(runner):
 
 
 @in_background
+def seqkd_without_validation(runner):
+    quiet = ["trainer.test_freq=-1", "trainer.val_before_train=False"]
+    return runner.stage("seqkd", "seqkd-quiet", "--model", f"{runner.problem}/model", *quiet)
+
+
+@in_background
+def soda(runner):
+    return runner.stage("soda", "soda", "--model", f"{runner.problem}/model")
+
+
+@in_background
+def soda_on_two_ranks(runner):
+    return runner.stage("soda", "soda-2", "--model", f"{runner.problem}/model", "trainer.n_gpus_per_node=2")
+
+
+@in_background
+def killed_soda(runner):
+    return runner.killed_and_resumed("soda", "killed-soda", "--model", f"{runner.problem}/model")
+
+
+@in_background
+def online_dpo(runner):
+    flags = ["--online", "--beta", "0.3"]
+    return runner.stage("soda", "online", *flags, "--model", f"{runner.problem}/model")
+
+
+@in_background
 def gad(runner, warmup):
     return runner.stage("gad", "gad", "--warmup_dir", str(warmup))
 
@@ -360,6 +388,46 @@ def test_seqkd_trains_on_the_teacher_alone(seqkd):
     assert log[STEPS]["actor/sft_loss"] < log[1]["actor/sft_loss"]
     assert not any(key.startswith("critic/") for key in log[STEPS])
     assert any(key.startswith("val-aux/tiny/rouge_l/mean") for key in log[STEPS])
+
+
+def test_a_seqkd_run_that_never_validates_learns_the_same_without_a_rollout_engine(seqkd, seqkd_without_validation):
+    log, quiet = metrics(seqkd), metrics(seqkd_without_validation)
+    assert sorted(quiet) == list(range(1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        assert quiet[step] == {name: value for name, value in log[step].items() if "val-" not in name}, f"step {step}"
+
+
+def test_soda_learns_to_prefer_the_teacher(soda, online_dpo):
+    for out, stage in ((soda, "soda"), (online_dpo, "online_dpo")):
+        log = metrics(out)
+        assert sorted(log) == list(range(STEPS + 1))
+        assert log[1]["actor/dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
+        assert log[1]["actor/dpo_margin"] == pytest.approx(0.0, abs=1e-4)
+        assert log[STEPS]["actor/dpo_loss"] < log[1]["actor/dpo_loss"]
+        assert log[STEPS]["actor/dpo_margin"] > 0.1 and log[STEPS]["actor/dpo_acc"] > 0.6
+        assert log[STEPS]["gad/missing_rollouts"] == 0 and log[STEPS]["response_length/mean"] > 0
+        assert not any(key.startswith("critic/") for key in log[STEPS])
+        assert any(key.startswith("val-aux/tiny/rouge_l/mean") for key in log[STEPS])
+        assert json.loads((out / "gad_stage.json").read_text())["stage"] == stage
+    assert len((soda / "start_answers.jsonl").read_text().splitlines()) == 5 * 8, "the prompts of the run, no others"
+    assert not (online_dpo / "start_answers.jsonl").exists()
+
+
+def test_soda_on_two_ranks_does_what_it_does_on_one(soda, soda_on_two_ranks):
+    one_log, two_log = metrics(soda), metrics(soda_on_two_ranks)
+    for step in range(1, STEPS + 1):
+        for name in ("actor/dpo_loss", "actor/dpo_margin", "actor/grad_norm"):
+            assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
+
+
+def test_a_killed_soda_run_resumes_with_its_stored_answers(soda, killed_soda):
+    out, last_checkpoint, last_step = killed_soda
+    assert (last_checkpoint, last_step) == (str(SAVE_FREQ), SAVE_FREQ + 1)
+    expected, got = metrics(soda), metrics(out)
+    for step in range(1, STEPS + 1):
+        means = {name: pytest.approx(v, rel=1e-12, abs=0) for name, v in expected[step].items() if "val-" in name}
+        assert got[step] == expected[step] | means, f"step {step}"
+    assert (out / "start_answers.jsonl").read_text() == (soda / "start_answers.jsonl").read_text()
 
 
 def test_lora_actor(lora):

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples/gad"
-LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_pipeline.sh"]
+LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_soda.sh", "run_pipeline.sh"]
 STAGES = ["seqkd", "warmup", "gad"]
 FLAGS = """--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device
     --dry-run --skip-doctor""".split()
@@ -114,6 +114,10 @@ def test_mistakes_exit_2_with_the_message_on_stderr(script, arguments, message):
     [
         ("run_gad.sh", [*GOOD, "--resume_step", "5"], "--warmup_dir, which is missing"),
         ("run_gad.sh", ["--warmup_dir", "w", "--model", "m"], "drop --model and --reward_model"),
+        ("run_soda.sh", [*GOOD, "--warmup_dir", "w"], "belong to run_gad.sh"),
+        ("run_soda.sh", [*GOOD, "--beta"], "--beta needs a value"),
+        ("run_gad.sh", [*GOOD, "--online"], "unknown flag --online"),
+        ("run_seqkd.sh", [*GOOD, "--beta", "1"], "unknown flag --beta"),
         ("run_pipeline.sh", [*GOOD, "--warmup_dir", "w"], "belong to run_gad.sh"),
         ("run_pipeline.sh", [*GOOD, "--resume_step", "5"], "belong to run_gad.sh"),
         ("quickstart.sh", ["--speed", "1"], "unknown flag --speed"),
@@ -139,7 +143,7 @@ def test_no_secrets_or_foreign_paths_in_what_we_ship():
 # ---------------------------------------------------------------------- composed commands
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "soda"])
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_the_printed_command_composes(stage, device):
     (command,) = dry_run(f"run_{stage}.sh", "--device", device, "--output_dir", "/out/a b", "--nnodes", "2")
@@ -155,10 +159,16 @@ def test_the_printed_command_composes(stage, device):
     assert config.trainer.device == ("cpu" if device == "cpu" else "cuda")
     assert config.actor_rollout_ref.rollout.name == ("hf" if device == "cpu" else "vllm")
     expected = {"VERL_FILE_LOGGER_PATH": "/out/a b/metrics.jsonl", "VERL_FILE_LOGGER_APPEND": "1"}
-    expected |= {"VERL_PLATFORM": "cpu"} if device == "cpu" else {}
+    expected |= {"VERL_PLATFORM": "cpu"} if device == "cpu" else {"VLLM_DISABLE_COMPILE_CACHE": "0"}
     assert command.environment == expected
     assert dict(config.ray_kwargs.ray_init.runtime_env.env_vars) == expected, "Ray workers of other nodes need them too"
     assert all(isinstance(value, str) for value in config.ray_kwargs.ray_init.runtime_env.env_vars.values())
+
+
+def test_the_cache_of_compiled_graphs_can_be_disabled_again():
+    (command,) = dry_run("run_gad.sh", VLLM_DISABLE_COMPILE_CACHE="1")
+    assert command.environment["VLLM_DISABLE_COMPILE_CACHE"] == "1"
+    assert command.compose().ray_kwargs.ray_init.runtime_env.env_vars.VLLM_DISABLE_COMPILE_CACHE == "1"
 
 
 def test_the_papers_setting():
@@ -185,6 +195,18 @@ def test_warmup_and_seqkd_differ_from_gad_as_the_paper_says():
     assert (warmup.critic.enable, seqkd.critic.enable) == (True, False)
     assert not warmup.actor_rollout_ref.actor.use_kl_loss and not seqkd.actor_rollout_ref.actor.use_kl_loss
     assert (warmup.actor_rollout_ref.actor.optim.lr, seqkd.actor_rollout_ref.actor.optim.lr) == (1e-6, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "beta"), [([], "soda", 0.1), (["--online", "--beta", "0.5"], "online_dpo", 0.5)]
+)
+def test_the_dpo_stages_compare_with_the_model_they_start_from(flags, stage, beta):
+    config = stage_config("soda", *flags)
+    actor = config.actor_rollout_ref.actor
+    assert (config.gad.stage, config.gad.actor_objective, config.gad.dpo_beta) == (stage, "dpo", beta)
+    assert (config.trainer.experiment_name, config.critic.enable) == (stage, False)
+    assert (actor.use_kl_loss, actor.kl_loss_coef) == (True, 0), "use_kl_loss loads the reference"
+    assert actor.optim.lr == stage_config("gad").actor_rollout_ref.actor.optim.lr
 
 
 def test_without_a_validation_file_a_few_training_rows_are_validated_on():

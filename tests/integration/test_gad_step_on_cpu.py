@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transfer_queue as tq
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
+from recipe.gad.training.preference_trainer import PPOTrainerOnlineDPO
 from recipe.gad.training.rows import filler, sample_order
 from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
 
@@ -313,8 +315,6 @@ def test_without_the_old_log_prob_pass_the_actor_gets_the_same_gradient(live):
     ids=lambda keys: next(iter(keys)).rsplit("__", 1)[-1],
 )
 def test_old_log_probs_are_computed_when_something_needs_them(live, needs_it):
-    from omegaconf import OmegaConf
-
     before = {key: OmegaConf.select(live.config, key.replace("__", ".")) for key in needs_it}
     live.set(gad__skip_old_log_prob=True)
     assert live.trainer._skips_old_log_prob()
@@ -517,4 +517,60 @@ def test_imitation_is_the_next_token_loss_on_the_teacher(live):
     expected = -torch.cat([token_log_probs(policy, *row, temperature=1.0) for row in teacher_rows]).mean()
     live.trainer._update_actor(batch, metrics=metrics)
     assert metrics["actor/sft_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    live.finish(batch)
+
+
+@pytest.mark.parametrize(
+    "micro_batches",
+    [
+        {"actor_rollout_ref__actor__ppo_max_token_len_per_gpu": 60},
+        {
+            "actor_rollout_ref__actor__use_dynamic_bsz": False,
+            "actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu": 3,
+            "actor_rollout_ref__ref__log_prob_use_dynamic_bsz": False,
+            "actor_rollout_ref__ref__log_prob_micro_batch_size_per_gpu": 7,
+            "actor_rollout_ref__rollout__log_prob_use_dynamic_bsz": False,
+            "actor_rollout_ref__rollout__log_prob_micro_batch_size_per_gpu": 4,
+        },
+    ],
+    ids=["by tokens", "fixed rows"],
+)
+@pytest.mark.parametrize("missing", ["none", "one sample", "a whole prompt"])
+def test_dpo_has_the_loss_and_the_gradient_of_the_pairs_written_out(live, micro_batches, missing):
+    before = {key: OmegaConf.select(live.config, key.replace("__", ".")) for key in micro_batches}
+    live.trainer.__class__ = PPOTrainerOnlineDPO
+    live.set(gad__dpo_beta=0.3, **micro_batches)
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
+    if missing == "one sample":
+        batch = drop(batch, keys[1:2])
+    elif missing == "a whole prompt":
+        batch = drop(batch, [*keys[:4], keys[6]])
+    batch = live.trainer._balance_batch(batch, metrics=metrics)
+    policy, path = hf_model(live, "actor"), live.config.actor_rollout_ref.model.path
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
+
+    def log_ratio(prompt, response):
+        ids, total = torch.cat([prompt, response]).unsqueeze(0), 0.0
+        for model, sign in ((policy, 1.0), (reference, -1.0)):
+            log_probs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            total = total + sign * log_probs.gather(-1, response.unsqueeze(-1)).sum()
+        return total
+
+    gaps = []
+    for teacher, students in live_groups(live):
+        chosen = log_ratio(*teacher)
+        gaps += [0.3 * (chosen - log_ratio(*student)) for student in students]
+    gaps = torch.stack(gaps)
+    assert len(gaps) == 8 * 4 - {"none": 0, "one sample": 1, "a whole prompt": 5}[missing]
+    loss = -F.logsigmoid(gaps).mean()
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters() if p.grad is not None)).item()
+    live.trainer._update_actor(batch, metrics=metrics)
+    assert metrics["actor/dpo_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["actor/dpo_margin"] == pytest.approx(gaps.mean().item(), abs=1e-4)
+    assert metrics["actor/dpo_acc"] == pytest.approx((gaps > 0).double().mean().item(), abs=1e-6)
+    assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert "actor/loss" not in metrics
+    live.set(**before)
     live.finish(batch)

@@ -210,6 +210,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             {"alone": "actor/sft_loss", "beside": "actor/imitation_loss"},
         ),
         Panel(
+            "dpo",
+            "DPO",
+            "Its loss, and the share of pairs in which the policy has come to prefer the teacher.",
+            {"loss": "actor/dpo_loss", "accuracy": "actor/dpo_acc"},
+        ),
+        Panel(
             "grad_norm",
             "Gradient norms",
             "Before clipping.",

@@ -37,6 +37,8 @@ KEY_METRICS = (
     "actor/kl_loss",
     "actor/pg_clipfrac",
     "actor/sft_loss",
+    "actor/dpo_loss",
+    "actor/dpo_acc",
     "actor/grad_norm",
     "critic/grad_norm",
     "perf/throughput",

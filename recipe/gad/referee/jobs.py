@@ -100,7 +100,8 @@ class Training:
         discriminator = self.stage.reward_model
         if before and discriminator is None and KINDS[before.stage.kind].leaves_discriminator:
             discriminator = str(before.checkpoint(before.stage.steps) / "critic/huggingface")
-        return flags + (["--reward_model", discriminator] if discriminator and kind != "seqkd" else [])
+        takes_it = KINDS[kind].leaves_discriminator
+        return flags + (["--reward_model", discriminator] if discriminator and takes_it else [])
 
     def overrides(self) -> list[str]:
         """Hydra overrides; the plan's and the stage's come after the referee's."""
@@ -140,7 +141,7 @@ class Training:
         return Job(
             name=self.name,
             command=(
-                *("bash", str(scripts / KINDS[self.stage.kind].script)),
+                *("bash", str(scripts / KINDS[self.stage.kind].script), *KINDS[self.stage.kind].flags),
                 *(*self.start(), *flags, *self.overrides()),
             ),
             needs=(self.before.name,) if self.before else (),

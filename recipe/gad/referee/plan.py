@@ -25,6 +25,8 @@ class Kind(NamedTuple):
     trains_student: bool
     leaves_discriminator: bool
     needs_discriminator: bool = False
+    flags: tuple[str, ...] = ()
+    """Flags of the script that make it this kind."""
 
 
 KINDS = {
@@ -32,6 +34,8 @@ KINDS = {
     "warmup": Kind("run_warmup.sh", trains_student=True, leaves_discriminator=True),
     "discriminator": Kind("run_warmup.sh", trains_student=False, leaves_discriminator=True),
     "gad": Kind("run_gad.sh", trains_student=True, leaves_discriminator=True, needs_discriminator=True),
+    "soda": Kind("run_soda.sh", trains_student=True, leaves_discriminator=False),
+    "online_dpo": Kind("run_soda.sh", trains_student=True, leaves_discriminator=False, flags=("--online",)),
 }
 """Kinds of stages; "discriminator" is a warmup in which the student is never updated."""
 

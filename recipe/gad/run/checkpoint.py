@@ -31,6 +31,9 @@ from recipe.gad.run.hub import local_model
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
+DPO_STAGES = ("soda", "online_dpo")
+WITHOUT_DISCRIMINATOR = ("seqkd", *DPO_STAGES)
+"""Stages whose checkpoints hold no critic."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HEAD_NAMES = re.compile(r"(^|\.)(score|classifier)\.weight$|(^|\.)v_head\.")
 PEFT_PREFIX = "base_model."  # what verl saves of a model with LoRA
@@ -271,7 +274,8 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
         raise InputError(f"step {step}: {skipped[0]}", fix="choose another step, or none for the newest complete one")
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     found = "; ".join(skipped) if skipped else f"no global_step_* folder (found: {contents})"
-    hint = " (this folder is of a seqkd run, which has no discriminator)" if _stage_or_none(folder) == "seqkd" else ""
+    stage = _stage_or_none(folder)
+    hint = f" (this folder is of a {stage} run, which has no discriminator)" if stage in WITHOUT_DISCRIMINATOR else ""
     raise InputError(
         f"{folder} holds no complete checkpoint{hint}: {found}",
         fix="pass the output folder of a finished warmup run (examples/gad/run_warmup.sh, with trainer.save_freq > 0 "
@@ -408,7 +412,7 @@ def check_folder(folder: str | Path, stage: str, resume: bool = True, world_size
 
     Args:
         folder: trainer.default_local_dir; need not exist.
-        stage: seqkd, warmup or gad.
+        stage: a value of gad.stage.
         resume: the run resumes from the newest checkpoint (trainer.resume_mode=auto), so that one must be complete.
         world_size: workers of this run; FSDP shards load only with as many workers as saved them.
 
@@ -435,7 +439,7 @@ def check_folder(folder: str | Path, stage: str, resume: bool = True, world_size
             fix=new_folder,
         )
     if resume:
-        _check_tracker(folder, steps, stage != "seqkd", world_size)
+        _check_tracker(folder, steps, stage not in WITHOUT_DISCRIMINATOR, world_size)
 
 
 def _check_tracker(folder: Path, steps: dict[int, Path], has_critic: bool, world_size: int | None) -> None:

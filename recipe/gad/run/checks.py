@@ -18,6 +18,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from recipe.gad.run.checkpoint import (
+    DPO_STAGES,
+    WITHOUT_DISCRIMINATOR,
     check_folder,
     check_models_of_run,
     claim_folder,
@@ -62,8 +64,8 @@ from recipe.gad.run.findings import (
 )
 from recipe.gad.run.model_checks import check_critic_lora, check_models, check_tokenizers
 
-STAGES = ("seqkd", "warmup", "gad")
-OBJECTIVES = ("policy_gradient", "imitation")
+STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
+OBJECTIVES = ("policy_gradient", "imitation", "dpo")
 CREDITS = ("sequence", "token")
 RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
 """`ray start` writes this file; ray.init() without an address then joins that cluster."""
@@ -167,14 +169,19 @@ def check_stage(config: DictConfig) -> Findings:
     if objective not in OBJECTIVES:
         yield error(f"gad.actor_objective={objective}: expected {either(OBJECTIVES)}", fix="set one of them")
         return
-    if stage == "seqkd" and objective != "imitation":
+    if stage == "seqkd" and objective == "policy_gradient":
         yield error(f"gad.actor_objective={objective}: stage seqkd only imitates", fix="gad.actor_objective=imitation")
-    if stage == "seqkd" and critic:
-        yield error("critic.enable=True: stage seqkd trains no discriminator", fix="critic.enable=False")
-    if stage == "seqkd" and get(config, "trainer.rollout_data_dir"):
-        folder = get(config, "trainer.rollout_data_dir")
+    if (objective == "dpo") != (stage in DPO_STAGES):
+        fix = "dpo" if stage in DPO_STAGES else "imitation" if stage in ("seqkd", "warmup") else "policy_gradient"
+        yield error(
+            f"gad.actor_objective={objective}: dpo is for the stages {either(DPO_STAGES)}, and the stage is {stage}",
+            fix=f"gad.actor_objective={fix}",
+        )
+    if stage in WITHOUT_DISCRIMINATOR and critic:
+        yield error(f"critic.enable=True: stage {stage} trains no discriminator", fix="critic.enable=False")
+    if stage == "seqkd" and (folder := get(config, "trainer.rollout_data_dir")):
         yield warning(f"trainer.rollout_data_dir={folder}: stage seqkd samples nothing, so no file is written")
-    if stage != "seqkd" and not critic:
+    if stage not in WITHOUT_DISCRIMINATOR and not critic:
         yield error(
             f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains a discriminator",
             fix="critic.enable=True",
@@ -201,17 +208,17 @@ def check_objective(config: DictConfig) -> Findings:
         yield error(f"gad.teacher_in_group={in_group}: expected True or False", fix="gad.teacher_in_group=False")
     elif in_group:
         on["gad.teacher_in_group=True"] = "gad.teacher_in_group=False"
-    if get(config, "gad.actor_objective") == "imitation":
+    if (objective := get(config, "gad.actor_objective")) != "policy_gradient":
         for found, off in on.items():
             yield error(
-                f"{found} belongs to the policy gradient, and gad.actor_objective=imitation",
+                f"{found} belongs to the policy gradient, and gad.actor_objective={objective}",
                 fix=f"{off}, or gad.actor_objective=policy_gradient in stage gad",
             )
 
 
 def check_teacher_terms(config: DictConfig) -> Findings:
     """Teacher rows can share a batch with the students' in the actor's update."""
-    if get(config, "gad.actor_objective") == "imitation":
+    if get(config, "gad.actor_objective") != "policy_gradient":
         return
     found = [
         f"gad.{key}={value}" for key in ("imitation_coef", "teacher_in_group") if (value := get(config, f"gad.{key}"))
@@ -252,9 +259,9 @@ def check_credit(config: DictConfig) -> Findings:
         yield error(f"gad.credit_gamma={gamma}: expected a number from 0 to 1", fix="gad.credit_gamma=0.9")
     if credit != "token":
         return
-    if get(config, "gad.stage") == "seqkd":
-        yield error("gad.credit=token: stage seqkd trains no discriminator", fix="gad.credit=sequence")
-    if get(config, "gad.actor_objective") == "imitation":
+    if (stage := get(config, "gad.stage")) in WITHOUT_DISCRIMINATOR:
+        yield error(f"gad.credit=token: stage {stage} trains no discriminator", fix="gad.credit=sequence")
+    if get(config, "gad.actor_objective") != "policy_gradient":
         return
     needed = {
         "algorithm.adv_estimator": "grpo",
@@ -265,6 +272,35 @@ def check_credit(config: DictConfig) -> Findings:
     for key, value in needed.items():
         if (found := get(config, key)) != value:
             yield error(f"gad.credit=token would ignore {key}={found}", fix=f"{key}={value}")
+
+
+def check_dpo(config: DictConfig) -> Findings:
+    """DPO has a reference, one optimizer step a batch, and no settings that it would not read."""
+    stage, batch = get(config, "gad.stage"), get(config, "data.train_batch_size")
+    if stage not in DPO_STAGES:
+        return
+    beta = get(config, "gad.dpo_beta")
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or beta <= 0:
+        yield error(f"gad.dpo_beta={beta}: expected a number above 0", fix="gad.dpo_beta=0.1")
+    if not get(config, f"{ACTOR}.use_kl_loss"):
+        yield error(
+            f"{ACTOR}.use_kl_loss=False: verl then loads no reference, which DPO compares with",
+            fix=f"{ACTOR}.use_kl_loss=True",
+        )
+    one_step = "the gradient of DPO is exact for one optimizer step of the whole batch"
+    for key, value in (("ppo_mini_batch_size", batch), ("ppo_epochs", 1)):
+        if (found := get(config, f"{ACTOR}.{key}")) != value:
+            yield error(f"{ACTOR}.{key}={found}: {one_step}", fix=f"{ACTOR}.{key}={value}")
+    unread = {
+        f"{ACTOR}.kl_loss_coef": 0,
+        f"{ACTOR}.entropy_coeff": 0,
+        f"{ACTOR}.policy_loss.loss_mode": "vanilla",
+        "algorithm.use_kl_in_reward": False,
+        "trainer.critic_warmup": 0,
+    }
+    for key, value in unread.items():
+        if (found := get(config, key)) != value:
+            yield error(f"{key}={found}: stage {stage} would not read it", fix=f"{key}={value}")
 
 
 def check_polling(config: DictConfig) -> Findings:
@@ -282,9 +318,9 @@ def check_lead(config: DictConfig) -> Findings:
     number(config, f"{key}.min_delta", 0, 1)
     if not steps:
         return
-    if get(config, "gad.actor_objective") == "imitation":
+    if (objective := get(config, "gad.actor_objective")) != "policy_gradient":
         yield error(
-            f"{key}.max_steps={steps}, but gad.actor_objective=imitation: the lead is for the policy gradient",
+            f"{key}.max_steps={steps}, but gad.actor_objective={objective}: the lead is for the policy gradient",
             fix=f"{key}.max_steps=0, or trainer.critic_warmup={steps + 1}",
         )
     if warmup := integer(config, "trainer.critic_warmup", minimum=0):
@@ -311,9 +347,9 @@ def check_average(config: DictConfig) -> Findings:
     key = "gad.discriminator_ema"
     if not (decay := number(config, key, 0, 1)):
         return
-    if get(config, "gad.actor_objective") == "imitation":
+    if (objective := get(config, "gad.actor_objective")) != "policy_gradient":
         yield error(
-            f"{key}={decay}, but gad.actor_objective=imitation: no actor follows the scores of the average",
+            f"{key}={decay}, but gad.actor_objective={objective}: no actor follows the scores of the average",
             fix=f"{key}=0",
         )
     if (strategy := get(config, "critic.strategy")) != "fsdp2":
@@ -361,9 +397,9 @@ def check_unlabelled(config: DictConfig) -> Findings:
         return
     if not files:
         return
-    if get(config, "gad.actor_objective") == "imitation":
+    if (objective := get(config, "gad.actor_objective")) != "policy_gradient":
         yield error(
-            f"{key}={files}, but gad.actor_objective=imitation: there is nothing to imitate on these prompts",
+            f"{key}={files}, but gad.actor_objective={objective}: there is nothing to imitate on these prompts",
             fix=f"{key}=[] gad.unlabelled_ratio=0",
         )
         return
@@ -741,6 +777,7 @@ CHECKS: tuple[Check, ...] = (
     check_objective,
     check_teacher_terms,
     check_credit,
+    check_dpo,
     check_polling,
     check_lead,
     check_average,

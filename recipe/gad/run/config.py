@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipe.gad.run.checkpoint import WITHOUT_DISCRIMINATOR
 from recipe.gad.run.findings import InputError, one_line
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
@@ -69,7 +70,7 @@ def replayed_prompts(config: DictConfig) -> int:
 
 
 def has_discriminator(config: DictConfig) -> bool:
-    return get(config, "gad.stage") != "seqkd"
+    return get(config, "gad.stage") not in WITHOUT_DISCRIMINATOR
 
 
 def start_models(config: DictConfig) -> dict[str, str]:

@@ -95,7 +95,7 @@ def one(tmp_path_factory):
 
 def test_page_is_whole_and_self_contained(one):
     page = Page(one / "report.html")
-    expected = {panel.name for panels in SECTIONS.values() for panel in panels} - {"sft_loss"} | {"step_time"}
+    expected = {panel.name for panels in SECTIONS.values() for panel in panels} - {"sft_loss", "dpo"} | {"step_time"}
     assert expected <= set(page.ids)
     assert {"health", "summary", "samples", "settings"} <= set(page.ids) and len(page.ids) == len(set(page.ids))
     assert len(page.assets) == 2 * len(expected)

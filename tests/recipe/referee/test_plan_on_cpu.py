@@ -170,6 +170,18 @@ def test_a_discriminator_goes_along_and_may_be_named(tmp_path):
     ]
 
 
+def test_dpo_starts_from_the_student_of_the_stage_before(tmp_path):
+    value = plan_value(arms=arms(x=[{"warmup": {"steps": 20}}, {"soda": {"steps": 10}}, {"online_dpo": {"steps": 20}}]))
+    warmup, soda, online = chain(parse_plan(value), tmp_path, "x")
+    assert soda.start() == ["--model", f"{warmup.folder}/global_step_20/actor/huggingface"]
+    assert online.start() == ["--model", f"{soda.folder}/global_step_10/actor/huggingface"]
+    commands = [training.job(Path("s")).command for training in (soda, online)]
+    assert [command[:3] for command in commands] == [
+        ("bash", "s/run_soda.sh", "--model"),
+        ("bash", "s/run_soda.sh", "--online"),
+    ]
+
+
 def test_seeds_and_rows_reach_the_launch_script(tmp_path):
     plan = parse_plan(plan_value(train_rows=[16, "all"], overrides=["data.max_prompt_length=16"]))
     runs = [run for run in expand(plan, tmp_path) if run.arm.name == "gad" and run.seed == 1]

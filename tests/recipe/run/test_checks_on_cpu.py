@@ -110,6 +110,46 @@ def test_a_good_seqkd_run_passes(config):
     assert check_config(config({"gad.stage": "seqkd", "critic.enable": False})) == []
 
 
+DPO = {
+    "gad.stage": "soda",
+    "gad.actor_objective": "dpo",
+    "critic.enable": False,
+    f"{ACTOR}.use_kl_loss": True,
+    f"{ACTOR}.kl_loss_coef": 0,
+}
+
+
+@pytest.mark.parametrize("stage", ["soda", "online_dpo"])
+def test_a_good_dpo_run_passes(config, stage):
+    assert check_config(config({**DPO, "gad.stage": stage})) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gad.dpo_beta": 0}, ["gad.dpo_beta=0", "a number above 0", "gad.dpo_beta=0.1"]),
+        ({"gad.dpo_beta": "big"}, ["gad.dpo_beta=big"]),
+        ({f"{ACTOR}.use_kl_loss": False}, [f"{ACTOR}.use_kl_loss=False", "no reference"]),
+        ({f"{ACTOR}.ppo_mini_batch_size": 4}, [f"{ACTOR}.ppo_mini_batch_size=4", "one optimizer step", "_size=8"]),
+        ({f"{ACTOR}.ppo_epochs": 2}, [f"{ACTOR}.ppo_epochs=2", "one optimizer step", "ppo_epochs=1"]),
+        ({f"{ACTOR}.kl_loss_coef": 0.001}, [f"{ACTOR}.kl_loss_coef=0.001", "would not read it"]),
+        ({f"{ACTOR}.entropy_coeff": 0.1}, [f"{ACTOR}.entropy_coeff=0.1", "would not read it"]),
+        ({f"{ACTOR}.policy_loss.loss_mode": "gspo"}, ["loss_mode=gspo", "would not read it"]),
+        ({"algorithm.use_kl_in_reward": True}, ["algorithm.use_kl_in_reward=True", "would not read it"]),
+        ({"trainer.critic_warmup": 10}, ["trainer.critic_warmup=10", "would not read it", "trainer.critic_warmup=0"]),
+        ({"critic.enable": True}, ["critic.enable=True", "stage soda trains no discriminator"]),
+        ({"gad.actor_objective": "imitation"}, ["gad.actor_objective=imitation", "Fix: gad.actor_objective=dpo"]),
+    ],
+)
+def test_what_a_dpo_run_refuses(config, changes, parts):
+    expect(config({**DPO, **changes}), *parts)
+
+
+def test_the_other_stages_have_no_dpo(config):
+    expect(config({"gad.actor_objective": "dpo"}), "stage is warmup", "Fix: gad.actor_objective=imitation")
+    assert errors_of(config({"gad.dpo_beta": 0})) == []
+
+
 def test_all_errors_are_listed_at_once(config):
     bad = config({"trainer.use_v1": False, f"{ROLLOUT}.temperature": 0, "data.teacher_key": None})
     with pytest.raises(

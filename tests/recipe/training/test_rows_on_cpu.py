@@ -163,6 +163,8 @@ def test_update_fields_follow_the_order_of_the_weights():
     ("stage", "objective", "name"),
     [
         ("seqkd", "imitation", "PPOTrainerSeqKD"),
+        ("soda", "dpo", "PPOTrainerSODA"),
+        ("online_dpo", "dpo", "PPOTrainerOnlineDPO"),
         ("warmup", "imitation", "PPOTrainerWarmup"),
         ("gad", "policy_gradient", "PPOTrainerGAD"),
         ("gad", "imitation", "PPOTrainerWarmup"),

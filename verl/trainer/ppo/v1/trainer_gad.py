@@ -72,7 +72,7 @@ from verl.workers.critic.dp_critic import (
 )
 from verl.workers.utils.losses import ppo_loss
 
-__all__ = ["PPOTrainerGAD", "PPOTrainerSeqKD", "PPOTrainerWarmup"]
+__all__ = ["PPOTrainerGAD", "PPOTrainerWarmup"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     trainer_mode = property(lambda self: "sync", lambda self, value: None)
 
     reads_old_log_prob = True  # does the actor's update compare with the policy that sampled?
+    samples_in_training = True  # or is the rollout engine for validation alone?
 
     def __new__(cls, config=None):  # copy.copy gives no config
         return super().__new__(stage_class(config) if cls is PPOTrainerGAD and config is not None else cls)
@@ -177,11 +178,21 @@ class PPOTrainerGAD(PPOTrainerSync):
             del timing_raw["values"]  # stock's timer around an update that has timed itself
         return batch
 
+    def _wakes_engine(self) -> bool:
+        """Is the rollout engine used between the first step and the last?"""
+        trainer = self.config.trainer
+        return bool(self.samples_in_training or trainer.test_freq > 0 or trainer.val_before_train)
+
+    def on_sample_end(self):
+        if self._wakes_engine():
+            super().on_sample_end()
+
     def on_step_end(self):
         if self._extra_keys:
             tq.kv_clear(keys=self._extra_keys, partition_id="train")
             self._extra_keys = []
-        super().on_step_end()
+        if self._wakes_engine():
+            super().on_step_end()
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
@@ -605,33 +616,16 @@ class PPOTrainerWarmup(PPOTrainerGAD):
         self._train_actor(keys, len(teachers) / len(ranks[0]), 1, metrics, temperature=1.0, calculate_entropy=False)
 
 
-class PPOTrainerSeqKD(PPOTrainerWarmup):
-    """Stage seqkd: imitation alone. The teacher's rows come straight from the data; nothing is sampled or scored."""
-
-    def prepare_step(self) -> dict:
-        return {}
-
-    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
-        self.on_sample_end()  # the rollout engine sleeps until the weights are sent to it again
-        data = self._next_train_batch(sample_batch_size)
-        rows = self._rows_from_data(*(list(data[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)))
-        self._put_rows("train", rows)
-        metrics.update(gad_rows.teacher_length_metrics(rows, self.config.data.max_response_length))
-        with marked_timer("update_actor", timing_raw, color="red"):
-            self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], metrics)
-        return self._view(list(rows))
-
-    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
-        """Nothing: there are no rollouts."""
-
-    def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
-        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
-        metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
-
-
 def stage_class(config: DictConfig) -> type[PPOTrainerGAD]:
     """Class of a run. Stages warmup and gad differ in the actor's objective, which ``gad.actor_objective`` can swap."""
     stage, objective = (OmegaConf.select(config, f"gad.{key}") for key in ("stage", "actor_objective"))
+    # these modules extend the classes above, so they are imported late
     if stage == "seqkd":
+        from recipe.gad.training.seqkd_trainer import PPOTrainerSeqKD
+
         return PPOTrainerSeqKD
+    if stage in ("soda", "online_dpo"):
+        from recipe.gad.training.preference_trainer import STAGES
+
+        return STAGES[stage]
     return PPOTrainerWarmup if objective == "imitation" else PPOTrainerGAD

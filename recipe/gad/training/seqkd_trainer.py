@@ -1,0 +1,50 @@
+"""Stage seqkd: imitation alone, on teacher rows that come straight from the data."""
+
+from transfer_queue import KVBatchMeta
+
+from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.rows import Row
+from recipe.gad.training.trajectory import TEACHER_IDS
+from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
+from verl.utils.debug import marked_timer
+
+
+class PPOTrainerSeqKD(PPOTrainerWarmup):
+    """Stage seqkd: imitation alone. The teacher's rows come straight from the data; nothing is sampled or scored.
+
+    A run that never validates starts no rollout engine, and none of the processes that ask it or score its answers.
+    """
+
+    samples_in_training = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not self._wakes_engine():
+            self._enable_hybrid_replicas = False
+            rollout = config.actor_rollout_ref.rollout
+            rollout.nnodes = 1  # stock asks for a node before it finds that no engine is wanted
+            rollout.agent.num_workers = config.reward.num_workers = 0
+
+    def on_init_end(self):
+        if self._wakes_engine():
+            super().on_init_end()
+
+    def prepare_step(self) -> dict:
+        return {}
+
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        self.on_sample_end()  # the rollout engine sleeps until the weights are sent to it again
+        data = self._next_train_batch(sample_batch_size)
+        rows = self._rows_from_data(*(list(data[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)))
+        self._put_rows("train", rows)
+        metrics.update(gad_rows.teacher_length_metrics(rows, self.config.data.max_response_length))
+        with marked_timer("update_actor", timing_raw, color="red"):
+            self._imitate([Row(key, row["input_ids"].numel()) for key, row in rows.items()], metrics)
+        return self._view(list(rows))
+
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """Nothing: there are no rollouts."""
+
+    def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
+        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
+        metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
