@@ -132,7 +132,7 @@ def plot_curves(
 
 
 def summary(warmup_dir: str | Path, seqkd_dir: str | Path, gad_dir: str | Path) -> str:
-    """Table of the runs as text: base student (if dumped), ends of warmup, SeqKD and GAD; and which of the two is closer.
+    """Table of the runs as text: base student (if dumped), ends of warmup, SeqKD and GAD; and which is closer.
 
     Discriminator accuracy is the mean over the last 10 steps of a stage; the other rows come from its last validation.
     """
