@@ -1,6 +1,6 @@
-"""The CPU quickstart's report: a table, sample answers and a picture of two finished stages, and a progress bar.
+"""The CPU quickstart's report: a table, sample answers and a picture of its finished stages, and a progress bar.
 
-    python -m recipe.gad.quickstart.report show --warmup_dir DIR --gad_dir DIR
+    python -m recipe.gad.quickstart.report show --warmup_dir DIR --seqkd_dir DIR --gad_dir DIR
     python -m recipe.gad.quickstart.report progress --metrics DIR/metrics.jsonl --pid PID
 
 Run folders hold ``metrics.jsonl`` (verl's file logger) and ``val_samples/<step>.jsonl`` (verl's validation dump).
@@ -68,14 +68,16 @@ def plot_curves(
     warmup_metrics: Metrics,
     gad_metrics: Metrics,
     closeness_by_step: dict[int, float],
+    seqkd_closeness_by_step: dict[int, float],
     out_png: str | Path,
     title: str,
 ) -> None:
-    """Draw both stages in one picture: the discriminator's accuracy, and the closeness of the answers to the teacher.
+    """Draw warmup and GAD in one picture: the discriminator's accuracy, and the closeness of the answers; SeqKD beside.
 
     Args:
         warmup_metrics, gad_metrics: from :func:`recipe.gad.run.log.load_metrics`, each counting its steps from 1.
         closeness_by_step: closeness of the validation answers on the joint axis (GAD's step s at warmup's last + s).
+        seqkd_closeness_by_step: the same of SeqKD from the warmup's student.
         out_png: picture to write.
         title: of the picture.
     """
@@ -99,6 +101,17 @@ def plot_curves(
     (line_c,) = right.plot(
         list(points), list(points.values()), color=orange, lw=2.2, marker="o", ms=5, label="closeness to the teacher"
     )
+    imitation = dict(sorted(seqkd_closeness_by_step.items()))
+    (line_s,) = right.plot(
+        list(imitation),
+        list(imitation.values()),
+        color=grey,
+        lw=1.8,
+        ls="--",
+        marker="s",
+        ms=4,
+        label="the same, SeqKD",
+    )
     left.axhline(0.5, color=blue, lw=1, ls=":")
     left.axvline(handover, color=grey, lw=1.2, ls="--")
     for x, text, side in ((handover, "warmup ", "right"), (handover, " GAD", "left")):
@@ -111,19 +124,19 @@ def plot_curves(
         axis.set_ylim(0, 1.07)
         axis.tick_params(axis="y", colors=color, labelsize=10)
         axis.spines["top"].set_visible(False)
-    left.set_xlim(0, max(*steps, *points) * 1.01)
+    left.set_xlim(0, max(*steps, *points, *imitation) * 1.01)
     left.grid(axis="y", alpha=0.2)
-    left.legend(handles=[line_d, line_c], loc="lower right", fontsize=10, framealpha=0.9)
+    left.legend(handles=[line_d, line_c, line_s], loc="lower right", fontsize=10, framealpha=0.9)
     figure.suptitle(title, fontsize=13)
     figure.savefig(out_png)
 
 
-def summary(warmup_dir: str | Path, gad_dir: str | Path) -> str:
-    """Table of the two runs as text: base student (if dumped), end of warmup, end of GAD, change during GAD.
+def summary(warmup_dir: str | Path, seqkd_dir: str | Path, gad_dir: str | Path) -> str:
+    """Table of the runs as text: base student (if dumped), ends of warmup, SeqKD and GAD; and which is closer.
 
     Discriminator accuracy is the mean over the last 10 steps of a stage; the other rows come from its last validation.
     """
-    runs = [Path(warmup_dir), Path(gad_dir)]
+    runs = [Path(warmup_dir), Path(seqkd_dir), Path(gad_dir)]
     metrics = [load_metrics(run / "metrics.jsonl") for run in runs]
     files = [_validation_dumps(run / "val_samples") for run in runs]
     dumps = [read_dump(list(f.values())[-1]) for f in files]
@@ -137,43 +150,67 @@ def summary(warmup_dir: str | Path, gad_dir: str | Path) -> str:
     def words(texts: list[str]) -> float:
         return sum(len(text.split()) for text in texts) / len(texts)
 
-    table = {"discriminator accuracy": [last_steps(run, "critic/d_acc") for run in metrics]}
-    table["closeness to the teacher"] = [closeness(_column(d, "output"), _column(d, "gts")) for d in dumps]
+    near = [closeness(_column(d, "output"), _column(d, "gts")) for d in dumps]
+    right = [letters_right(_column(d, "input"), _column(d, "output")) for d in dumps]
+    accuracy = [None if run is metrics[1] else last_steps(run, "critic/d_acc") for run in metrics]
+    table: dict[str, Sequence[float | None]] = {"discriminator accuracy": accuracy, "closeness to the teacher": near}
     rouge = next((n for run in metrics for row in run.values() for n in row if "rouge" in n and "mean" in n), None)
     if rouge and all(any(rouge in row for row in run.values()) for run in metrics):
         table["ROUGE-L to the teacher"] = [list(_required_series(run, rouge).values())[-1] for run in metrics]
-    table["letters right"] = [letters_right(_column(d, "input"), _column(d, "output")) for d in dumps]
+    table["letters right"] = right
     table["words of an answer"] = [words(_column(d, "output")) for d in dumps]
 
-    lines = [f"{'':26}{'base':>9}{'warmup':>9}{'GAD':>9}{'change':>9}"]
+    lines = [f"{'':26}{'base':>9}{'warmup':>9}{'SeqKD':>9}{'GAD':>9}"]
     for name, values in table.items():
-        cells = ["-"] * (3 - len(values)) + [f"{value:.3f}" for value in values] + [f"{values[-1] - values[-2]:+.3f}"]
-        lines.append(f"{name:26}" + "".join(f"{cell:>9}" for cell in cells))
+        padded = [None] * (4 - len(values)) + list(values)
+        lines.append(f"{name:26}" + "".join(f"{'-' if v is None else format(v, '.3f'):>9}" for v in padded))
     teacher = _column(dumps[-1], "gts")
     rng = random.Random(0)
     again = [answer(row["input"], "teacher", rng) for row in dumps[-1]]
     lines.append(
         f"The teacher itself: closeness of a second sample {closeness(again, teacher):.3f}, {words(teacher):.3f} words."
     )
+    steps = [max(run) for run in metrics[1:]]
+    closer, gap = ("GAD", near[-1] - near[-2]) if near[-1] >= near[-2] else ("SeqKD", near[-2] - near[-1])
+    lines.append(
+        f"{closer} is closer to the teacher by {gap:.3f}; GAD has {right[-1] - right[-2]:+.3f} of the letters right "
+        f"against SeqKD and {right[-1] - right[-3]:+.3f} against the warmup"
+        f" ({steps[0]} SeqKD steps, {steps[1]} GAD steps)."
+    )
     return "\n".join(lines)
 
 
 def build_report(
-    warmup_dir: str | Path, gad_dir: str | Path, out_png: str | Path | None = None, samples: int = 3
+    warmup_dir: str | Path,
+    seqkd_dir: str | Path,
+    gad_dir: str | Path,
+    out_png: str | Path | None = None,
+    samples: int = 3,
 ) -> str:
-    """Draw the curves of the two run folders (default ``gad_dir/curves.png``); return the table and sample answers."""
-    runs = [Path(warmup_dir), Path(gad_dir)]
-    out_png = Path(out_png or runs[1] / "curves.png")
-    warmup, gad = (load_metrics(run / "metrics.jsonl") for run in runs)
+    """Draw the curves of the run folders (default ``gad_dir/curves.png``); return the table and sample answers."""
+    warmup_dir, seqkd_dir, gad_dir = Path(warmup_dir), Path(seqkd_dir), Path(gad_dir)
+    out_png = Path(out_png or gad_dir / "curves.png")
+    warmup, gad = (load_metrics(run / "metrics.jsonl") for run in (warmup_dir, gad_dir))
     handover = max(_required_series(warmup, "critic/d_acc"))
-    near = closeness_from_dumps(runs[0] / "val_samples")
-    near |= {handover + step: value for step, value in closeness_from_dumps(runs[1] / "val_samples").items()}
-    plot_curves(warmup, gad, near, out_png, "GAD on the toy problem")
+    before = closeness_from_dumps(warmup_dir / "val_samples")
 
-    before, after = (list(_validation_dumps(run / "val_samples").values())[-1] for run in runs)
-    lines = [summary(*runs), ""]
-    for prompt, teacher, early, late in sample_triples(before, after, samples):
-        lines += [f"prompt     {prompt}", f"  teacher  {teacher}", f"  warmup   {early}", f"  GAD      {late}"]
+    def after_warmup(run: Path) -> dict[int, float]:
+        return {handover + step: value for step, value in closeness_from_dumps(run / "val_samples").items()}
+
+    start = {handover: list(before.values())[-1]}
+    plot_curves(
+        warmup,
+        gad,
+        before | after_warmup(gad_dir),
+        start | after_warmup(seqkd_dir),
+        out_png,
+        "GAD and SeqKD on the toy problem",
+    )
+
+    early, late = (list(_validation_dumps(run / "val_samples").values())[-1] for run in (warmup_dir, gad_dir))
+    lines = [summary(warmup_dir, seqkd_dir, gad_dir), ""]
+    for prompt, teacher, first, last in sample_triples(early, late, samples):
+        lines += [f"prompt     {prompt}", f"  teacher  {teacher}", f"  warmup   {first}", f"  GAD      {last}"]
     return "\n".join([*lines, "", f"curves: {out_png}"])
 
 
@@ -188,9 +225,8 @@ def follow_progress(metrics_path: str | Path, pid: int, steps: int | None = None
             log.update()
             accuracy = series(log.metrics, "critic/d_acc")
             if accuracy:
-                last = max(accuracy)
-                bar.set_postfix_str(f"d_acc {accuracy[last]:.2f}", refresh=False)
-                bar.update(last - bar.n)
+                bar.set_postfix_str(f"d_acc {accuracy[max(accuracy)]:.2f}", refresh=False)
+            bar.update(max(log.metrics, default=0) - bar.n)
             if running:
                 time.sleep(interval)
 
@@ -212,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="table, sample answers and picture of a finished quickstart")
     show.add_argument("--warmup_dir", required=True, help="run folder of the warmup stage")
+    show.add_argument("--seqkd_dir", required=True, help="run folder of SeqKD from the warmup's student")
     show.add_argument("--gad_dir", required=True, help="run folder of the GAD stage")
     show.add_argument("--out", help="picture to write (default: curves.png in --gad_dir)")
     progress = commands.add_parser("progress", help="progress bar of a running stage, until its process ends")
@@ -223,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "progress":
             follow_progress(args.metrics, args.pid, args.steps)
         else:
-            print(build_report(args.warmup_dir, args.gad_dir, args.out))
+            print(build_report(args.warmup_dir, args.seqkd_dir, args.gad_dir, args.out))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
