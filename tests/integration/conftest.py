@@ -144,3 +144,13 @@ def live(ray_cluster, compose_config, tiny_problem, tmp_path_factory):
     tq.init(config.transfer_queue)
     yield LiveTrainer(config)
     tq.close()
+
+
+@pytest.fixture(autouse=True)
+def stage_of_live(request):
+    """A test may give the shared trainer the class of another stage; the next test gets it as it was."""
+    trainer = request.getfixturevalue("live").trainer if "live" in request.fixturenames else None
+    stage = trainer.__class__
+    yield
+    if trainer is not None:
+        trainer.__class__ = stage
