@@ -25,6 +25,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checks import check_config, claim_output
+from recipe.gad.run.stop import take_request
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
@@ -113,10 +114,22 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def on_step_end(self):
+        if signal := take_request(self.config.trainer.default_local_dir):
+            self._stop_after_this_step(signal)
         if self._extra_keys:
             tq.kv_clear(keys=self._extra_keys, partition_id="train")
             self._extra_keys = []
         super().on_step_end()
+
+    def _stop_after_this_step(self, signal: str) -> None:
+        """Save unless stock code has, and end the loop."""
+        step, every = self.global_steps, self.config.trainer.save_freq
+        if every > 0 and step % every and step < self.total_training_steps:
+            with marked_timer("save_checkpoint", self.timing_raw, color="green"):
+                self._save_checkpoint()
+        saved = f"; rerun the same command to resume from global_step_{step}" if every > 0 else ", and saved nothing"
+        print(f"{signal}: the run stopped after step {step} of {self.total_training_steps}{saved}")
+        self.total_training_steps = step
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
