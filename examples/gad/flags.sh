@@ -26,3 +26,16 @@ read_flags() {
 no_arguments() { # for scripts that take flags only
   [ $# = 0 ] || fail "unknown argument $1; see --help"
 }
+
+# stoppable COMMAND...: runs it, and passes SIGINT, SIGTERM and SIGUSR1 on to it. After one, the script ends with the
+# command's exit code: a stage that was stopped has exit code 0, but the next one must not start.
+stoppable() {
+  local pid status=0 stopped=""
+  "$@" & pid=$!
+  trap 'stopped=1; kill -TERM "$pid" 2>/dev/null' INT TERM USR1
+  wait "$pid" || status=$?
+  while kill -0 "$pid" 2>/dev/null; do status=0; wait "$pid" || status=$?; done # a signal interrupts wait
+  trap - INT TERM USR1
+  [ -z "$stopped" ] || exit "$status"
+  return "$status"
+}

@@ -20,7 +20,7 @@ flags=(--train_files "$TRAIN_FILES" ${VAL_FILES:+--val_files "$VAL_FILES"} --nno
 start=(--model "$MODEL" --reward_model "${REWARD_MODEL:-$MODEL}")
 run() { # run STAGE [flags ...]
   local stage=$1; shift
-  bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" --output_dir "$base/$stage" \
+  stoppable bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" --output_dir "$base/$stage" \
     ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
 }
 run seqkd "${start[@]}"

@@ -53,8 +53,13 @@ class Runner:
         start = ["bash", str(ROOT / "examples/gad" / script), "--device", "cpu", "--output_dir", str(out), *data]
         return [*start, *flags, *self.small, *overrides]
 
-    def run(self, command: list[str], env: dict | None = None, kill_when=None) -> subprocess.CompletedProcess:
-        """Run to the end, or until ``kill_when()`` is true: then every process of the run gets SIGKILL."""
+    def run(
+        self, command: list[str], env: dict | None = None, kill_when=None, signal_when=None, send=None
+    ) -> subprocess.CompletedProcess:
+        """Run to the end, or until ``kill_when()`` is true: then every process of the run gets SIGKILL.
+
+        ``send(process)`` is called once, when ``signal_when()`` is true.
+        """
         ray_dir = tempfile.mkdtemp(prefix="gad-e2e-", dir="/tmp")
         log = Path(ray_dir) / "log"
         environment = {**os.environ, "PYTHON": sys.executable, "HYDRA_FULL_ERROR": "0", **(env or {})}
@@ -72,6 +77,8 @@ class Runner:
                 while process.poll() is None and time.monotonic() < deadline:
                     if kill_when is not None and kill_when():
                         break
+                    if signal_when is not None and signal_when():
+                        signal_when = send(process)
                     time.sleep(0.005 if kill_when is not None else 0.1)
                 finished = process.poll() is not None
                 if not finished:
@@ -106,6 +113,21 @@ class Runner:
         result = self.run(command)
         assert result.returncode == 0, result.stdout[-4000:]
         return out, *died_at
+
+    def stopped_and_resumed(self, stage: str, name: str, send: Callable, *arguments: str) -> tuple[Path, str, str]:
+        """Signal a run after its first step, then rerun its command: (folder, checkpoint, output of the first)."""
+        out = self.base / name
+        command, log = self.command(stage, out, *arguments), out / "metrics.jsonl"
+        result = self.run(
+            command, signal_when=lambda: log.exists() and '{"step":1,' in log.read_text(), send=lambda p: send(p)
+        )
+        assert result.returncode == 0, result.stdout[-4000:]
+        stopped_at = (out / "latest_checkpointed_iteration.txt").read_text()
+        assert max(metrics(out)) == int(stopped_at), "the last step is logged"
+        assert not (out / "stop_requested").exists()
+        again = self.run(command)
+        assert again.returncode == 0, again.stdout[-4000:]
+        return out, stopped_at, result.stdout
 
     def stock_grpo(self, name: str, env: dict[str, str]) -> list[dict]:
         """Logged steps of two steps of stock GRPO in an environment."""
@@ -266,6 +288,20 @@ def killed_variants(runner, warmup):
 
 
 @in_background
+def stopped_warmup(runner):
+    """Ctrl-C: the terminal sends SIGINT to every process of the run's group."""
+    arguments = ["--model", f"{runner.problem}/model", "trainer.critic_warmup=2"]
+    return runner.stopped_and_resumed("warmup", "stopped-warmup", lambda p: os.killpg(p.pid, signal.SIGINT), *arguments)
+
+
+@in_background
+def stopped_gad(runner, warmup):
+    return runner.stopped_and_resumed(
+        "gad", "stopped-gad", lambda p: p.send_signal(signal.SIGTERM), "--warmup_dir", str(warmup)
+    )
+
+
+@in_background
 def two_ranks_from_two_ranks(runner):
     model = ["--model", f"{runner.problem}/model"]
     out = runner.stage("warmup", "warmup-2", *model, "trainer.n_gpus_per_node=2", "trainer.critic_warmup=2")
@@ -362,6 +398,18 @@ def test_the_variants_of_the_objective_do_the_same_on_two_ranks(variants, varian
     for step in range(1, STEPS + 1):
         for name in [*names, "gad/policy_gate", "critic/d_loss"]:
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "gad"])
+def test_a_signal_ends_a_run_after_its_step_and_nothing_is_lost(warmup, gad, stopped_warmup, stopped_gad, stage):
+    out, stopped_at, text = stopped_warmup if stage == "warmup" else stopped_gad
+    assert int(stopped_at) < STEPS, "the run was over before the signal reached it"
+    assert f"the run stopped after step {stopped_at} of {STEPS}" in text and "Traceback" not in text
+    expected, got = metrics(warmup if stage == "warmup" else gad), metrics(out)
+    assert sorted(got) == sorted(expected)
+    for step in range(1, STEPS + 1):
+        means = {name: pytest.approx(v, rel=1e-12, abs=0) for name, v in expected[step].items() if "val-" in name}
+        assert got[step] == expected[step] | means, f"step {step}"
 
 
 def test_two_ranks_do_what_one_does(gad, gad_on_two_ranks):

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -443,3 +444,23 @@ def test_every_key_we_set_exists_in_verls_configuration(file):
         return True
 
     assert [key for key in keys if not exists(key)] == []
+
+
+# ---------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", ["INT", "TERM", "USR1"])
+def test_a_script_of_several_stages_passes_a_signal_on_and_starts_no_further_stage(tmp_path, number):
+    stage = "trap 'sleep 0.5; echo saved; exit 0' TERM; echo started; while :; do sleep 0.05; done"
+    text = f'set -euo pipefail; source "{SCRIPTS}/flags.sh"; stoppable bash -c "$1"; echo next'
+    process = subprocess.Popen(["bash", "-c", text, "bash", stage], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(getattr(signal, f"SIG{number}"))
+    output, _ = process.communicate(timeout=20)
+    assert (process.returncode, output) == (0, "saved\n")
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_stage_without_a_signal_keeps_its_exit_code(code):
+    text = f'source "{SCRIPTS}/flags.sh"; stoppable bash -c "exit {code}"; echo $?'
+    assert subprocess.run(["bash", "-c", text], capture_output=True, text=True).stdout == f"{code}\n"

@@ -48,7 +48,7 @@ imitation_lr=2e-5 policy_lr=5e-6 discriminator_lr=3e-5
 
 train() { # train STAGE STEPS START_FLAG START_FOLDER [hydra.key=value ...]
   local stage=$1 steps=$2 start=("$3" "$4"); shift 4
-  bash "$here/../run_$stage.sh" "${flags[@]}" --output_dir "$out/$stage" "${start[@]}" "${sizes[@]}" \
+  stoppable bash "$here/../run_$stage.sh" "${flags[@]}" --output_dir "$out/$stage" "${start[@]}" "${sizes[@]}" \
     trainer.total_training_steps="$steps" trainer.save_freq="$steps" "$@"
 }
 

@@ -29,6 +29,7 @@ from transfer_queue import KVBatchMeta
 from recipe.gad.run.checks import check_config, claim_output
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
 from recipe.gad.run.log import VAL_D_ACC
+from recipe.gad.run.stop import take_request
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.average import DiscriminatorWorker
 from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
@@ -188,11 +189,23 @@ class PPOTrainerGAD(PPOTrainerSync):
             super().on_sample_end()
 
     def on_step_end(self):
+        if signal := take_request(self.config.trainer.default_local_dir):
+            self._stop_after_this_step(signal)
         if self._extra_keys:
             tq.kv_clear(keys=self._extra_keys, partition_id="train")
             self._extra_keys = []
         if self._wakes_engine():
             super().on_step_end()
+
+    def _stop_after_this_step(self, signal: str) -> None:
+        """Save unless stock code has, and end the loop."""
+        step, every = self.global_steps, self.config.trainer.save_freq
+        if every > 0 and step % every and step < self.total_training_steps:
+            with marked_timer("save_checkpoint", self.timing_raw, color="green"):
+                self._save_checkpoint()
+        saved = f"; rerun the same command to resume from global_step_{step}" if every > 0 else ", and saved nothing"
+        print(f"{signal}: the run stopped after step {step} of {self.total_training_steps}{saved}")
+        self.total_training_steps = step
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
