@@ -1,5 +1,6 @@
 """The steps of GAD on real engine workers, each against an independent computation."""
 
+import json
 import math
 
 import pytest
@@ -355,6 +356,44 @@ def test_without_teacher_data_the_critic_keeps_the_stock_value_loss(live):
     fields = live.fields(batch.keys)
     assert math.isfinite(got["critic/vf_loss"]) and fields["returns"].values().abs().sum() > 0
     live.finish(batch)
+
+
+def test_a_broken_discriminator_stops_the_run_and_one_bad_step_does_not(live, tmp_path):
+    def poison(worker):
+        head = worker.worker_dict["critic"].engine.module.score.weight
+        head._test_kept = head.detach().clone()
+        head.data.fill_(float("nan"))
+
+    def cure(worker):
+        head = worker.worker_dict["critic"].engine.module.score.weight
+        head.data.copy_(head._test_kept)
+
+    trainer, step = live.trainer, live.trainer.global_steps
+    live.set(trainer__default_local_dir=str(tmp_path))
+    actor = live.weights("actor")
+    assert live.step()[0]["gad/bad_steps"] == 0
+    moved = live.weights("actor")
+    assert any(not torch.equal(actor[name], value) for name, value in moved.items())
+    live.on_workers(poison)
+    metrics, _ = live.step()
+    assert metrics["gad/bad_steps"] == 1 and math.isnan(metrics["critic/grad_norm"])
+    live.on_workers(cure)
+    assert live.step()[0]["gad/bad_steps"] == 0
+    live.on_workers(poison)
+    for bad in (1, 2):
+        assert live.step()[0]["gad/bad_steps"] == bad
+    expected = rf"steps {step + 3} to {step + 5} have NaN .*critic/grad_norm.*no checkpoint"
+    with pytest.raises(RuntimeError, match=expected):
+        live.step()
+    live.on_workers(cure)
+    saved = [json.loads(line) for line in (tmp_path / f"bad_step_{step + 5}/rows.jsonl").read_text().splitlines()]
+    assert len(saved) == 8 * 4 + 8 and all(row["prompt"] and row["answer"] for row in saved)
+    numbers = json.loads((tmp_path / f"bad_step_{step + 5}/metrics.json").read_text())
+    assert numbers["critic/d_loss"] == "nan" and numbers["gad/bad_steps"] == 3
+    trainer.on_step_end()
+    tq.kv_clear(keys=list(tq.kv_list("train")["train"]), partition_id="train")
+    trainer._bad_steps.in_a_row = 0
+    trainer.global_steps += 1
 
 
 def test_critic_warmup_delays_exactly_the_actor(live):

@@ -18,7 +18,7 @@ ALLOWED = {
     "openai_client": set(),
     "config": set(),
     # wings
-    "training": {"verl"},
+    "training": {"verl", "run"},
     "cpu": {"verl", "training"},
     "data": {"run", "training", "openai_client"},
     "doctor": {"verl", "run", "training", "data"},  # data: the doctor counts tokens as `gad prepare` does

@@ -188,6 +188,12 @@ def check_polling(config: DictConfig) -> Findings:
         yield error(f"gad.poll_interval={poll}: expected a number of seconds above 0", fix="gad.poll_interval=0.1")
 
 
+def check_stopping(config: DictConfig) -> Findings:
+    """The run knows when to stop because it has broken."""
+    integer(config, "gad.stop_after_bad_steps", minimum=0)
+    yield from ()
+
+
 def check_sampling(config: DictConfig) -> Findings:
     """The samples of one prompt differ, and GRPO has at least two to compare."""
     n = integer(config, f"{ROLLOUT}.n")
@@ -530,6 +536,7 @@ CHECKS: tuple[Check, ...] = (
     check_plugin,
     check_stage,
     check_polling,
+    check_stopping,
     check_sampling,
     check_saving,
     check_device,

@@ -27,6 +27,7 @@ from transfer_queue import KVBatchMeta
 from recipe.gad.run.checks import check_config, claim_output
 from recipe.gad.run.stop import take_request
 from recipe.gad.training import rows as gad_rows
+from recipe.gad.training.bad_steps import BadSteps
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -79,6 +80,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._submitted: dict[str, int] = {}  # prompt -> its place in the data of the step
         self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
+        self._bad_steps = BadSteps(config.gad.stop_after_bad_steps)
         self._actor_loss: Callable = ppo_loss  # what stock verl has set
         self._extra_keys: list[str] = []  # rows of ours, cleared at the end of the step
 
@@ -106,6 +108,19 @@ class PPOTrainerGAD(PPOTrainerSync):
         for extra_info in batch["extra_info"]:
             extra_info["scored_by_discriminator"] = True
         return super()._submit_batch_to_rollout(batch)
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        batch = super().step(metrics, timing_raw)
+        if self._bad_steps.must_stop(metrics):
+            rows = self._texts([*batch.keys, *self._extra_keys], batch.partition_id)
+            self._bad_steps.stop(self.config.trainer.default_local_dir, self.global_steps, metrics, rows)
+        return batch
+
+    def _texts(self, keys: list[str], partition_id: str) -> list[dict[str, str]]:
+        """Prompt and answer of rows, special tokens included."""
+        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["prompts", "responses"])
+        texts = [[self.tokenizer.decode(ids) for ids in data[name].unbind()] for name in ("prompts", "responses")]
+        return [{"key": key, "prompt": p, "answer": a} for key, p, a in zip(keys, *texts, strict=True)]
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
