@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transfer_queue as tq
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
+from recipe.gad.run.checkpoint import verify_contents
 from recipe.gad.training.rows import filler, sample_order
 from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
 
@@ -520,6 +521,10 @@ def test_checkpoints_of_both_load_back(live, tmp_path):
     saved = {role: live.weights(role) for role in ("actor", "critic")}
     step = live.trainer.global_steps
     folder = tmp_path / f"global_step_{step}"
+    verify_contents(folder, "gad")
+    record = json.loads((folder / "checksums.json").read_text())
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert set(record) == names - {"checksums.json"} and "actor/model_world_size_1_rank_0.pt" in record
     actor = AutoModelForCausalLM.from_pretrained(folder / "actor" / "huggingface", dtype=torch.float32)
     critic = AutoModelForTokenClassification.from_pretrained(
         folder / "critic" / "huggingface", num_labels=1, dtype=torch.float32

@@ -19,10 +19,12 @@ from omegaconf import DictConfig
 from recipe.gad.run.checkpoint import (
     check_folder,
     check_models_of_run,
+    check_workers,
     claim_folder,
     resume_problems,
     stage_of,
     tracked_step,
+    verify_contents,
 )
 from recipe.gad.run.config import (
     ACTOR,
@@ -404,8 +406,10 @@ def claim_output(config: DictConfig) -> None:
     """Make the output folder that of this run; call it when :func:`check_config` has passed.
 
     Raises:
-        InputError: the folder holds another run's checkpoints.
+        InputError: the folder holds another run's checkpoints, or the checkpoint to resume from is damaged.
     """
+    if (resumed := resumed_checkpoint(config)) is not None:
+        verify_contents(resumed, config.gad.stage)
     claim_folder(config.trainer.default_local_dir, config.gad.stage, start_models(config))
 
 
@@ -422,6 +426,8 @@ def _resume_path_findings(config: DictConfig, stage: str) -> Findings:
             f"{key}={path} is of stage {owner}, and this run is of stage {stage}",
             fix=f"gad.stage={owner}, or start from its huggingface folders (run_gad.sh --warmup_dir)",
         )
+    else:
+        check_workers(Path(path), world_size(config))
 
 
 # ---------------------------------------------------------------------- Ray's logical CPUs

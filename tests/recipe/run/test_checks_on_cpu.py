@@ -661,6 +661,10 @@ def test_resume_from_a_path(config, tmp_path):
     expect(config({**mode, key: str(step)}), "is not complete", "data.pt is missing")
     (step / "data.pt").write_bytes(b"")
     assert errors_of(config({**mode, key: str(step)})) == []
+    for role in ("actor", "critic"):
+        for rank in range(2):
+            (step / role / f"model_world_size_2_rank_{rank}.pt").write_bytes(b"")
+    expect(config({**mode, key: str(step)}), "2 workers saved", "this run has 1")
     (step.parent / "gad_stage.json").write_text('{"stage": "gad"}')
     expect(config({**mode, key: str(step)}), "is of stage gad, and this run is of stage warmup")
 

@@ -14,6 +14,7 @@ import copy
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checks import check_config, claim_output
+from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.stop import take_request
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.bad_steps import BadSteps
@@ -135,6 +137,14 @@ class PPOTrainerGAD(PPOTrainerSync):
             tq.kv_clear(keys=self._extra_keys, partition_id="train")
             self._extra_keys = []
         super().on_step_end()
+
+    def _save_checkpoint(self) -> None:
+        """Stock, and then the checksums of what it wrote, unless it still writes (async_save)."""
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        forget_checksums(folder)
+        super()._save_checkpoint()
+        if not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
+            write_checksums(folder)
 
     def _stop_after_this_step(self, signal: str) -> None:
         """Save unless stock code has, and end the loop."""
