@@ -1,5 +1,6 @@
 """The steps of GAD on real engine workers, each against an independent computation."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
+from recipe.gad.run.checkpoint import verify_contents
 from recipe.gad.training.preference_trainer import PPOTrainerOnlineDPO
 from recipe.gad.training.rows import filler, sample_order
 from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
@@ -357,6 +359,44 @@ def test_without_teacher_data_the_critic_keeps_the_stock_value_loss(live):
     live.finish(batch)
 
 
+def test_a_broken_discriminator_stops_the_run_and_one_bad_step_does_not(live, tmp_path):
+    def poison(worker):
+        head = worker.worker_dict["critic"].engine.module.score.weight
+        head._test_kept = head.detach().clone()
+        head.data.fill_(float("nan"))
+
+    def cure(worker):
+        head = worker.worker_dict["critic"].engine.module.score.weight
+        head.data.copy_(head._test_kept)
+
+    trainer, step = live.trainer, live.trainer.global_steps
+    live.set(trainer__default_local_dir=str(tmp_path))
+    actor = live.weights("actor")
+    assert live.step()[0]["gad/bad_steps"] == 0
+    moved = live.weights("actor")
+    assert any(not torch.equal(actor[name], value) for name, value in moved.items())
+    live.on_workers(poison)
+    metrics, _ = live.step()
+    assert metrics["gad/bad_steps"] == 1 and math.isnan(metrics["critic/grad_norm"])
+    live.on_workers(cure)
+    assert live.step()[0]["gad/bad_steps"] == 0
+    live.on_workers(poison)
+    for bad in (1, 2):
+        assert live.step()[0]["gad/bad_steps"] == bad
+    expected = rf"steps {step + 3} to {step + 5} have NaN .*critic/grad_norm.*no checkpoint"
+    with pytest.raises(RuntimeError, match=expected):
+        live.step()
+    live.on_workers(cure)
+    saved = [json.loads(line) for line in (tmp_path / f"bad_step_{step + 5}/rows.jsonl").read_text().splitlines()]
+    assert len(saved) == 8 * 4 + 8 and all(row["prompt"] and row["answer"] for row in saved)
+    numbers = json.loads((tmp_path / f"bad_step_{step + 5}/metrics.json").read_text())
+    assert numbers["critic/d_loss"] == "nan" and numbers["gad/bad_steps"] == 3
+    trainer.on_step_end()
+    tq.kv_clear(keys=list(tq.kv_list("train")["train"]), partition_id="train")
+    trainer._bad_steps.in_a_row = 0
+    trainer.global_steps += 1
+
+
 def test_critic_warmup_delays_exactly_the_actor(live):
     start = live.trainer.global_steps
     live.set(trainer__critic_warmup=start + 1)
@@ -481,6 +521,10 @@ def test_checkpoints_of_both_load_back(live, tmp_path):
     saved = {role: live.weights(role) for role in ("actor", "critic")}
     step = live.trainer.global_steps
     folder = tmp_path / f"global_step_{step}"
+    verify_contents(folder, "gad")
+    record = json.loads((folder / "checksums.json").read_text())
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert set(record) == names - {"checksums.json"} and "actor/model_world_size_1_rank_0.pt" in record
     actor = AutoModelForCausalLM.from_pretrained(folder / "actor" / "huggingface", dtype=torch.float32)
     critic = AutoModelForTokenClassification.from_pretrained(
         folder / "critic" / "huggingface", num_labels=1, dtype=torch.float32

@@ -602,6 +602,15 @@ def _phase_findings(config: DictConfig, actor: ModelShape, parts: dict[str, Role
             yield note(found)
 
 
+def shown(size: float) -> str:
+    """Bytes in the unit that leaves at least one digit before the point: ``1.5 GiB``, ``40.2 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of ``folder``, which need not exist."""
     while not folder.exists():
@@ -630,11 +639,11 @@ def check_disk(config: DictConfig) -> Findings:
             yield warning(what, fix=f"{keep}=3")
             count = 1
         size = checkpoint_bytes(shape, run, get(config, f"{role}.checkpoint.save_contents", []))
-        parts.append(f"{role} {count} x {size / GIB:.1f} GiB")
+        parts.append(f"{role} {count} x {shown(size)}")
         total += size * count
     folder = Path(get(config, "trainer.default_local_dir")).absolute()
     free = free_bytes(folder)
-    found = f"{', '.join(parts)} = {total / GIB:.1f} GiB at once; {free / GIB:.1f} GiB are free at {folder}"
+    found = f"{', '.join(parts)} = {shown(total)} at once; {shown(free)} are free at {folder}"
     if total > free:
         yield error(
             found,

@@ -5,12 +5,13 @@ A run's output folder (trainer.default_local_dir) holds:
     global_step_N/{actor,critic}/huggingface/   weights, configuration and tokenizer
     global_step_N/gad_state.pt                  state of variants, such as gad.discriminator_lead
     global_step_N/data.pt                       verl writes it last
+    global_step_N/checksums.json                sizes and checksums of these files
     latest_checkpointed_iteration.txt           the step from which trainer.resume_mode=auto resumes
     gad_stage.json                              the stage that owns the folder, and the models that the run started
                                                 from
 
-verl writes all but the two files gad_*. Only file names, sizes and safetensors headers are read, so this is fast for
-models of any size.
+verl writes all but gad_* and checksums.json. Names, sizes and safetensors headers are read; the weights are read only
+to compare checksums, before a hand-over and before a run resumes.
 
     python -m recipe.gad.run.checkpoint resolve DIR [--step N]     prints the checkpoint that the next stage starts from
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.gad.run.atomic_io import read_object, write_atomically
+from recipe.gad.run.checksums import damage
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import local_model
 
@@ -34,6 +36,7 @@ MARKER = "gad_stage.json"
 DPO_STAGES = ("soda", "online_dpo")
 WITHOUT_DISCRIMINATOR = ("seqkd", *DPO_STAGES)
 """Stages whose checkpoints hold no critic."""
+ROLES = ("actor", "critic")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HEAD_NAMES = re.compile(r"(^|\.)(score|classifier)\.weight$|(^|\.)v_head\.")
 PEFT_PREFIX = "base_model."  # what verl saves of a model with LoRA
@@ -221,7 +224,7 @@ def handover_problems(step_folder: Path) -> list[str]:
         problems.append(f"{critic} has no score head (no tensor score.weight): not a trained discriminator")
     if not (step_folder / "data.pt").is_file():
         problems.append(f"{step_folder / 'data.pt'} is missing (the save was cut off)")
-    return problems
+    return problems or damage(step_folder, ROLES, huggingface=True, contents=True)
 
 
 def shard_counts(role_folder: Path) -> tuple[int, int]:
@@ -230,10 +233,15 @@ def shard_counts(role_folder: Path) -> tuple[int, int]:
     return len(names), max((int(name.split("_")[3]) for name in names), default=0)
 
 
-def resume_problems(step_folder: Path, has_critic: bool) -> list[str]:
-    """Why verl cannot resume from a ``global_step_N`` folder; empty if it can."""
-    problems = []
-    for role in ("actor", "critic") if has_critic else ("actor",):
+def resume_problems(step_folder: Path, has_critic: bool, contents: bool = False) -> list[str]:
+    """Why verl cannot resume from a ``global_step_N`` folder; empty if it can.
+
+    Args:
+        contents: compare the checksums of the files as well, which reads them.
+    """
+    problems: list[str] = []
+    roles = ROLES if has_critic else ROLES[:1]
+    for role in roles:
         found, expected = shard_counts(step_folder / role)
         if not (step_folder / role).is_dir():
             problems.append(f"{step_folder / role} is missing")
@@ -241,7 +249,23 @@ def resume_problems(step_folder: Path, has_critic: bool) -> list[str]:
             problems.append(f"{step_folder / role} has {found} of {expected} model shards")
     if not (step_folder / "data.pt").is_file():
         problems.append(f"{step_folder / 'data.pt'} is missing")
-    return problems
+    return problems or damage(step_folder, (*roles, "data.pt"), huggingface=False, contents=contents)
+
+
+def check_workers(step_folder: Path, world_size: int) -> None:
+    """Refuse a checkpoint that another number of workers saved: FSDP shards load only with as many.
+
+    Raises:
+        InputError: names both numbers.
+    """
+    saved_by = shard_counts(step_folder / "actor")[1]
+    if saved_by and saved_by != world_size:
+        raise InputError(
+            f"{saved_by} workers saved {step_folder}, and only as many can resume it; this run has {world_size} "
+            "(trainer.nnodes x trainer.n_gpus_per_node)",
+            fix=f"run with {saved_by}, or start a new run in another trainer.default_local_dir from its huggingface "
+            "folders",
+        )
 
 
 def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> Path:
@@ -407,6 +431,22 @@ def check_models_of_run(folder: str | Path, models: dict[str, str]) -> None:
             )
 
 
+def verify_contents(step_folder: Path, stage: str) -> None:
+    """Compare what a run of ``stage`` is about to resume from with the checksums of its save.
+
+    Raises:
+        InputError: names the damaged files, and the checkpoint before.
+    """
+    has_critic = stage != "seqkd"
+    if problems := resume_problems(step_folder, has_critic, contents=True):
+        folder, step = step_folder.parent, int(step_folder.name.removeprefix("global_step_"))
+        before = [n for n, path in step_folders(folder).items() if n < step and not resume_problems(path, has_critic)]
+        fix = f"delete {folder / TRACKER} to start the run from the beginning"
+        if before:
+            fix = f"write {before[-1]} into {folder / TRACKER} to resume from global_step_{before[-1]}"
+        raise InputError(f"{step_folder} is damaged: {'; '.join(problems)}", fix)
+
+
 def check_folder(folder: str | Path, stage: str, resume: bool = True, world_size: int | None = None) -> None:
     """Refuse an output folder in which a run of ``stage`` would resume from or overwrite the wrong checkpoint.
 
@@ -462,14 +502,8 @@ def _check_tracker(folder: Path, steps: dict[int, Path], has_critic: bool, world
         raise InputError(f"{tracker} names step {step}, but {folder / f'global_step_{step}'} is missing", fix)
     if problems := resume_problems(steps[step], has_critic):
         raise InputError(f"{tracker} names step {step}, which is not complete: {'; '.join(problems)}", fix)
-    saved_by = shard_counts(steps[step] / "actor")[1]
-    if world_size and saved_by and saved_by != world_size:
-        raise InputError(
-            f"{saved_by} workers saved {steps[step]}, and only as many can resume it; this run has {world_size} "
-            "(trainer.nnodes x trainer.n_gpus_per_node)",
-            fix=f"run with {saved_by}, or start a new run in another trainer.default_local_dir from its huggingface "
-            "folders",
-        )
+    if world_size:
+        check_workers(steps[step], world_size)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,10 +22,12 @@ from recipe.gad.run.checkpoint import (
     WITHOUT_DISCRIMINATOR,
     check_folder,
     check_models_of_run,
+    check_workers,
     claim_folder,
     resume_problems,
     stage_of,
     tracked_step,
+    verify_contents,
 )
 from recipe.gad.run.config import (
     ACTOR,
@@ -433,6 +435,12 @@ def check_unlabelled(config: DictConfig) -> Findings:
             )
 
 
+def check_stopping(config: DictConfig) -> Findings:
+    """The run knows when to stop because it has broken."""
+    integer(config, "gad.stop_after_bad_steps", minimum=0)
+    yield from ()
+
+
 def check_sampling(config: DictConfig) -> Findings:
     """The samples of one prompt differ, and GRPO has at least two to compare."""
     n = integer(config, f"{ROLLOUT}.n")
@@ -643,8 +651,10 @@ def claim_output(config: DictConfig) -> None:
     """Make the output folder that of this run; call it when :func:`check_config` has passed.
 
     Raises:
-        InputError: the folder holds another run's checkpoints.
+        InputError: the folder holds another run's checkpoints, or the checkpoint to resume from is damaged.
     """
+    if (resumed := resumed_checkpoint(config)) is not None:
+        verify_contents(resumed, config.gad.stage)
     claim_folder(config.trainer.default_local_dir, config.gad.stage, start_models(config))
 
 
@@ -661,6 +671,8 @@ def _resume_path_findings(config: DictConfig, stage: str) -> Findings:
             f"{key}={path} is of stage {owner}, and this run is of stage {stage}",
             fix=f"gad.stage={owner}, or start from its huggingface folders (run_gad.sh --warmup_dir)",
         )
+    else:
+        check_workers(Path(path), world_size(config))
 
 
 # ---------------------------------------------------------------------- Ray's logical CPUs
@@ -783,6 +795,7 @@ CHECKS: tuple[Check, ...] = (
     check_average,
     check_replay,
     check_unlabelled,
+    check_stopping,
     check_sampling,
     check_saving,
     check_device,

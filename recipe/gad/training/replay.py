@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import transfer_queue as tq
 from omegaconf import DictConfig
 
 from recipe.gad.run.config import replayed_prompts
@@ -75,6 +76,18 @@ class Replay:
         """Take over a :meth:`state_dict`."""
         self.groups = [PastGroup(*group) for group in state["groups"]]
         self.seen = state["seen"]
+
+
+def fresh_groups(groups: Sequence[Group], partition_id: str) -> list[PastGroup]:
+    """Token ids of a step's groups, read from TransferQueue, for later steps."""
+    groups = [group for group in groups if group.students]
+    keys = [row.key for group in groups for row in (group.teacher, *group.students)]
+    data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["prompts", "responses"])
+    ids = dict(zip(keys, zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True), strict=True))
+    return [
+        PastGroup.of(*ids[group.teacher.key], [ids[row.key][1] for row in group.students if len(ids[row.key][1])])
+        for group in groups
+    ]
 
 
 def past_rows(past: Sequence[PastGroup], n: int, eos_token_id: int) -> tuple[list[Group], dict[str, Trajectory]]:

@@ -595,6 +595,7 @@ def test_a_small_disk(compose_config, tmp_path, monkeypatch):
     folder = f"trainer.default_local_dir={tmp_path}/a/b"
     monkeypatch.setattr(doctor, "free_bytes", lambda path: needed - 1)
     (error,) = messages(check_disk, compose_config(*WARMUP, folder), "error")
+    assert "0.0" not in error and " KiB = " in error
     assert f"{tmp_path}/a/b" in error and "Fix: a smaller trainer.max_actor_ckpt_to_keep" in error
     monkeypatch.setattr(doctor, "free_bytes", lambda path: needed)
     assert messages(check_disk, compose_config(*WARMUP, folder), "error") == []

@@ -1,5 +1,6 @@
 """recipe/gad/run/checkpoint.py on small real checkpoint folders: which are complete, and whose they are."""
 
+import gzip
 import json
 import os
 import shutil
@@ -22,8 +23,11 @@ from recipe.gad.run.checkpoint import (
     latest_complete_checkpoint,
     main,
     stage_of,
+    step_folders,
+    verify_contents,
     verify_hf_folder,
 )
+from recipe.gad.run.checksums import forget_checksums, write_checksums
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -302,6 +306,67 @@ def test_fsdp_shards_must_be_all_there_and_of_as_many_workers(warmup):
     (warmup / "global_step_10" / "critic" / "model_world_size_2_rank_0.pt").unlink()
     with pytest.raises(ValueError, match="critic has 1 of 2 model shards"):
         check_folder(warmup, "warmup", world_size=2)
+
+
+def flip(file: Path) -> None:
+    """One bit of the last weight, which neither size nor header shows."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def saved(warmup):
+    """The same, with FSDP shards and checksums as the trainer saves them."""
+    for step in step_folders(warmup).values():
+        for role in ("actor", "critic"):
+            for kind in ("model", "optim", "extra_state"):
+                (step / role / f"{kind}_world_size_1_rank_0.pt").write_bytes(kind.encode() * 1000)
+        write_checksums(step)
+    return warmup
+
+
+def test_checksums_are_those_of_another_program(saved):
+    record = json.loads((saved / "global_step_10/checksums.json").read_text())
+    assert len(record) == 2 * (3 + 3) + 1
+    for name, (size, crc) in record.items():
+        data = (saved / "global_step_10" / name).read_bytes()
+        assert size == len(data)
+        assert crc == gzip.compress(data)[-8:-4][::-1].hex()  # gzip ends with CRC-32 and size, little-endian
+
+
+@pytest.mark.parametrize(
+    "name", ["actor/model_world_size_1_rank_0.pt", "critic/optim_world_size_1_rank_0.pt", "data.pt"]
+)
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_a_damaged_shard_is_found_before_a_run_resumes(saved, name, harm):
+    verify_contents(saved / "global_step_10", "warmup")
+    harm(saved / "global_step_10" / name)
+    fix = rf"Fix: write 5 into {saved / TRACKER} to resume from global_step_5"
+    if harm is not flip:  # sizes are compared by every check, also by the doctor
+        with pytest.raises(ValueError, match=f"{name.split('_')[0]}.*{fix}"):
+            check_folder(saved, "warmup")
+    with pytest.raises(ValueError, match=f"global_step_10 is damaged: .*{name}.*{fix}"):
+        verify_contents(saved / "global_step_10", "warmup")
+    assert latest_complete_checkpoint(saved).name == "global_step_10" or name == "data.pt", "no hand-over reads it"
+
+
+@pytest.mark.parametrize("harm", [truncate, flip])
+def test_a_damaged_model_is_not_handed_over_and_does_not_keep_a_run_from_resuming(saved, harm, capsys):
+    harm(saved / "global_step_10/critic/huggingface/model.safetensors")
+    assert latest_complete_checkpoint(saved).name == "global_step_5"
+    assert "skipped " in (skipped := capsys.readouterr().err) and "critic/huggingface/model.safetensors" in skipped
+    check_folder(saved, "warmup")
+    verify_contents(saved / "global_step_10", "warmup")
+
+
+def test_a_damaged_record_is_damage_and_none_is_not(saved):
+    truncate(saved / "global_step_10/checksums.json")
+    with pytest.raises(ValueError, match="checksums.json is not valid JSON.*Fix: write 5 into"):
+        check_folder(saved, "warmup")
+    forget_checksums(saved / "global_step_10")
+    check_folder(saved, "warmup")
+    assert latest_complete_checkpoint(saved).name == "global_step_10"
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

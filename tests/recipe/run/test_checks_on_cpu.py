@@ -480,6 +480,7 @@ def test_lora_on_the_discriminator(config, key):
         ({f"{ROLLOUT}.temperature": 0}, [f"{ROLLOUT}.temperature=0", "the same text"]),
         ({f"{ROLLOUT}.temperature": -1}, [f"{ROLLOUT}.temperature=-1", "above 0"]),
         ({f"{ROLLOUT}.temperature": None}, [f"{ROLLOUT}.temperature=None", "above 0"]),
+        ({"gad.stop_after_bad_steps": -1}, ["gad.stop_after_bad_steps=-1", "at least 0"]),
         ({"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable=True", "expected False"]),
     ],
 )
@@ -767,6 +768,10 @@ def test_resume_from_a_path(config, tmp_path):
     expect(config({**mode, key: str(step)}), "is not complete", "data.pt is missing")
     (step / "data.pt").write_bytes(b"")
     assert errors_of(config({**mode, key: str(step)})) == []
+    for role in ("actor", "critic"):
+        for rank in range(2):
+            (step / role / f"model_world_size_2_rank_{rank}.pt").write_bytes(b"")
+    expect(config({**mode, key: str(step)}), "2 workers saved", "this run has 1")
     (step.parent / "gad_stage.json").write_text('{"stage": "gad"}')
     expect(config({**mode, key: str(step)}), "is of stage gad, and this run is of stage warmup")
 

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,15 +28,17 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checks import check_config, claim_output
+from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.run.stop import take_request
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.average import DiscriminatorWorker
+from recipe.gad.training.bad_steps import BadSteps, texts
 from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
-from recipe.gad.training.replay import PastGroup, Replay, pair_metrics, past_rows, spread_both
+from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.teacher_terms import (
@@ -114,6 +117,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._unlabelled: set[str] = set()  # prompts of the step that have no teacher answer
         self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
+        self._bad_steps = BadSteps(config.gad.stop_after_bad_steps)
         self._scores: dict[str, float] = {}  # D's score of every row of the step
         self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
         self._actor_loss: tuple[Callable, dict] = (ppo_loss, {})  # what stock verl has set
@@ -173,6 +177,13 @@ class PPOTrainerGAD(PPOTrainerSync):
             extra_info["scored_by_discriminator"] = True
         return super()._submit_batch_to_rollout(batch)
 
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        batch = super().step(metrics, timing_raw)
+        if self._bad_steps.must_stop(metrics):
+            rows = texts(self.tokenizer, [*batch.keys, *self._extra_keys], batch.partition_id)
+            self._bad_steps.stop(self.config.trainer.default_local_dir, self.global_steps, metrics, rows)
+        return batch
+
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
         if self._scores_in_update():
@@ -196,6 +207,16 @@ class PPOTrainerGAD(PPOTrainerSync):
             self._extra_keys = []
         if self._wakes_engine():
             super().on_step_end()
+
+    def _save_checkpoint(self) -> None:
+        """Stock, which marks the checkpoint as complete, after our state and before the checksums of what it wrote,
+        unless it still writes (async_save)."""
+        folder = Path(self._step_folder())
+        forget_checksums(folder)
+        self._save_state()
+        super()._save_checkpoint()
+        if not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
+            write_checksums(folder)
 
     def _stop_after_this_step(self, signal: str) -> None:
         """Save unless stock code has, and end the loop."""
@@ -427,7 +448,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             metrics.update(rename_dict(pair_metrics(self._groups, score_of), "critic/"))
             metrics["critic/replay_d_acc"] = pair_metrics(past, score_of)["d_acc"]
         if self._replay.count:
-            self._replay.add(self.global_steps, self._fresh_groups(partition_id))
+            self._replay.add(self.global_steps, fresh_groups(self._groups, partition_id))
         if self._gate.width:
             self._gate.note(metrics["critic/d_acc"])
             metrics["gad/policy_gate"] = self._gate.factor
@@ -440,18 +461,6 @@ class PPOTrainerGAD(PPOTrainerSync):
             self._put_rows(partition_id, rows)
             self._extra_keys.extend(rows)
         return groups
-
-    def _fresh_groups(self, partition_id: str) -> list[PastGroup]:
-        """Token ids of the groups of this step, for later steps."""
-        groups = [group for group in self._groups if group.students]
-        keys = [row.key for group in groups for row in (group.teacher, *group.students)]
-        fields = ["prompts", "responses"]
-        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=fields)
-        ids = dict(zip(keys, zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True), strict=True))
-        return [
-            PastGroup.of(*ids[group.teacher.key], [ids[row.key][1] for row in group.students if len(ids[row.key][1])])
-            for group in groups
-        ]
 
     # ------------------------------------------------------------------ validation
 
@@ -591,10 +600,6 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _step_folder(self) -> str:
         return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
-
-    def _save_checkpoint(self):
-        self._save_state()  # first: stock marks the checkpoint as complete
-        super()._save_checkpoint()
 
     def _load_checkpoint(self):
         if self.use_critic and self.config.gad.discriminator_ema:
