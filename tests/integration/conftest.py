@@ -67,6 +67,11 @@ class LiveTrainer:
         tq.kv_clear(keys=batch.keys, partition_id="train")
         self.trainer.global_steps += 1
 
+    def load(self):
+        """Resume, as a new process would: no pass over the data has begun."""
+        self.trainer._load_checkpoint()
+        self.trainer.train_dataloader_it = None
+
     def step(self):
         """One whole step; returns (metrics, fields): the log and the students' rows, before they are cleared."""
         trainer, metrics = self.trainer, {}

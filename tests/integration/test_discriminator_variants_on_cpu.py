@@ -80,7 +80,7 @@ def test_the_lead_delays_exactly_the_actor_and_survives_a_checkpoint(live, tmp_p
     noted = trainer._validate()[VAL_D_ACC]  # at a step of test_freq, after the checkpoint
     trainer._lead.values = {}
     live.set(trainer__resume_mode="resume_path", trainer__resume_from_path=f"{tmp_path}/global_step_{first}")
-    trainer._load_checkpoint()
+    live.load()
     assert trainer.global_steps == first and trainer._lead.values == {0: 0.9, first: noted}
     live.set(trainer__resume_mode="disable")
 
@@ -147,10 +147,10 @@ def test_scores_are_those_of_the_averaged_weights_and_a_resumed_run_has_the_same
     live.step()
     assert not equal(averaged(live), average)
     live.set(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
-    trainer._load_checkpoint()
+    live.load()
     assert equal(live.weights("critic"), saved) and equal(averaged(live), average)
     (folder / "critic" / "average_world_size_1_rank_0.pt").unlink()  # of a run without the average
-    trainer._load_checkpoint()
+    live.load()
     assert equal(averaged(live), saved)
     live.set(trainer__resume_mode="disable", gad__discriminator_ema=0.0, gad__score_in_update=False)
     trainer.global_steps += 1
@@ -200,7 +200,7 @@ def test_an_update_with_replay_equals_the_pairwise_one_over_fresh_and_old_pairs(
     live.set(trainer__resume_from_path=f"{tmp_path}/global_step_{trainer.global_steps}")
     trainer._save_checkpoint()
     live.step()
-    trainer._load_checkpoint()
+    live.load()
     live.set(trainer__resume_mode="disable")
     trainer.global_steps += 1
     assert replay.seen == kept["seen"] == 16
@@ -272,7 +272,7 @@ def test_a_resumed_run_goes_on_with_the_next_prompts(live, unlabelled, tmp_path)
     seen = [content for prompts in [first, *following] for content in prompts[6:]]
     assert sorted(seen[:8]) == sorted(unlabelled), "an epoch has every prompt once"
     trainer._init_dataloader()
-    trainer._load_checkpoint()
+    live.load()
     assert [prompts_of_next_step() for _ in range(6)] == following
     live.set(trainer__resume_mode="disable")
     trainer.global_steps += 1

@@ -534,7 +534,7 @@ def test_checkpoints_of_both_load_back(live, tmp_path):
         assert all(torch.equal(loaded[name], value) for name, value in saved[role].items())
     live.step()
     live.set(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
-    live.trainer._load_checkpoint()
+    live.load()
     assert live.trainer.global_steps == step
     for role in ("actor", "critic"):
         assert all(torch.equal(saved[role][name], value) for name, value in live.weights(role).items())

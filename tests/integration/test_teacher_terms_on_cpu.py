@@ -261,7 +261,7 @@ def test_a_checkpoint_holds_the_gate(live, settings, tmp_path, monkeypatch):
     trainer._gate.accuracy = None
     folder = tmp_path / f"global_step_{trainer.global_steps}"
     settings(trainer__resume_mode="resume_path", trainer__resume_from_path=str(folder))
-    trainer._load_checkpoint()
+    live.load()
     assert trainer._gate.accuracy == 0.6123
 
 
