@@ -386,12 +386,14 @@ def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metric
         same_metrics(killed_gad, gad)
 
 
+@pytest.mark.long
 def test_the_variants_of_the_objective_resume_with_the_same_metrics(variants, killed_variants):
     log = metrics(variants)
     assert all(0.0 < log[step]["gad/policy_gate"] < 1.0 for step in (SAVE_FREQ, SAVE_FREQ + 1))
     same_metrics(killed_variants, variants)
 
 
+@pytest.mark.long
 def test_the_variants_of_the_objective_do_the_same_on_two_ranks(variants, variants_on_two_ranks):
     names = ["actor/imitation_loss", "actor/teacher_pg_loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm"]
     one_log, two_log = metrics(variants), metrics(variants_on_two_ranks)
@@ -400,16 +402,24 @@ def test_the_variants_of_the_objective_do_the_same_on_two_ranks(variants, varian
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
 
 
-@pytest.mark.parametrize("stage", ["warmup", "gad"])
-def test_a_signal_ends_a_run_after_its_step_and_nothing_is_lost(warmup, gad, stopped_warmup, stopped_gad, stage):
-    out, stopped_at, text = stopped_warmup if stage == "warmup" else stopped_gad
+def nothing_is_lost(stopped: tuple[Path, str, str], expected: dict) -> None:
+    out, stopped_at, text = stopped
     assert int(stopped_at) < STEPS, "the run was over before the signal reached it"
     assert f"the run stopped after step {stopped_at} of {STEPS}" in text and "Traceback" not in text
-    expected, got = metrics(warmup if stage == "warmup" else gad), metrics(out)
+    got = metrics(out)
     assert sorted(got) == sorted(expected)
     for step in range(1, STEPS + 1):
         means = {name: pytest.approx(v, rel=1e-12, abs=0) for name, v in expected[step].items() if "val-" in name}
         assert got[step] == expected[step] | means, f"step {step}"
+
+
+def test_sigterm_ends_a_run_after_its_step_and_nothing_is_lost(gad, stopped_gad):
+    nothing_is_lost(stopped_gad, metrics(gad))
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_a_run_after_its_step_and_nothing_is_lost(warmup, stopped_warmup):
+    nothing_is_lost(stopped_warmup, metrics(warmup))
 
 
 def test_two_ranks_do_what_one_does(gad, gad_on_two_ranks):
@@ -461,6 +471,7 @@ def test_soda_learns_to_prefer_the_teacher(soda, online_dpo):
     assert not (online_dpo / "start_answers.jsonl").exists()
 
 
+@pytest.mark.long
 def test_soda_on_two_ranks_does_what_it_does_on_one(soda, soda_on_two_ranks):
     one_log, two_log = metrics(soda), metrics(soda_on_two_ranks)
     for step in range(1, STEPS + 1):
@@ -468,6 +479,7 @@ def test_soda_on_two_ranks_does_what_it_does_on_one(soda, soda_on_two_ranks):
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
 
 
+@pytest.mark.long
 def test_a_killed_soda_run_resumes_with_its_stored_answers(soda, killed_soda):
     out, last_checkpoint, last_step = killed_soda
     assert (last_checkpoint, last_step) == (str(SAVE_FREQ), SAVE_FREQ + 1)
