@@ -14,6 +14,7 @@ import transfer_queue as tq
 
 from recipe.gad.run.atomic_io import write_atomically
 from recipe.gad.run.checkpoint import current_steps, resume_problems
+from recipe.gad.run.findings import error
 
 SIDES = ("actor/", "critic/")
 """Prefixes of the metrics that must be finite: losses, gradients and scores of both sides."""
@@ -70,10 +71,11 @@ class BadSteps:
             fix += f" from the last good checkpoint: trainer.resume_mode=resume_path trainer.resume_from_path={path}"
         else:
             fix += "; no checkpoint was saved before it"
-        raise BrokenRunError(
+        what = (
             f"steps {first} to {step} have NaN or infinite metrics ({', '.join(not_finite(metrics))}), and "
-            f"gad.stop_after_bad_steps={self.limit}. The rows and metrics of step {step} are in {saved}. Fix: {fix}"
+            f"gad.stop_after_bad_steps={self.limit}. The rows and metrics of step {step} are in {saved}"
         )
+        raise BrokenRunError(str(error(what, fix)))
 
 
 def texts(tokenizer: Any, keys: list[str], partition_id: str) -> list[dict[str, str]]:
