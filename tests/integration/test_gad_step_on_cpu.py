@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from recipe.gad.run.checkpoint import verify_contents
-from recipe.gad.training.preference_trainer import PPOTrainerOnlineDPO
+from recipe.gad.training.preference_trainer import PPOTrainerOnlineDPO, PPOTrainerSODA
 from recipe.gad.training.rows import filler, sample_order
 from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
 
@@ -58,6 +58,13 @@ def drop(batch, keys):
     """The batch as if the rollouts of ``keys`` had failed."""
     tq.kv_clear(keys=list(keys), partition_id="train")
     return batch.select_keys([key for key in batch.keys if key not in set(keys)])
+
+
+def drop_missing(live, batch, missing):
+    """The batch without "one sample", or without "a whole prompt" and a sample of another; "none": as it is."""
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
+    lost = {"none": [], "one sample": keys[1:2], "a whole prompt": [*keys[:4], keys[6]]}[missing]
+    return drop(batch, lost) if lost else batch
 
 
 def run_from(live, batch, metrics):
@@ -177,11 +184,7 @@ def live_groups(live):
 def test_grouped_update_equals_the_pairwise_one_over_real_pairs(live, micro_batches, missing):
     live.set(**micro_batches)
     batch, metrics = live.sample()
-    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
-    if missing == "one sample":
-        batch = drop(batch, keys[1:2])
-    elif missing == "a whole prompt":
-        batch = drop(batch, [*keys[:4], keys[6]])
+    batch = drop_missing(live, batch, missing)
     batch = run_from(live, batch, metrics)
     loss, accuracy, norm = pairwise_reference(hf_model(live, "critic"), live_groups(live))
     live.trainer._update_critic(batch, metrics=metrics)
@@ -585,11 +588,7 @@ def test_dpo_has_the_loss_and_the_gradient_of_the_pairs_written_out(live, micro_
     live.trainer.__class__ = PPOTrainerOnlineDPO
     live.set(gad__dpo_beta=0.3, **micro_batches)
     batch, metrics = live.sample()
-    keys = sorted(batch.keys, key=lambda key: sample_order(key, live.trainer._submitted))
-    if missing == "one sample":
-        batch = drop(batch, keys[1:2])
-    elif missing == "a whole prompt":
-        batch = drop(batch, [*keys[:4], keys[6]])
+    batch = drop_missing(live, batch, missing)
     batch = live.trainer._balance_batch(batch, metrics=metrics)
     policy, path = hf_model(live, "actor"), live.config.actor_rollout_ref.model.path
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
@@ -617,4 +616,19 @@ def test_dpo_has_the_loss_and_the_gradient_of_the_pairs_written_out(live, micro_
     assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert "actor/loss" not in metrics
     live.set(**before)
+    live.finish(batch)
+
+
+def test_a_soda_prompt_without_a_stored_answer_is_no_pair(live, monkeypatch):
+    numbers = iter(range(8))
+    monkeypatch.setattr(PPOTrainerSODA, "_start_key", lambda self, messages: next(numbers))
+    live.trainer.__class__ = PPOTrainerSODA
+    stored = {"prompt": [4, 5], "answers": [[6, 7]] * 4}
+    live.trainer._start_records = {0: {"prompt": [], "answers": []}} | dict.fromkeys(range(1, 8), stored)
+    live.trainer.prepare_step()
+    metrics = {}
+    batch = live.trainer._step_once(metrics, {}, 8)
+    lost = live.trainer._groups[-1]
+    assert lost.students == [] and lost.teacher_tokens > 0
+    assert metrics["gad/missing_rollouts"] == 4 and metrics["actor/dpo_loss"] > 0
     live.finish(batch)

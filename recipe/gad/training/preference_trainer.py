@@ -55,7 +55,7 @@ class PPOTrainerOnlineDPO(PPOTrainerGAD):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """One optimizer step on the pairs of the step; a missing rollout is no pair."""
         n, groups = self.rollout_n, self._groups
-        sizes = [sum(row.tokens for row in group.rows()) for group in groups]
+        sizes = [group.tokens for group in groups]
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
         ranks = gad_rows.spread(sizes, self.config.actor_rollout_ref.actor, n_ranks, self.global_steps)
         weights = gad_rows.pair_weights(groups, ranks)
@@ -95,10 +95,8 @@ class PPOTrainerOnlineDPO(PPOTrainerGAD):
 
     def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         lengths = [tag["response_len"] for tag in batch.tags if not tag.get("is_padding", False)]
-        statistics = {"mean": np.mean(lengths), "max": np.max(lengths), "min": np.min(lengths)}
-        metrics.update({f"response_length/{name}": float(value) for name, value in statistics.items()})
-        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
-        metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
+        metrics.update(gad_rows.length_statistics("response_length", lengths))
+        metrics.update(gad_rows.step_metrics(timing_raw, global_steps, epoch))
 
 
 class PPOTrainerSODA(PPOTrainerOnlineDPO):
@@ -166,12 +164,14 @@ class PPOTrainerSODA(PPOTrainerOnlineDPO):
         return records
 
     def prepare_step(self) -> dict:
+        self._submitted.clear()
+        self._data.clear()
         return {}
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         self.on_sample_end()  # the rollout engine sleeps until the weights are sent to it again
         data = self._next_train_batch(sample_batch_size)
-        self._submitted = {uid: place for place, uid in enumerate(data["uid"])}
+        self._note_prompts(data)
         rows: dict[str, gad_rows.Trajectory] = {}
         for uid, messages, teacher_ids in zip(data["uid"], data["raw_prompt"], data[TEACHER_IDS], strict=True):
             rows |= preference.start_rows(uid, self._start_records[self._start_key(messages)], teacher_ids)

@@ -53,6 +53,11 @@ class Group:
         fillers = [Row(names.filler_key(self.uid, i), 2) for i in range(self.n - len(self.students))]
         return [self.teacher, *self.students, *fillers]
 
+    @property
+    def tokens(self) -> int:
+        """Of all its rows."""
+        return sum(row.tokens for row in self.rows())
+
 
 def sample_order(key: str, submitted: dict[str, int]) -> tuple[int, int, int]:
     """Sort key of a student's row: place of its prompt (uid -> place; unknown prompts come last), sample, output."""
@@ -160,10 +165,21 @@ def without_lone_students(scores: torch.Tensor, keys: Sequence[str], groups: Ite
 
 def teacher_length_metrics(teachers: dict[str, Trajectory], limit: int) -> dict[str, float]:
     """Mean, max, min of the teachers' answers in tokens, and the share that reached ``limit`` tokens."""
-    lengths = np.array([row["responses"].numel() for row in teachers.values()])
-    cut_ratio = (lengths >= limit).mean()
-    statistics = {"mean": lengths.mean(), "max": lengths.max(), "min": lengths.min(), "cut_ratio": cut_ratio}
-    return {f"teacher_response_length/{name}": float(value) for name, value in statistics.items()}
+    lengths = [row["responses"].numel() for row in teachers.values()]
+    cut_ratio = float(np.mean([length >= limit for length in lengths]))
+    return length_statistics("teacher_response_length", lengths) | {"teacher_response_length/cut_ratio": cut_ratio}
+
+
+def length_statistics(name: str, lengths: Sequence[int]) -> dict[str, float]:
+    """``name/mean``, ``name/max`` and ``name/min`` of lengths in tokens."""
+    statistics = {"mean": np.mean(lengths), "max": np.max(lengths), "min": np.min(lengths)}
+    return {f"{name}/{key}": float(value) for key, value in statistics.items()}
+
+
+def step_metrics(timing_raw: dict[str, float], global_steps: int, epoch: int) -> dict[str, float]:
+    """What stock verl logs of every step, for the stages whose batches lack the fields of its other metrics."""
+    timing = {f"timing_s/{name}": seconds for name, seconds in timing_raw.items()}
+    return timing | {"training/global_step": global_steps, "training/epoch": epoch}
 
 
 def score_length_correlation(scores: torch.Tensor, lengths: torch.Tensor, uids: Sequence[str]) -> float | None:

@@ -46,5 +46,4 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
         """Nothing: there are no rollouts."""
 
     def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
-        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
-        metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
+        metrics.update(gad_rows.step_metrics(timing_raw, global_steps, epoch))

@@ -12,7 +12,6 @@ Goes when: verl ships a GAD trainer.
 
 import copy
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from recipe.gad.run.checks import check_config, claim_output
+from recipe.gad.run.checks import check_config, claim_output, resumed_checkpoint
 from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
 from recipe.gad.run.log import VAL_D_ACC
@@ -169,13 +168,17 @@ class PPOTrainerGAD(PPOTrainerSync):
         return super().prepare_step()
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        """Stock, after noting the order of the prompts and telling the reward function that D scores training rows."""
-        for uid, *data in zip(*(list(batch[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)), strict=True):
-            self._submitted[uid] = len(self._submitted)
-            self._data[uid] = data
+        """Stock, after noting the prompts and telling the reward function that D scores training rows."""
+        self._note_prompts(batch)
         for extra_info in batch["extra_info"]:
             extra_info["scored_by_discriminator"] = True
         return super()._submit_batch_to_rollout(batch)
+
+    def _note_prompts(self, batch: TensorDict) -> None:
+        """Their order, and their messages and teacher ids, which replace the rollouts of a prompt if all fail."""
+        for uid, *data in zip(*(list(batch[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)), strict=True):
+            self._submitted[uid] = len(self._submitted)
+            self._data[uid] = data
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         batch = super().step(metrics, timing_raw)
@@ -211,7 +214,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         """Stock, which marks the checkpoint as complete, after our state and before the checksums of what it wrote,
         unless it still writes (async_save)."""
-        folder = Path(self._step_folder())
+        folder = self._step_folder()
         forget_checksums(folder)
         self._save_state()
         super()._save_checkpoint()
@@ -429,7 +432,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         """
         past = self._put_past_rows(partition_id) if self._replay.count else []
         groups, critic = [*self._groups, *past], self.config.critic
-        sizes = [sum(row.tokens for row in group.rows()) for group in groups]
+        sizes = [group.tokens for group in groups]
         n_ranks = self.discriminator.data_parallel_size()
         mini_batch = labelled_mini_batch(self.config)
         update = SimpleNamespace(
@@ -474,7 +477,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         if seen.pairs:
             metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
             self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
-            if os.path.isdir(self._step_folder()):  # saved before this validation
+            if self._step_folder().is_dir():  # saved before this validation
                 self._save_state()
         return metrics
 
@@ -516,7 +519,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _update_actor_with_teacher(self, policy_loss: Callable, metrics: dict) -> None:
         """One update on whole groups [teacher, s_1, ..., s_n], spread over ranks and mini-batches like D's."""
         actor, temperature = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout.temperature
-        sizes = [sum(row.tokens for row in group.rows()) for group in self._groups]
+        sizes = [group.tokens for group in self._groups]
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
         ranks = gad_rows.spread(sizes, actor, n_ranks, self.global_steps)
         keys = [row.key for rank in ranks for part in rank for i in part for row in self._groups[i].rows()]
@@ -598,16 +601,15 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _save_state(self) -> None:
         save_state(self._step_folder(), {name: part.state_dict() for name, part in self._stateful().items()})
 
-    def _step_folder(self) -> str:
-        return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
+    def _step_folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
 
     def _load_checkpoint(self):
         if self.use_critic and self.config.gad.discriminator_ema:
             self.critic_wg.start_average(self.config.gad.discriminator_ema)
         super()._load_checkpoint()
-        if self.global_steps:
-            trainer = self.config.trainer
-            folder = trainer.resume_from_path if trainer.resume_mode == "resume_path" else self._step_folder()
+        folder = resumed_checkpoint(self.config)
+        if self.global_steps and folder is not None:
             parts = self._stateful()
             for name, state in load_state(folder, set(parts)).items():
                 parts[name].load_state_dict(state)
