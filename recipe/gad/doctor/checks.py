@@ -42,6 +42,7 @@ from recipe.gad.run.config import (
     get,
     has_discriminator,
     integer,
+    is_number,
 )
 from recipe.gad.run.data_file import sample_rows
 from recipe.gad.run.findings import (
@@ -195,7 +196,7 @@ def check_numbers(config: DictConfig) -> Findings:
 
 def _finite(config: DictConfig, key: str, example: str) -> Findings:
     value = get(config, key, 0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         yield error(f"{key}={value}: expected a number of 0 or more", fix=f"{key}={example}")
 
 

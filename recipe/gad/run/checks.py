@@ -39,6 +39,7 @@ from recipe.gad.run.config import (
     get,
     has_discriminator,
     integer,
+    is_number,
     labelled_mini_batch,
     lora_rank,
     needs_reference,
@@ -202,7 +203,7 @@ def check_objective(config: DictConfig) -> Findings:
     on: dict[str, str] = {}
     for key in ("gad.imitation_coef", "gad.policy_gate"):
         value = get(config, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
+        if not is_number(value) or not 0 <= value < inf:
             yield error(f"{key}={value}: expected a number of at least 0", fix=f"{key}=0")
         elif value:
             on[f"{key}={value}"] = f"{key}=0"
@@ -257,7 +258,7 @@ def check_credit(config: DictConfig) -> Findings:
     credit, gamma = get(config, "gad.credit"), get(config, "gad.credit_gamma")
     if credit not in CREDITS:
         yield error(f"gad.credit={credit}: expected {either(CREDITS)}", fix="gad.credit=sequence")
-    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
+    if not is_number(gamma) or not 0 <= gamma <= 1:
         yield error(f"gad.credit_gamma={gamma}: expected a number from 0 to 1", fix="gad.credit_gamma=0.9")
     if credit != "token":
         return
@@ -282,7 +283,7 @@ def check_dpo(config: DictConfig) -> Findings:
     if stage not in DPO_STAGES:
         return
     beta = get(config, "gad.dpo_beta")
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or beta <= 0:
+    if not is_number(beta) or beta <= 0:
         yield error(f"gad.dpo_beta={beta}: expected a number above 0", fix="gad.dpo_beta=0.1")
     if not get(config, f"{ACTOR}.use_kl_loss"):
         yield error(
@@ -308,7 +309,7 @@ def check_dpo(config: DictConfig) -> Findings:
 def check_polling(config: DictConfig) -> Findings:
     """The trainer waits a positive time between two looks at the replay buffer."""
     poll = get(config, "gad.poll_interval")
-    if isinstance(poll, bool) or not isinstance(poll, int | float) or poll <= 0:
+    if not is_number(poll) or poll <= 0:
         yield error(f"gad.poll_interval={poll}: expected a number of seconds above 0", fix="gad.poll_interval=0.1")
 
 
@@ -367,7 +368,8 @@ def check_replay(config: DictConfig) -> Findings:
     if not (fraction := number(config, key, 0, 10)):
         return
     if not has_discriminator(config):
-        yield error(f"{key}={fraction}: stage seqkd trains no discriminator", fix=f"{key}=0")
+        stage = get(config, "gad.stage")
+        yield error(f"{key}={fraction}: stage {stage} trains no discriminator", fix=f"{key}=0")
         return
     mini, prompts = labelled_mini_batch(config), replayed_prompts(config)
     copy, _ = parallelism(config, "critic") or (1, 1)
@@ -458,7 +460,7 @@ def check_sampling(config: DictConfig) -> Findings:
             fix="algorithm.filter_groups.enable=False",
         )
     fix = f"{ROLLOUT}.temperature=0.8"
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
+    if not is_number(temperature) or temperature < 0:
         yield error(f"{ROLLOUT}.temperature={temperature}: expected a number above 0", fix)
     elif n > 1 and temperature == 0:
         yield error(f"{ROLLOUT}.temperature={temperature}: the {n} samples of a prompt would be the same text", fix)

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +35,11 @@ def integer(config: DictConfig, key: str, default: int | None = None, minimum: i
     return value
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """An int or a float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def number(config: DictConfig, key: str, low: float, below: float) -> float:
     """Number of a dotted key, from ``low`` to less than ``below``.
 
@@ -42,7 +47,7 @@ def number(config: DictConfig, key: str, low: float, below: float) -> float:
         InputError: the value is no number, or outside.
     """
     value = get(config, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:
+    if not is_number(value) or not low <= value < below:
         raise InputError(f"{key}={value}: expected a number from {low} to below {below}", fix=f"set {key} to one")
     return value
 
