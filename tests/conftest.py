@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -30,6 +31,12 @@ def layer_of(path: str | Path) -> str:
     if folder not in LAYERS:
         raise pytest.UsageError(f"tests/{folder} is in no layer. Fix: add {folder!r} to LAYERS in tests/conftest.py")
     return folder
+
+
+def pytest_configure():
+    """A suite that was started in the background ignores Ctrl-C, and so would the processes that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -43,11 +43,7 @@ def run(tmp_path):
 def start(run: Path, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "recipe.gad.cli", "watch", str(run), "--interval", "0.1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
-
-    def hear_ctrl_c() -> None:  # a suite that was started in the background ignores it, and so would its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    return subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=hear_ctrl_c, **options)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
 
 def test_sparkline():
