@@ -22,6 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_FREQ = 5, 3
 TIMEOUT = 420  # seconds; a hang must not hold the suite
+WITH_DOCTOR = ("warmup", "gad")  # one run of each kind asks the doctor; it takes a tenth of a run's CPU time
 NOT_REPEATABLE = ("timing", "perf/", "critic/perf", "actor/perf")  # clocks and memory
 
 
@@ -51,7 +52,8 @@ class Runner:
             (overrides if "=" in argument else flags).append(argument)
         data = ["--train_files", f"{self.problem}/train.parquet", "--val_files", f"{self.problem}/val.parquet"]
         start = ["bash", str(ROOT / "examples/gad" / script), "--device", "cpu", "--output_dir", str(out), *data]
-        return [*start, *flags, *self.small, *overrides]
+        doctor = [] if out.name in WITH_DOCTOR else ["--skip-doctor"]
+        return [*start, *doctor, *flags, *self.small, *overrides]
 
     def run(
         self, command: list[str], env: dict | None = None, kill_when=None, signal_when=None, send=None
@@ -376,14 +378,13 @@ def same_metrics(killed: tuple[Path, str, int], uninterrupted: Path) -> None:
         assert got[step] == expected[step] | means, f"step {step}"
 
 
-@pytest.mark.parametrize("stage", ["warmup", "gad"])
-def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(
-    warmup, gad, killed_warmup, killed_gad, stage
-):
-    if stage == "warmup":
-        same_metrics(killed_warmup, warmup)
-    else:
-        same_metrics(killed_gad, gad)
+def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(gad, killed_gad):
+    same_metrics(killed_gad, gad)
+
+
+@pytest.mark.long
+def test_sigkill_of_a_warmup_then_the_same_command_gives_the_same_metrics(warmup, killed_warmup):
+    same_metrics(killed_warmup, warmup)
 
 
 @pytest.mark.long
@@ -455,20 +456,26 @@ def test_a_seqkd_run_that_never_validates_learns_the_same_without_a_rollout_engi
         assert quiet[step] == {name: value for name, value in log[step].items() if "val-" not in name}, f"step {step}"
 
 
-def test_soda_learns_to_prefer_the_teacher(soda, online_dpo):
+def test_soda_and_online_dpo_start_at_the_reference_and_leave_it(soda, online_dpo):
     for out, stage in ((soda, "soda"), (online_dpo, "online_dpo")):
         log = metrics(out)
         assert sorted(log) == list(range(STEPS + 1))
         assert log[1]["actor/dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
         assert log[1]["actor/dpo_margin"] == pytest.approx(0.0, abs=1e-4)
-        assert log[STEPS]["actor/dpo_loss"] < log[1]["actor/dpo_loss"]
-        assert log[STEPS]["actor/dpo_margin"] > 0.005 and log[STEPS]["actor/dpo_acc"] > 0.5
+        assert abs(log[STEPS]["actor/dpo_margin"]) > 1e-3
         assert log[STEPS]["gad/missing_rollouts"] == 0 and log[STEPS]["response_length/mean"] > 0
         assert not any(key.startswith("critic/") for key in log[STEPS])
         assert any(key.startswith("val-aux/tiny/rouge_l/mean") for key in log[STEPS])
         assert json.loads((out / "gad_stage.json").read_text())["stage"] == stage
     assert len((soda / "start_answers.jsonl").read_text().splitlines()) == 5 * 8, "the prompts of the run, no others"
     assert not (online_dpo / "start_answers.jsonl").exists()
+
+
+def test_soda_learns_to_prefer_the_teacher(soda):
+    """Only SODA's pairs stay the same: five steps of online DPO on a random model show no trend."""
+    log = metrics(soda)
+    assert log[STEPS]["actor/dpo_loss"] < log[1]["actor/dpo_loss"]
+    assert log[STEPS]["actor/dpo_margin"] > 0.005 and log[STEPS]["actor/dpo_acc"] > 0.5
 
 
 @pytest.mark.long
