@@ -289,6 +289,27 @@ def killed_variants(runner, warmup):
     return runner.killed_and_resumed("gad", "killed-variants", "--warmup_dir", str(warmup), *VARIANTS)
 
 
+def discriminator_variants(runner, warmup) -> list[str]:
+    """Arguments of a GAD run with every variant of the discriminator; it leads in the first steps."""
+    lead = ("max_steps=4", "patience=1", "min_delta=0.9")
+    return [
+        *("--warmup_dir", str(warmup), "trainer.test_freq=1", "critic.ppo_mini_batch_size=4"),
+        *(f"gad.discriminator_lead.{key}" for key in lead),
+        *("gad.discriminator_ema=0.5", "gad.replay=0.67", "gad.replay_capacity=10"),
+        *(f"gad.unlabelled_files=[{runner.problem}/val.parquet]", "gad.unlabelled_ratio=0.25"),
+    ]
+
+
+@in_background
+def d_variants(runner, warmup):
+    return runner.stage("gad", "d-variants", *discriminator_variants(runner, warmup))
+
+
+@in_background
+def killed_d_variants(runner, warmup):
+    return runner.killed_and_resumed("gad", "killed-d-variants", *discriminator_variants(runner, warmup))
+
+
 @in_background
 def stopped_warmup(runner):
     """Ctrl-C: the terminal sends SIGINT to every process of the run's group."""
@@ -401,6 +422,17 @@ def test_the_variants_of_the_objective_do_the_same_on_two_ranks(variants, varian
     for step in range(1, STEPS + 1):
         for name in [*names, "gad/policy_gate", "critic/d_loss"]:
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
+
+
+@pytest.mark.long
+def test_every_variant_of_the_discriminator_at_once_resumes_with_the_same_metrics(d_variants, killed_d_variants):
+    log = metrics(d_variants)
+    leading = [log[step]["gad/leading"] for step in range(1, STEPS + 1)]
+    assert leading[0] == 1.0 and leading[-1] == 0.0 and leading == sorted(leading, reverse=True)
+    assert [("actor/pg_loss" in log[step]) for step in range(1, STEPS + 1)] == [not led for led in leading]
+    assert "critic/replay_d_acc" not in log[1] and all("critic/replay_d_acc" in log[step] for step in (2, STEPS))
+    assert all(0.0 <= log[step]["val-aux/d_acc"] <= 1.0 for step in range(STEPS + 1))
+    same_metrics(killed_d_variants, d_variants)
 
 
 def nothing_is_lost(stopped: tuple[Path, str, str], expected: dict) -> None:
