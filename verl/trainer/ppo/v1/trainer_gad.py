@@ -40,20 +40,8 @@ from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.state import load_state, save_state
-from recipe.gad.training.teacher_terms import (
-    PER_TOKEN_FIELDS,
-    actor_row_weights,
-    blank_fields,
-    group_advantages,
-    loss_with_teacher,
-)
-from recipe.gad.training.trajectory import (
-    IMITATION_WEIGHT,
-    POLICY_WEIGHT,
-    TEACHER_IDS,
-    TEMPERATURE,
-    build_prompt_ids,
-)
+from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
+from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
@@ -517,36 +505,17 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def _update_actor_with_teacher(self, policy_loss: Callable, metrics: dict) -> None:
-        """One update on whole groups [teacher, s_1, ..., s_n], spread over ranks and mini-batches like D's."""
-        actor, temperature = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout.temperature
-        sizes = [group.tokens for group in self._groups]
+        """One update on whole groups [teacher, s_1, ..., s_n]."""
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
-        ranks = gad_rows.spread(sizes, actor, n_ranks, self.global_steps)
-        keys = [row.key for rank in ranks for part in rank for i in part for row in self._groups[i].rows()]
-        masks = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])["loss_mask"].unbind()
-        tokens = {key: int(mask.sum()) for key, mask in zip(keys, masks, strict=True)}
+        update = group_update(self._groups, self.config, n_ranks, self.global_steps, self._advantages)
+        self._put_rows("train", update.blanks)
+        tq.kv_batch_put(keys=update.keys, partition_id="train", fields=update.fields)
         terms = {name: self.config.gad[name] for name in ("imitation_coef", "teacher_in_group")}
-        in_group = terms["teacher_in_group"]
-        weights = actor_row_weights(self._groups, ranks, tokens, actor.loss_agg_mode, in_group)
-        students = {row.key for group in self._groups for row in group.students}
-        others = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in students}
-        student = tq.kv_batch_get(keys=[min(students)], partition_id="train")
-        rows = {key: blank_fields(mask, student, self._advantages.get(key, 0.0)) for key, mask in others.items()}
-        self._put_rows("train", rows)
-        fields = {
-            IMITATION_WEIGHT: torch.tensor([weights[key].imitation for key in keys]),
-            POLICY_WEIGHT: torch.tensor([weights[key].policy for key in keys]),
-            TEMPERATURE: torch.tensor([temperature if key in students else 1.0 for key in keys]),
-        }
-        tq.kv_batch_put(keys=keys, partition_id="train", fields=TensorDict(fields, batch_size=len(keys)))
         self._set_actor_loss(loss_with_teacher, policy_loss=policy_loss, **terms)
-        extra_info: dict[str, Any] = {"calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0}
-        if temperature == 1.0:  # one number: fused kernels know nothing else
-            del fields[TEMPERATURE]
-            extra_info["temperature"] = 1.0
-        names = [*SCORING_FIELDS, *(name for name in PER_TOKEN_FIELDS if name in student), *fields]
-        n_answers = actor.ppo_mini_batch_size * self.rollout_n  # what stock divides by, missing answers included
-        self._train_actor(keys, n_answers, self.rollout_n + 1, metrics, names, **extra_info)
+        names = [*SCORING_FIELDS, *update.per_token, *update.fields.keys()]
+        # what stock divides by, missing answers included
+        n_answers = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.rollout_n
+        self._train_actor(update.keys, n_answers, self.rollout_n + 1, metrics, names, **update.extra_info)
 
     def _train_actor(
         self,
