@@ -66,6 +66,14 @@ from recipe.gad.run.findings import (
     warning,
 )
 from recipe.gad.run.model_checks import check_critic_lora, check_models, check_tokenizers
+from recipe.gad.run.refusals import (
+    check_agents,
+    check_estimator,
+    check_names,
+    check_parameter_sync,
+    check_quantized_rollout,
+    check_reward_model,
+)
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
@@ -809,4 +817,10 @@ CHECKS: tuple[Check, ...] = (
     check_critic_lora,
     check_tokenizers,
     check_data,
+    check_estimator,
+    check_parameter_sync,
+    check_reward_model,
+    check_quantized_rollout,
+    check_agents,
+    check_names,
 )
