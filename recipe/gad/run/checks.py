@@ -72,6 +72,7 @@ from recipe.gad.run.refusals import (
     check_names,
     check_parameter_sync,
     check_quantized_rollout,
+    check_ratios,
     check_reward_model,
 )
 
@@ -823,4 +824,5 @@ CHECKS: tuple[Check, ...] = (
     check_quantized_rollout,
     check_agents,
     check_names,
+    check_ratios,
 )

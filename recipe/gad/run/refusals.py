@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.gad.run.config import ROLLOUT, files_of, get, has_discriminator
+from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator
 from recipe.gad.run.data_file import column_values
 from recipe.gad.run.findings import Findings, error, warning
 
@@ -38,6 +38,8 @@ OTHER_ESTIMATORS = {
 }
 """Those that need more, and what."""
 AGENT = "single_turn_agent"
+CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
+"""verl's defaults of the keys that say when the loss clips."""
 
 
 def check_estimator(config: DictConfig) -> Findings:
@@ -112,7 +114,7 @@ def check_agents(config: DictConfig) -> Findings:
         if (found := get(config, f"{ROLLOUT}.{name}", value)) != value:
             expected = "null" if value is None else value
             yield error(f"{ROLLOUT}.{name}={found}: {turn}; expected {expected}", fix=f"{ROLLOUT}.{name}={expected}")
-    for file in files_of(get(config, "data.train_files")):
+    for file in files_of(get(config, "data.train_files")) + files_of(get(config, "gad.unlabelled_files")):
         try:
             agents = column_values(file, "agent_name") - {AGENT}
         except (ValueError, OSError):  # no such column; check_data reports files that cannot be read
@@ -122,6 +124,26 @@ def check_agents(config: DictConfig) -> Findings:
                 f"{file}: column 'agent_name' names {', '.join(sorted(agents))}: {turn}; expected {AGENT}",
                 fix="drop the column, or these rows",
             )
+
+
+def check_ratios(config: DictConfig) -> Findings:
+    """Settings of the loss that act on probability ratios meet ratios other than 1."""
+    batch = get(config, "data.train_batch_size")
+    one_step = get(config, f"{ACTOR}.ppo_mini_batch_size") == batch and get(config, f"{ACTOR}.ppo_epochs") == 1
+    bypass = get(config, "algorithm.rollout_correction.bypass_mode")  # ratios to the rollout engine's probabilities
+    if get(config, "gad.actor_objective") != "policy_gradient" or not one_step or bypass:
+        return
+    found = [
+        f"{ACTOR}.{key}={value}" for key, off in CLIPPING.items() if (value := get(config, f"{ACTOR}.{key}")) != off
+    ]
+    if get(config, f"{ACTOR}.policy_loss.loss_mode") == "gspo":
+        found.insert(0, f"{ACTOR}.policy_loss.loss_mode=gspo")
+    if found:
+        yield warning(
+            f"{' '.join(found)} changes nothing: a batch is one optimizer step, so every probability ratio is 1. "
+            "Nothing is clipped, pg_clipfrac and ppo_kl are 0, and loss_mode=gspo equals vanilla",
+            fix=f"run_gad.sh --ppo_mini_batches 2, or {ACTOR}.ppo_mini_batch_size below data.train_batch_size={batch}",
+        )
 
 
 def check_names(config: DictConfig) -> Findings:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from recipe.gad.run import checks, refusals
 
-ROLLOUT = "actor_rollout_ref.rollout"
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 CORRECTION = "algorithm.rollout_correction"
 CHECKS = [
     refusals.check_estimator,
@@ -19,6 +19,7 @@ CHECKS = [
     refusals.check_quantized_rollout,
     refusals.check_agents,
     refusals.check_names,
+    refusals.check_ratios,
 ]
 
 
@@ -189,6 +190,57 @@ def test_agents_that_the_data_names(found, tmp_path, ending):
     (message,) = found(write("single_turn_agent", "tool_agent", None, "tool_agent"))
     assert f"train.{ending}: column 'agent_name' names None, tool_agent" in message and "Fix: drop the" in message
     assert found({"data.train_files": str(tmp_path / f"none.{ending}")}) == [], "another check reports it"
+
+
+# ---------------------------------------------------------------------- probability ratios
+
+
+RATIOS = [("policy_loss.loss_mode", "gspo"), ("clip_ratio_low", 0.005), ("clip_ratio_high", 0.28), ("clip_ratio_c", 10)]
+
+
+@pytest.mark.parametrize(("name", "value"), RATIOS)
+def test_clipping_needs_several_optimizer_steps_per_batch(base, found, name, value):
+    setting = {f"{ACTOR}.{name}": value}
+    (message,) = found(setting)
+    assert message.startswith(f"warning {ACTOR}.{name}={value} changes nothing: a batch is one optimizer step")
+    assert "pg_clipfrac and ppo_kl are 0" in message and "Fix: run_gad.sh --ppo_mini_batches 2" in message
+    assert base.data.train_batch_size == 8
+    assert found({**setting, f"{ACTOR}.ppo_mini_batch_size": 4}) == []
+    assert found({**setting, f"{ACTOR}.ppo_epochs": 2}) == []
+    assert found({**setting, f"{CORRECTION}.bypass_mode": True}) == []
+    assert found({**setting, "gad.actor_objective": "imitation"}) == []
+
+
+def test_all_settings_of_the_ratios_are_one_warning(found):
+    (message,) = found({f"{ACTOR}.{name}": value for name, value in RATIOS})
+    assert all(f"{ACTOR}.{name}={value}" in message for name, value in RATIOS)
+
+
+def test_at_the_ratio_1_gspo_equals_vanilla_and_nothing_is_clipped():
+    import torch
+
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import FSDPActorConfig
+
+    torch.manual_seed(0)
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    log_probs, advantages = -torch.rand(3, 4), torch.tensor([[1.5], [-2.0], [0.25]]).expand(3, 4)
+    results = {}
+    for mode in ("vanilla", "gspo"):
+        config = FSDPActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_c=1.001)
+        leaf = log_probs.clone().requires_grad_()
+        arguments = log_probs, leaf, advantages, mask, "token-mean", config
+        loss, metrics = get_policy_loss_fn(mode)(*arguments)
+        loss.backward()
+        results[mode] = loss.detach(), leaf.grad
+        assert set(metrics.values()) == {0.0}
+    assert all(torch.equal(vanilla, gspo) for vanilla, gspo in zip(results["vanilla"], results["gspo"], strict=True))
+    expected = -(3 * 1.5 + 2 * -2.0 + 4 * 0.25) / 9
+    assert results["gspo"][0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_defaults_of_clipping_are_verls(base):
+    assert {key: base.actor_rollout_ref.actor[key] for key in refusals.CLIPPING} == refusals.CLIPPING
 
 
 # ---------------------------------------------------------------------- names of keys
