@@ -74,6 +74,7 @@ from recipe.gad.run.refusals import (
     check_quantized_rollout,
     check_ratios,
     check_reward_model,
+    check_task_reward,
 )
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
@@ -825,4 +826,5 @@ CHECKS: tuple[Check, ...] = (
     check_agents,
     check_names,
     check_ratios,
+    check_task_reward,
 )

@@ -38,6 +38,7 @@ OTHER_ESTIMATORS = {
 }
 """Those that need more, and what."""
 AGENT = "single_turn_agent"
+PACKAGED_REWARD = "pkg://recipe.gad.reward"
 CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 """verl's defaults of the keys that say when the loss clips."""
 
@@ -77,6 +78,30 @@ def check_reward_model(config: DictConfig) -> Findings:
                 "score would replace the result",
                 fix=f"{group}.enable=False",
             )
+
+
+def check_task_reward(config: DictConfig) -> Findings:
+    """Training follows every reward that is configured, or the run says that it is for validation alone."""
+    key, value = "gad.task_reward.weight", get(config, "gad.task_reward.weight")
+    if value is not None and (isinstance(value, bool) or value != 0):
+        yield error(
+            f"{key}={value}: training follows the discriminator's score alone; expected null or 0", fix=f"{key}=0"
+        )
+    if value is not None or get(config, "gad.actor_objective") != "policy_gradient":
+        return
+    found = []
+    for group in ("reward.custom_reward_function", "custom_reward_function"):  # verl still takes the older name
+        path = get(config, f"{group}.path")
+        if path not in (None, PACKAGED_REWARD) and Path(path).resolve() != Path(__file__).parents[1] / "reward.py":
+            found.append((f"{group}.path={path}", f"reward.custom_reward_function.path={PACKAGED_REWARD}"))
+    for group in ("reward.reward_model", "reward_model"):
+        if get(config, f"{group}.enable") and get(config, f"{group}.enable_resource_pool"):
+            found.append((f"{group}.enable=True", f"{group}.enable=False"))
+    for setting, off in found:
+        yield error(
+            f"{setting}: training would ignore this reward, because it follows the discriminator's score",
+            fix=f"{key}=0 to use it in validation alone, or {off}",
+        )
 
 
 def check_quantized_rollout(config: DictConfig) -> Findings:

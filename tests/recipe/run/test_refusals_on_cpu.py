@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from recipe.gad import reward
 from recipe.gad.run import checks, refusals
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -20,6 +21,7 @@ CHECKS = [
     refusals.check_agents,
     refusals.check_names,
     refusals.check_ratios,
+    refusals.check_task_reward,
 ]
 
 
@@ -153,6 +155,51 @@ def test_rollouts_that_are_not_quantized(found):
     assert found(vllm) == []
     another = {f"{ROLLOUT}.name": "sglang", f"{ROLLOUT}.engine_kwargs.vllm.quantization": "fp8"}
     assert found(another) == [], "the engine of the run does not read it"
+
+
+# ---------------------------------------------------------------------- rewards that training ignores
+
+
+POOL = {"enable": True, "enable_resource_pool": True, "nnodes": 1, "n_gpus_per_node": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "off"),
+    [
+        (
+            {"reward.custom_reward_function.path": "mine.py"},
+            "reward.custom_reward_function.path=mine.py",
+            "reward.custom_reward_function.path=pkg://recipe.gad.reward",
+        ),
+        (
+            {"custom_reward_function.path": "mine.py"},
+            "custom_reward_function.path=mine.py",
+            "reward.custom_reward_function.path=pkg://recipe.gad.reward",
+        ),
+        (
+            {f"reward.reward_model.{key}": value for key, value in POOL.items()},
+            "reward.reward_model.enable=True",
+            "reward.reward_model.enable=False",
+        ),
+    ],
+)
+def test_a_reward_that_training_would_ignore(found, changes, named, off):
+    (message,) = found(changes)
+    assert message.startswith(f"error {named}: training would ignore this reward")
+    assert message.endswith(f"Fix: gad.task_reward.weight=0 to use it in validation alone, or {off}")
+    assert found({**changes, "gad.task_reward.weight": 0}) == []
+    assert found({**changes, "gad.actor_objective": "imitation"}) == [], "imitation follows no reward"
+
+
+def test_the_packaged_reward_is_for_validation(found):
+    assert found({"reward.custom_reward_function.path": reward.__file__}) == []
+    assert found({"reward.custom_reward_function.path": None}) == []
+
+
+@pytest.mark.parametrize("weight", [0.7, -1, True, "all"])
+def test_a_weight_of_the_task_reward(found, weight):
+    (message,) = found({"gad.task_reward.weight": weight})
+    assert message.startswith(f"error gad.task_reward.weight={weight}: ") and "expected null or 0" in message
 
 
 # ---------------------------------------------------------------------- agents
