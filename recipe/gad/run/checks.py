@@ -450,7 +450,9 @@ def check_unlabelled(config: DictConfig) -> Findings:
 def check_stopping(config: DictConfig) -> Findings:
     """The run knows when to stop because it has broken."""
     integer(config, "gad.stop_after_bad_steps", minimum=0)
-    yield from ()
+    timeout = get(config, "gad.step_timeout", 0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0:
+        yield error(f"gad.step_timeout={timeout}: expected null, or seconds, or 0", fix="gad.step_timeout=null")
 
 
 def check_sampling(config: DictConfig) -> Findings:

@@ -289,7 +289,9 @@ def test_memorizing_discriminator_is_silent_about_a_discriminator_that_generaliz
 def test_rules_seldom_find_fault_with_a_healthy_run(script, prompts, n):
     found = script.rates(prompts, n, runs=30, steps=200, seed=1)
     assert len(found) == len(health.RULES) + 2
-    assert {name: rate for name, rate in found.items() if rate > (0.1 if name == "falling_validation" else 0.0)} == {}
+    alarms = {name: round(30 * rate) for name, rate in found.items()}
+    assert {name: n for name, n in alarms.items() if n > (3 if name == "falling_validation" else 1)} == {}
+    assert sum(n > 0 for n in alarms.values()) <= 2
 
 
 def test_every_rule_that_has_a_false_alarm_rate_is_in_the_table_of_the_documentation(script):

@@ -31,6 +31,7 @@ from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.run.stop import take_request
+from recipe.gad.run.watchdog import Watchdog
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.average import DiscriminatorWorker
 from recipe.gad.training.bad_steps import BadSteps, texts
@@ -104,6 +105,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._unlabelled: set[str] = set()  # prompts of the step that have no teacher answer
         self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
+        self._watchdog = Watchdog(config.gad.step_timeout, config.trainer.default_local_dir)
         self._bad_steps = BadSteps(config.gad.stop_after_bad_steps)
         self._scores: dict[str, float] = {}  # D's score of every row of the step
         self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
@@ -150,6 +152,14 @@ class PPOTrainerGAD(PPOTrainerSync):
         batch = join(super()._next_train_batch(self.config.data.gen_batch_size), unlabelled)
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        with self._watchdog:
+            super().fit(agent_loop_manager)
+
+    def on_step_begin(self) -> None:
+        self._watchdog.beat(self.global_steps)
+        super().on_step_begin()
 
     def prepare_step(self) -> dict:
         self._submitted, self._data, self._scores, self._advantages = {}, {}, {}, {}
