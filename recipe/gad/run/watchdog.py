@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from recipe.gad.run.findings import error
+
 PHASES = {
     "_validate": "validation",
     "_save_checkpoint": "the save of a checkpoint",
@@ -160,7 +162,10 @@ class Watchdog:
             write_stacks(file)
             print(f"error: silent: {', '.join(silent) or 'no process on this node'}. Stacks: {file}", flush=True)
         finally:
-            print("error: the run ends. Fix: rerun the same command to resume from the last checkpoint, or raise")
-            print("gad.step_timeout (seconds; 0 waits without end) if a step may take that long", flush=True)
+            fix = (
+                "rerun the same command to resume from the last checkpoint, or raise gad.step_timeout (seconds; 0 "
+                "waits without end) if a step may take that long"
+            )
+            print(f"error: {error('the run ends', fix)}", flush=True)
             time.sleep(2)  # Ray passes these lines on to the log of the run
             os._exit(EXIT_CODE)
