@@ -14,6 +14,7 @@ from recipe.gad.run.watchdog import Watchdog, phase_of
 
 PROGRAM = """
 import os, sys, time, ray
+from recipe.gad.run import watchdog
 from recipe.gad.run.watchdog import Watchdog
 ray.init(num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[2])
 
@@ -26,7 +27,8 @@ class Server:
 class Trainer:
     def run(self, folder, server, other):
         print("server", ray.get(server.pid.remote()), "other", ray.get(other.pid.remote()), flush=True)
-        with Watchdog(4.0, folder) as dog:
+        watchdog.ANSWER = 2.0
+        with Watchdog(3.0, folder) as dog:
             dog.beat(7)
             self._update_actor(server)
 
@@ -100,8 +102,8 @@ def test_a_stopped_server_is_named_with_the_phase_and_all_stacks(tmp_path):
             os.kill(pid, signal.SIGSTOP)
     assert process.wait(timeout=60) == 1
     text = "".join(lines)
-    assert "step 7 has taken more than 4 s; the trainer waits in the update of the actor" in text
-    assert "hf_server_0 (no answer in 10 s)" in text and "other (no answer" not in text
+    assert "step 7 has taken more than 3 s; the trainer waits in the update of the actor" in text
+    assert "hf_server_0 (no answer in 2 s)" in text and "other (no answer" not in text
     assert f"process {pid} ray::Server" in text and "(stopped)" in text
     stacks = (tmp_path / "stacks_step_7.txt").read_text()
     assert "_update_actor" in stacks and f"== {pid} ray::Server" in stacks
