@@ -402,14 +402,16 @@ class PPOTrainerGAD(PPOTrainerSync):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
         lengths = offsets.diff()
-        real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]) & (lengths > 0)
-        uids = [gad_rows.split_key(key)[0] for key, is_real in zip(batch.keys, real.tolist(), strict=True) if is_real]
-        correlation = gad_rows.score_length_correlation(scores[real], lengths[real], uids)
+        columns = zip(batch.keys, batch.tags, strict=True)
+        uids = ["" if tag.get("is_padding", False) else gad_rows.split_key(key)[0] for key, tag in columns]
+        real = torch.tensor([uid != "" for uid in uids]) & (lengths > 0)
+        of_real = [uid for uid, is_real in zip(uids, real.tolist(), strict=True) if is_real]
+        correlation = gad_rows.score_length_correlation(scores[real], lengths[real], of_real)
         if correlation is not None:
             metrics["critic/score_length_corr"] = correlation
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         if self.config.algorithm.adv_estimator in GROUP_ESTIMATORS:
-            scores = gad_rows.without_lone_students(scores, batch.keys, self._groups)
+            scores = gad_rows.without_lone_answers(scores, uids, self.rollout_n)
         token_scores[offsets[1:][real] - 1] = scores[real]
         nested = torch.nested.nested_tensor_from_jagged(token_scores, offsets)
         # `values` replaces what workers may have put there, (prompt + response), in its dtype: the queue insists
