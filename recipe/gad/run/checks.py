@@ -192,8 +192,8 @@ def check_stage(config: DictConfig) -> Findings:
         )
     if stage in WITHOUT_DISCRIMINATOR and critic:
         yield error(f"critic.enable=True: stage {stage} trains no discriminator", fix="critic.enable=False")
-    if stage == "seqkd" and (folder := get(config, "trainer.rollout_data_dir")):
-        yield warning(f"trainer.rollout_data_dir={folder}: stage seqkd samples nothing, so no file is written")
+    if stage in ("seqkd", "soda") and (folder := get(config, "trainer.rollout_data_dir")):
+        yield warning(f"trainer.rollout_data_dir={folder}: no step of {stage} has rollouts, so no file is written")
     if stage not in WITHOUT_DISCRIMINATOR and not critic:
         yield error(
             f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains a discriminator",
