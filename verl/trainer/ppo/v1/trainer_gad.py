@@ -28,7 +28,7 @@ from transfer_queue import KVBatchMeta
 
 from recipe.gad.run.checks import check_config, claim_output, resumed_checkpoint
 from recipe.gad.run.checksums import forget_checksums, write_checksums
-from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
+from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts, validates
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.run.stop import take_request
 from recipe.gad.run.watchdog import Watchdog
@@ -193,8 +193,7 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _wakes_engine(self) -> bool:
         """Is the rollout engine used between the first step and the last?"""
-        trainer = self.config.trainer
-        return bool(self.samples_in_training or trainer.test_freq > 0 or trainer.val_before_train)
+        return self.samples_in_training or validates(self.config)
 
     def on_sample_end(self):
         if self._wakes_engine():
