@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from recipe.gad.run.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
+from recipe.gad.run.score_head import register_discriminator
 
 ROLES = ("actor", "critic")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -175,9 +176,11 @@ def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | Non
         ValueError: the weights do not fit the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
     kind = AutoModelForTokenClassification if role == "critic" else AutoModelForCausalLM
+    if role == "critic":
+        register_discriminator(AutoConfig.from_pretrained(folder / "huggingface"))
     stored, adapter = folder / "huggingface", None
     if verify_hf_folder(stored):
         stored, adapter = join_shards(folder, kind, scratch)

@@ -11,6 +11,7 @@ from recipe.gad.run.checkpoint import has_score_head, weight_problems
 from recipe.gad.run.config import ACTOR_MODEL, LORA_KEYS, get, has_discriminator, lora_rank
 from recipe.gad.run.findings import Finding, Findings, error, note, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
+from recipe.gad.run.score_head import discriminator_problem
 
 
 def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[Finding]]:
@@ -50,7 +51,7 @@ def _broken_weights(folder: Path) -> list[str]:
 
 
 def check_models(config: DictConfig) -> Findings:
-    """Model folders exist and are whole; in the GAD stage the discriminator has a trained score head."""
+    """Model folders exist and are whole; the discriminator's family can be one, with a trained head in the GAD stage."""
     actor_key, critic_key = f"{ACTOR_MODEL}.path", "critic.model.path"
     for key in (actor_key, critic_key) if has_discriminator(config) else (actor_key,):
         folder, findings = _model_folder(config, key)
@@ -60,6 +61,10 @@ def check_models(config: DictConfig) -> Findings:
             yield from (error(f"{key}: {problem}", fix="copy or save the model again") for problem in broken)
         if folder is None:
             continue
+        if key == critic_key and not broken:
+            problem = discriminator_problem(folder, bool(get(config, "critic.model.trust_remote_code")))
+            if problem is not None:
+                yield problem.about(f"{key}={folder}")
         if key == critic_key and get(config, "gad.stage") == "gad" and not broken and not has_score_head(folder):
             yield error(
                 f"{key}={folder} has no score head (no tensor score.weight): verl would draw a random discriminator",
