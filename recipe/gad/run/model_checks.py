@@ -51,7 +51,7 @@ def _broken_weights(folder: Path) -> list[str]:
 
 
 def check_models(config: DictConfig) -> Findings:
-    """Model folders exist and are whole; the discriminator's family can be one, with a trained head in the GAD stage."""
+    """Model folders are whole; the discriminator's family can be one, and has a trained head in the GAD stage."""
     actor_key, critic_key = f"{ACTOR_MODEL}.path", "critic.model.path"
     for key in (actor_key, critic_key) if has_discriminator(config) else (actor_key,):
         folder, findings = _model_folder(config, key)

@@ -84,12 +84,14 @@ def _build_class(backbone: type, prefix: str) -> type:
     family = next(base for base in backbone.__mro__[1:] if issubclass(base, PreTrainedModel))
     # transformers reads the class's module to learn which attention and expert kernels the family has
     name = backbone.__name__.removesuffix("Model") + "ForTokenClassification"
-    return type(
-        name,
-        (GenericForTokenClassification, family),
-        {"__module__": backbone.__module__, "__doc__": f"{backbone.__name__} with a score head.", "base_model_prefix": prefix,
-         "config_class": backbone.config_class, "forward": forward},  # fmt: skip
-    )
+    attributes = {
+        "__module__": backbone.__module__,
+        "__doc__": f"{backbone.__name__} with a score head.",
+        "base_model_prefix": prefix,
+        "config_class": backbone.config_class,
+        "forward": forward,
+    }
+    return type(name, (GenericForTokenClassification, family), attributes)
 
 
 def check_loaded(info: dict[str, Any], path: str | Path) -> None:
@@ -135,14 +137,14 @@ def discriminator_problem(folder: Path, trust_remote_code: bool = False) -> Find
         )
     try:
         copy.deepcopy(config).hidden_dropout = "0"
-    except Exception as problem:  # the error of transformers' strict configurations has no public name
+    except Exception:  # the error of transformers' strict configurations has no public name
         return error(
             f"model type {config.model_type} cannot be a discriminator: verl sets its hidden_dropout to the text '0', "
-            f"which transformers refuses ({_reason(problem)})",
+            "which transformers refuses",
             fix=OTHER_MODEL,
         )
     return None
 
 
 def _reason(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0].rstrip(" :")
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(" :")

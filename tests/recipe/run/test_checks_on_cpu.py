@@ -409,6 +409,22 @@ def test_paths_that_verl_does_not_take(config, tiny_problem, monkeypatch):
         expect(config({f"{MODEL}.path": path}), f"{MODEL}.path={path}", exact)
 
 
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"architectures": ["LlamaModel"]}, "architectures=['LlamaModel'], and verl saves one class"),
+        ({"model_type": "bart", "architectures": ["BartForCausalLM"]}, "it is an encoder-decoder"),
+        ({"model_type": "of_tomorrow"}, "transformers cannot build this model"),
+        ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "sets its hidden_dropout"),
+    ],
+)
+def test_a_model_that_cannot_be_a_discriminator(config, critic, tmp_path, setting, reason):
+    shutil.copytree(critic, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    expect(config({"critic.model.path": str(tmp_path / "model")}), "critic.model.path", reason, "docs/models.md")
+
+
 def test_hub_models(config, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     hub = config({f"{MODEL}.path": "some-org/some-model"})

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -64,6 +66,7 @@ VISION = {
     "num_position_embeddings": 16, "position_embedding_size": 16,
 }  # fmt: skip
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 MLA = {"num_key_value_heads": 4}
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
@@ -78,9 +81,11 @@ SPECIAL = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {**MLA, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16},
+    "qwen2_5_vl_text": MROPE,
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
+    "qwen3_vl_text": MROPE,
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
     "youtu": MLA,
@@ -88,7 +93,17 @@ SPECIAL = {
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1, "mamba_ngroups": 1, "n_mamba_heads": 4},
 }
 """What a family needs beside TINY."""
-WRAPPERS = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+WRAPPERS = (
+    "gemma3",
+    "gemma4",
+    "llama4",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
 """Configurations that wrap a language model in text_config."""
 FAMILIES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(name for name in WRAPPERS if name in CONFIG_MAPPING)})
 
@@ -219,6 +234,8 @@ def outcome(model_type, folder):
         problem = refused(model_type, folder / "config")
     except Exception as error:
         return "", f"not tried: no tiny configuration ({first_line(error)})"
+    if problem is not None and "transformers cannot build" in problem.what:
+        return "", f"not tried: no tiny model ({first_line(problem.what.split('discriminator (')[1][:-1])})"
     if problem is not None:
         return "", "refused: " + re.sub(r"^model type \S+ cannot be a discriminator: ", "", problem.what)
     try:
@@ -244,6 +261,82 @@ def one_rank(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('rank')}/s", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------- the matrix
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+def test_representative_families_are_as_the_page_says(model_type, tmp_path, one_rank):
+    assert outcome(model_type, tmp_path) == table()[model_type]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", sorted({*FAMILIES} - {*REPRESENTATIVE}))
+def test_every_other_family_is_as_the_page_says(model_type, tmp_path, one_rank):
+    assert outcome(model_type, tmp_path) == table()[model_type]
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def test_a_family_that_transformers_knows_gets_transformers_class_and_the_same_weights(tiny_problem):
+    ours = load(tiny_problem / "model")
+    config = AutoConfig.from_pretrained(tiny_problem / "model", attn_implementation="eager", num_labels=1)
+    torch.manual_seed(1)
+    stock = AutoModelForTokenClassification.from_pretrained(
+        tiny_problem / "model", config=config, dtype=torch.float32
+    ).eval()
+    assert type(ours) is type(stock)
+    assert all(ours.state_dict()[name].equal(value) for name, value in stock.state_dict().items())
+    assert scores(ours).equal(scores(aligned(stock)))
+
+
+def test_a_built_head_computes_in_float32_and_keeps_its_weights_dtype(tmp_path):
+    language_model(tiny_config("olmo2")).save_pretrained(tmp_path)
+    model = load(tmp_path).to(torch.bfloat16)
+    hidden = torch.randn(3, 32, dtype=torch.bfloat16)
+    expected = hidden.double() @ model.score.weight.double().T + model.score.bias.double()
+    assert model.score(hidden).dtype == torch.float32 and model.score.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(model.score(hidden).double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_weight_that_would_be_random_stops_the_load(tmp_path, lost):
+    language_model(tiny_config("olmo2")).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=f"1 tensors .*would be random \\({lost}\\).*Fix: "):
+        load(tmp_path)
+
+
+def test_the_head_of_another_library_is_refused():
+    loaded = {"missing_keys": {"score.weight", "score.bias"}, "unexpected_keys": {"lm_head.weight"}}
+    check_loaded(loaded, "folder")
+    with pytest.raises(InputError, match="folder holds a score head named v_head"):
+        check_loaded({**loaded, "unexpected_keys": {"v_head.summary.weight"}}, "folder")
+
+
+def test_without_gad_and_with_flash_attention_the_stock_function_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("verl.utils.model._stock_load_valuehead_model", lambda *arguments: arguments)
+    config = AutoConfig.for_model("olmo2")
+    assert load_valuehead_model("folder", torch.float32, config, False) == ("folder", torch.float32, config, False)
+
+
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "of_tomorrow"}')
+    assert "cannot build this model" in discriminator_problem(tmp_path).what
+
+
+def test_code_from_the_hub_is_refused_unless_it_brings_a_class():
+    class Remote(PreTrainedConfig):
+        model_type = "remote"
+
+    config = Remote(auto_map={"AutoModelForCausalLM": "modeling.RemoteForCausalLM"})
+    with pytest.raises(InputError, match="its code has no AutoModelForTokenClassification"):
+        register_discriminator(config, trust_remote_code=True)
+    config.auto_map["AutoModelForTokenClassification"] = "modeling.RemoteForTokenClassification"
+    assert register_discriminator(config, trust_remote_code=True) == "RemoteForTokenClassification"
 
 
 def main(names):
