@@ -36,6 +36,10 @@ def register_discriminator(config: Any, trust_remote_code: bool = False) -> str:
         AutoModelForImageTextToText,
         AutoModelForTokenClassification,
     )
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
 
     kind, auto = type(config), AutoModelForTokenClassification
     remote = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
@@ -51,10 +55,10 @@ def register_discriminator(config: Any, trust_remote_code: bool = False) -> str:
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder")
     lm_auto = next((a for a in (AutoModelForImageTextToText, AutoModelForCausalLM) if kind in a._model_mapping), None)
+    if lm_auto is None and remote:
+        raise refuse(f"its code has no {auto.__name__}")
     if lm_auto is None or kind not in AutoModel._model_mapping:
-        raise refuse(
-            f"its code has no {auto.__name__}" if remote else "transformers has no causal language model of this type"
-        )
+        raise refuse(f"transformers has no {'causal language model' if lm_auto is None else 'backbone'} of this type")
     backbone, lm_class = AutoModel._model_mapping[kind], lm_auto._model_mapping[kind]
     with torch.device("meta"):  # no memory; eager: flash attention is not installed on every machine
         lm = lm_class._from_config(config, attn_implementation="eager")
@@ -62,6 +66,10 @@ def register_discriminator(config: Any, trust_remote_code: bool = False) -> str:
     if prefix is None:
         raise refuse(f"transformers has no backbone class of which {lm_class.__name__} holds an instance")
     built = _build_class(backbone, prefix)
+    if (
+        renamed := get_checkpoint_conversion_mapping(lm_class.__name__)
+    ) is not None:  # weights have other names on disk
+        register_checkpoint_conversion_mapping(built.__name__, renamed, overwrite=True)
     auto.register(kind, built)
     return built.__name__
 
