@@ -74,7 +74,7 @@ def register_discriminator(config: Any, trust_remote_code: bool = False) -> str:
     return built.__name__
 
 
-def _build_class(backbone: type, prefix: str) -> type:
+def _build_class(backbone: Any, prefix: str) -> type:
     """``...ForTokenClassification`` of a backbone; its weights have the names they have in the language model.
 
     Args:
