@@ -66,9 +66,8 @@ def register_discriminator(config: Any, trust_remote_code: bool = False) -> str:
     if prefix is None:
         raise refuse(f"transformers has no backbone class of which {lm_class.__name__} holds an instance")
     built = _build_class(backbone, prefix)
-    if (
-        renamed := get_checkpoint_conversion_mapping(lm_class.__name__)
-    ) is not None:  # weights have other names on disk
+    renamed = get_checkpoint_conversion_mapping(lm_class.__name__)
+    if renamed is not None:  # the weights of this language model have other names on disk
         register_checkpoint_conversion_mapping(built.__name__, renamed, overwrite=True)
     auto.register(kind, built)
     return built.__name__

@@ -193,6 +193,7 @@ def exercise(model_type, folder):
     lm.save_pretrained(folder / "lm")
     model = load(folder / "lm")
     head = getattr(model, "score", None) or model.classifier
+    assert head(torch.zeros(1, head.in_features, dtype=torch.bfloat16)).dtype == torch.float32
     torch.nn.init.normal_(head.bias)
 
     # the language model's own backbone, without ours
