@@ -38,16 +38,46 @@ absolute() { # makes a relative local path absolute; hub ids and URLs stay as th
   esac
 }
 
+# check_text FLAG VALUE: refuses what neither Hydra nor verl's files keep as it is.
+check_text() {
+  local shown; printf -v shown %q "$2"
+  case "$2" in
+    *[[:cntrl:]]*) fail "$1 has a newline or another control character: $shown; rename it" ;;
+    *'$'*) fail "$1 holds $, with which Hydra and Ray mark keys and variables: $shown; rename it" ;;
+  esac
+  local status=0
+  printf %s "$2" | iconv -f UTF-8 -t UTF-8 > /dev/null 2>&1 || status=$?
+  [ "$status" != 1 ] || fail "$1 is not UTF-8: $shown; rename it"
+}
+
+quoted() { # a text in Hydra's quotes; they take backslashes before a quote in pairs
+  printf "'%s'" "$(printf %s "$1" | LC_ALL=C sed -E "s/(\\\\*)'/\\1\\1\\\\'/g; s/(\\\\+)\$/\\1\\1/")"
+}
+
+text() { # a path or name for Hydra: quoted, unless it is a plain path, which Hydra takes as text anyway
+  case "$1" in
+    *[!A-Za-z0-9_./-]*) quoted "$1" ;;
+    */*) printf %s "$1" ;;
+    *) quoted "$1" ;; # 10, 1e5 or null would be no text
+  esac
+}
+
 # launch STAGE [KEY=VALUE ...]: starts verl with the overrides of the stage, the flags and the user, in this order.
 launch() {
   local stage=$1; shift
   [ -n "$MODEL" ] || fail "--model is missing: the student's Hugging Face folder or hub id"
   [ -n "$TRAIN_FILES" ] || fail "--train_files is missing: a parquet file with content and teacher_response"
   case "$DEVICE" in gpu|cpu) ;; *) fail "--device must be gpu or cpu, got $DEVICE" ;; esac
+  case "$NNODES" in *[!0-9]*) fail "--nnodes must be a whole number, got $NNODES" ;; esac
+  local flag variable
+  for flag in model reward_model train_files val_files exp_name output_dir warmup_dir; do
+    variable=${flag^^}
+    check_text "--$flag" "${!variable}"
+  done
+  check_text "the current folder" "$PWD"
   EXP_NAME=${EXP_NAME:-$stage}
   OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/gad/$EXP_NAME}
   case "$OUTPUT_DIR" in /*) ;; *) OUTPUT_DIR="$PWD/$OUTPUT_DIR" ;; esac
-  local model; model=$(absolute "$MODEL")
   local environment=(VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" VERL_FILE_LOGGER_APPEND=1)
   if [ "$DEVICE" = cpu ]; then
     environment+=(VERL_PLATFORM=cpu)
@@ -58,20 +88,19 @@ launch() {
     device="$DEVICE"
     "$@"
     gad.stage="$stage"
-    actor_rollout_ref.model.path="$model"
-    critic.model.path="$(absolute "${REWARD_MODEL:-$MODEL}")"
-    data.train_files="$(absolute "$TRAIN_FILES")"
-    data.val_files="$(absolute "${VAL_FILES:-$TRAIN_FILES}")"
+    actor_rollout_ref.model.path="$(text "$(absolute "$MODEL")")"
+    critic.model.path="$(text "$(absolute "${REWARD_MODEL:-$MODEL}")")"
+    data.train_files="$(text "$(absolute "$TRAIN_FILES")")"
+    data.val_files="$(text "$(absolute "${VAL_FILES:-$TRAIN_FILES}")")"
     trainer.nnodes="$NNODES"
-    trainer.experiment_name="$EXP_NAME"
-    trainer.default_local_dir="$OUTPUT_DIR"
-    trainer.validation_data_dir="$OUTPUT_DIR/val_samples"
-    hydra.run.dir="$OUTPUT_DIR/hydra"
+    trainer.experiment_name="$(text "$EXP_NAME")"
+    trainer.default_local_dir="$(text "$OUTPUT_DIR")"
+    trainer.validation_data_dir="$(text "$OUTPUT_DIR/val_samples")"
+    hydra.run.dir="$(text "$OUTPUT_DIR/hydra")"
   )
   [ -n "$VAL_FILES" ] || overrides+=(data.val_max_samples=64)
-  local variable
   for variable in "${environment[@]}"; do # Ray workers on other nodes do not inherit this shell's environment
-    overrides+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}='${variable#*=}'")
+    overrides+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}=$(quoted "${variable#*=}")")
   done
   overrides+=(${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"})
   local command=(
