@@ -2,7 +2,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
 
 MODEL="" REWARD_MODEL="" EXP_NAME="" NNODES=1 RESUME_STEP="" TRAIN_FILES="" VAL_FILES="" WARMUP_DIR="" OUTPUT_DIR=""
-DEVICE=gpu DRY_RUN="" SKIP_DOCTOR=""
+DEVICE=gpu DRY_RUN="" SKIP_DOCTOR="" RAW_LOG=""
 HYDRA_OVERRIDES=()
 PYTHON=${PYTHON:-python3}
 
@@ -19,6 +19,7 @@ Flags (before any Hydra override):
   --device gpu|cpu     cpu is for small models (settings: recipe/gad/config/device/cpu.yaml)
   --dry-run            print the composed command and exit
   --skip-doctor        do not run `gad doctor` first; the trainer still checks configuration, data and folders
+  --raw-log            print all that verl and Ray print; otherwise a line per step, and the rest in DIR/train.log
   --help               show this text
 Arguments after the flags override the configuration: any key of recipe/gad/config/gad_trainer.yaml or of verl.
 HELP
@@ -27,7 +28,7 @@ HELP
 # parse_flags ARGUMENT...: flags of all launch scripts, and those that EXTRA_FLAGS and EXTRA_SWITCHES name.
 parse_flags() {
   read_flags "model reward_model exp_name nnodes resume_step train_files val_files warmup_dir output_dir device \
-${EXTRA_FLAGS:-}" "dry_run skip_doctor ${EXTRA_SWITCHES:-}" "$@"
+${EXTRA_FLAGS:-}" "dry_run skip_doctor raw_log ${EXTRA_SWITCHES:-}" "$@"
   HYDRA_OVERRIDES=(${REST[@]+"${REST[@]}"})
 }
 
@@ -98,6 +99,7 @@ launch() {
     trainer.validation_data_dir="$(text "$OUTPUT_DIR/val_samples")"
     hydra.run.dir="$(text "$OUTPUT_DIR/hydra")"
   )
+  [ -n "$RAW_LOG" ] || overrides+=(hydra.callbacks.short_console.raw_log="$(text "$OUTPUT_DIR/train.log")")
   [ -n "$VAL_FILES" ] || overrides+=(data.val_max_samples=64)
   for variable in "${environment[@]}"; do # Ray workers on other nodes do not inherit this shell's environment
     overrides+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}=$(quoted "${variable#*=}")")
@@ -114,7 +116,7 @@ launch() {
     fail "verl-gad is not installed for $PYTHON; run: pip install -e $(dirname "${BASH_SOURCE[0]}")/../.."
   [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES # an empty value kills Ray
   if [ -z "$SKIP_DOCTOR" ]; then
-    env "${environment[@]}" "$PYTHON" -m recipe.gad.cli doctor --config-name gad_trainer "${overrides[@]}"
+    env "${environment[@]}" "$PYTHON" -m recipe.gad.cli doctor --brief --config-name gad_trainer "${overrides[@]}"
   fi
   exec env "${environment[@]}" "${command[@]}" # exec: a signal to this script reaches the trainer
 }

@@ -17,6 +17,7 @@ base=${OUTPUT_DIR:-checkpoints/gad/${EXP_NAME:-pipeline}}
 flags=(${TRAIN_FILES:+--train_files "$TRAIN_FILES"} ${VAL_FILES:+--val_files "$VAL_FILES"} --nnodes "$NNODES" --device "$DEVICE")
 [ -z "$DRY_RUN" ] || flags+=(--dry-run)
 [ -z "$SKIP_DOCTOR" ] || flags+=(--skip-doctor)
+[ -z "$RAW_LOG" ] || flags+=(--raw-log)
 start=(${MODEL:+--model "$MODEL"} ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"})
 run() { # run STAGE [flags ...]
   local stage=$1; shift

@@ -23,7 +23,7 @@ SCRIPTS = ROOT / "examples/gad"
 LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_soda.sh", "run_pipeline.sh"]
 STAGES = ["seqkd", "warmup", "gad"]
 FLAGS = """--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device
-    --dry-run --skip-doctor""".split()
+    --dry-run --skip-doctor --raw-log""".split()
 
 
 def sh(script, *arguments, cwd=ROOT, **environment):
@@ -269,6 +269,16 @@ def test_the_pipeline_prints_its_three_stages(device):
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
+def test_what_the_run_prints_goes_to_a_file_in_its_folder(script):
+    for command in dry_run(script, "--output_dir", "/out/a b"):
+        values = command.values()
+        log = f"{values['trainer.default_local_dir']}/train.log"
+        assert values["hydra.callbacks.short_console.raw_log"] == log
+    for command in dry_run(script, "--raw-log"):
+        assert "hydra.callbacks.short_console.raw_log" not in command.values()
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
 def test_scripts_work_from_any_folder_and_make_paths_absolute(script, tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "train.parquet").touch()
@@ -317,7 +327,7 @@ def test_the_run_is_checked_and_then_started_with_the_same_overrides(fake):
     assert done.stdout == "platform cpu, devices unset\n", "Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES"
     _, check, train = calls
     prefix = "-m verl.trainer.main_ppo --config-path pkg://recipe.gad.config"
-    assert train == check.replace("-m recipe.gad.cli doctor", prefix)
+    assert train == check.replace("-m recipe.gad.cli doctor --brief", prefix)
 
 
 def test_a_failed_check_stops_the_run(fake):

@@ -20,6 +20,9 @@ def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: findings, each with level, where, what, evidence and fix.")
     ] = False,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Print warnings and errors, and count the other findings.")
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print_config", help="Check nothing; print the whole resolved configuration as YAML.")
     ] = False,
@@ -52,6 +55,6 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
-        report(findings, typer.echo)
+        report(findings, typer.echo, brief)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)

@@ -31,6 +31,7 @@ from recipe.gad.doctor.memory import (
     trained_roles,
     training,
 )
+from recipe.gad.run.atomic_io import check_free
 from recipe.gad.run.checks import CHECKS, name_of, run_checks
 from recipe.gad.run.config import (
     ACTOR,
@@ -58,6 +59,7 @@ from recipe.gad.run.findings import (
     one_line,
     warning,
 )
+from recipe.gad.run.hold import WRITER
 from recipe.gad.run.hub import load_tokenizer, local_model
 
 SAMPLE_ROWS = 1000
@@ -131,6 +133,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         yield from memory_findings(config, gpu_memory)
 
     return [
+        Prerequisites(check_unused, frozenset({"output"})),
         Prerequisites(check_versions, frozenset()),
         Prerequisites(check_numbers, frozenset()),
         Prerequisites(check_positions, frozenset({"models"})),
@@ -143,6 +146,12 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_gpu_memory, frozenset({"models", "batches", "tokens"})),
         Prerequisites(check_disk, frozenset({"models", "batches", "tokens", "data", "output"})),
     ]
+
+
+def check_unused(config: DictConfig) -> Findings:
+    """No other process uses the output folder."""
+    check_free(Path(get(config, "trainer.default_local_dir")), WRITER)
+    yield from ()
 
 
 # ---------------------------------------------------------------------- packages
@@ -664,10 +673,15 @@ def _saves(config: DictConfig, every: int) -> int | None:
 # ---------------------------------------------------------------------- report
 
 
-def report(findings: list[Finding], show: Callable[[str], None]) -> None:
-    """Show the findings line by line, worst last, and then how many errors and warnings there are."""
+def report(findings: list[Finding], show: Callable[[str], None], brief: bool = False) -> None:
+    """Show the findings line by line, worst last, and then how many errors and warnings there are.
+
+    Args:
+        brief: leave out what is as it should be.
+    """
     for finding in sorted(findings, key=lambda finding: LEVELS.index(finding.level)):
-        show(line(finding))
+        if finding.level != "ok" or not brief:
+            show(line(finding))
     errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
     counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
     show(counts + (": this run cannot start" if errors else ""))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, all_clear, apply_rules, earlier_findings
-from recipe.gad.run.atomic_io import check_output, write_atomically
+from recipe.gad.run.atomic_io import alone_in, check_output, write_atomically
 from recipe.gad.run.findings import Finding, visible
 from recipe.gad.run.log import (
     ROUGE_L,
@@ -394,13 +394,20 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
     Raises:
         ValueError: a folder holds no run, or ``output`` is no new file and no earlier report; nothing is written.
     """
-    from tqdm import tqdm
-
     runs, output = find_runs(folders), Path(output)
     check_output(output, lambda text: "<title>GAD report: " in text)
+    png_folder = output.with_name(f"{output.stem}_png")
+    with alone_in(png_folder, "gad report"):
+        _write(runs, output, png_folder)
+    return runs
+
+
+def _write(runs: Sequence[Run], output: Path, png_folder: Path) -> None:
+    """Draw the pictures into their folder, and write the page."""
+    from tqdm import tqdm
+
     drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
-    png_folder = output.with_name(f"{output.stem}_png")
     panels = [(section, panel) for section, panels in SECTIONS.items() for panel in panels] + [("Step time", STEP_TIME)]
     for section, panel in tqdm(panels, "drawing", leave=False, unit=" pictures", disable=None):
         png_path = png_folder / f"{panel.name}.png"
@@ -422,7 +429,6 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         settings=_settings(runs),
     )
     write_atomically(output, page)
-    return runs
 
 
 def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -147,11 +147,14 @@ class RunState:
                 parts.append(f"silent for {duration(self.quiet_seconds)}: has it stopped?")
         return "  ".join(parts)
 
-    def line(self) -> str:
-        """The last step as one line of text."""
+    def line(self, width: int | None = None) -> str:
+        """The last step as one line of text: the headline, and the metrics that fit ``width`` characters."""
         names = [name for pattern in KEY_METRICS for name in matching_names(self.log.metrics, pattern)]
-        row = self.log.metrics[self.last_step]
-        return "  ".join([self.headline(), *(f"{name} {row[name]:.4g}" for name in names if name in row)])
+        row, text = self.log.metrics[self.last_step], self.headline()
+        for part in (f"  {name} {row[name]:.4g}" for name in names if name in row):
+            if width is None or len(text) + len(part) <= width:
+                text += part
+        return text
 
     def __rich__(self) -> RenderableType:
         if not self.log.metrics:
@@ -220,11 +223,23 @@ def _looks(state: RunState, interval: float) -> Iterator[bool]:
 
 def _print_lines(state: RunState, interval: float) -> None:
     """Print a line whenever the log has grown, and every finding when it is first made."""
-    told: set[str] = set()
+    news = News(state)
     for has_grown in _looks(state, interval):
-        if has_grown and state.log.metrics:
-            print(state.line(), flush=True)
-            for finding in state.findings:
-                if finding.what not in told:
-                    print(line(finding), flush=True)
-            told = {finding.what for finding in state.findings}
+        for text in news.lines() if has_grown else ():
+            print(text, flush=True)
+
+
+class News:
+    """What to print of a run whose log has grown."""
+
+    def __init__(self, state: RunState, width: int | None = None):
+        self.state, self.width = state, width
+        self._told: set[str] = set()
+
+    def lines(self) -> list[str]:
+        """The last step, and the findings that the call before did not have."""
+        if not self.state.log.metrics:
+            return []
+        new = [line(finding) for finding in self.state.findings if finding.what not in self._told]
+        self._told = {finding.what for finding in self.state.findings}
+        return [self.state.line(self.width), *new]

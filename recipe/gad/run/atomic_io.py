@@ -4,16 +4,19 @@ import errno
 import fcntl
 import json
 import os
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recipe.gad.run.findings import InputError
 
 LOCK = ".gad.lock"
-"""File in an output folder that its writer holds locked."""
+"""File in an output folder that its writer holds locked; it names the writer. Only a living process holds a lock."""
 
 
 def check_output(path: str | Path, is_ours: Callable[[str], bool]) -> None:
@@ -67,6 +70,20 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
         raise
 
 
+def _lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process; False if another process holds it.
+
+    Some network file systems have no locks: the file then counts as locked, and a warning says so.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"warning: {file.name} cannot be locked ({error.strerror}): start nothing else here", file=sys.stderr)
+    return True
+
+
 @contextmanager
 def alone_in(folder: Path, writer: str) -> Iterator[None]:
     """Hold an output folder for one process; the folder is made, and removed again if it stays empty.
@@ -76,23 +93,26 @@ def alone_in(folder: Path, writer: str) -> Iterator[None]:
         writer: command that writes into it, for messages.
 
     Raises:
-        InputError: another process holds the folder.
+        InputError: another process holds the folder; names it, its host, and since when it runs.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
-        lock = path.open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        lock = path.open("a+", encoding="utf-8")
+        if not _lock(lock):
+            lock.seek(0)
+            name, _, owner = lock.read().partition(": ")
             lock.close()
-            raise InputError(
-                f"another {writer} uses {folder}", fix="wait for it, or choose another --output_dir"
-            ) from None
+            wait = f"wait for it ({owner})" if owner else "wait for it"
+            raise InputError(f"another {name or writer} uses {folder}", fix=f"{wait}, or choose another output folder")
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break
         lock.close()  # the process before has just removed this file
+    lock.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    lock.write(f"{writer}: process {os.getpid()} on {socket.gethostname()}, since {since}")
+    lock.flush()
     try:
         yield
     finally:
@@ -100,6 +120,17 @@ def alone_in(folder: Path, writer: str) -> Iterator[None]:
         lock.close()
         if made and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def check_free(folder: Path, writer: str) -> None:
+    """Check that no process holds an output folder; nothing is made.
+
+    Raises:
+        InputError: as of :func:`alone_in`.
+    """
+    if (folder / LOCK).exists():
+        with alone_in(folder, writer):
+            pass
 
 
 def read_object(path: Path, fix: str = "") -> dict[str, Any]:
@@ -135,13 +166,9 @@ class JsonLog:
         self._writer = writer
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(self._file):
             self._file.close()
-            raise InputError(
-                f"another {writer} writes to {path}", fix="wait for it, or choose another output"
-            ) from None
+            raise InputError(f"another {writer} writes to {path}", fix="wait for it, or choose another output")
 
     def __enter__(self) -> "JsonLog":
         return self
