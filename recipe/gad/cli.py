@@ -9,7 +9,8 @@ folder. Hyphens are accepted too: ``--output-dir``.
 """
 
 import sys
-from typing import NoReturn
+from importlib.metadata import version
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -28,6 +29,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="gad",
     help="Generative Adversarial Distillation: data, checks, evaluation, reports and export around the training runs.",
+    epilog="Exit codes: 0 all is well; 1 the command found something, such as a failed request or an error of a run; "
+    "2 an argument or a file is wrong; 130 Ctrl-C, which is 0 for gad watch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,8 +42,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"verl-gad {version('verl-gad')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Keep the name of a subcommand part of the command line, even if there is only one."""
 
 

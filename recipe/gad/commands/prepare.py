@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from recipe.gad.commands.options import starting
 from recipe.gad.data import VAL_FRACTION
 from recipe.gad.run.findings import InputError
 
@@ -80,6 +81,7 @@ def prepare(
         sources, val_sources = [f"{dataset}:{public.train_split}"], [f"{dataset}:{public.val_split}"]
     if not sources:
         raise InputError("no input", fix="name files or data sets, or pass --preset lmsys-gpt5")
+    starting("reading the data")
     default_prompt, default_response = default_lengths()
     result = prepare_files(
         sources,

@@ -8,6 +8,7 @@ import base64
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from recipe.gad.run.log import (
     phase_seconds,
     read_overrides,
     read_samples,
+    recorded_config,
     running_mean,
     series,
 )
@@ -100,11 +102,21 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     twice = [path for i, path in enumerate(paths) if path in paths[:i]]
     if twice:
         raise ValueError(f"{twice[0]} is given twice; name every run once")
+    found = [(path, handover or _handover(path, paths)) for path, handover in found]
     parent = os.path.commonpath([path.parent for path in paths])
     return [
         _read_run(path, visible(str(path.relative_to(parent))), handover)
         for path, (_, handover) in zip(paths, found, strict=True)
     ]
+
+
+def _handover(folder: Path, paths: list[Path]) -> int:
+    """Step of the checkpoint of one of the runs in ``paths`` from which the run of ``folder`` started; 0 if of none."""
+    config: Any = recorded_config(folder)
+    for key in ("actor_rollout_ref", "model", "path"):
+        config = config.get(key) if isinstance(config, dict) else None
+    step = re.fullmatch(r"(.+)/global_step_(\d+)/actor/huggingface", config) if isinstance(config, str) else None
+    return int(step[2]) if step and Path(step[1]).resolve() in paths else 0
 
 
 def _read_run(path: Path, label: str, handover: int) -> Run:

@@ -4,6 +4,7 @@ import copy
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,23 @@ def test_a_good_run(overrides, capsys):
     assert lines[-1] == "0 errors, 0 warnings"
     assert all(line.startswith("ok ") for line in lines[:-1])
     assert {line.split()[1] for line in lines[:-1]} >= {"batches:", "data:", "end_token:", "lengths:", "disk:"}
+
+
+@pytest.mark.slow
+def test_for_another_machine_this_ones_cpus_packages_and_disk_do_not_count(overrides, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(doctor, "free_bytes", lambda folder: 1)
+    overrides = [*overrides, "ray_kwargs.ray_init.num_cpus=null"]
+    assert run_cli("--brief", *overrides) == 1
+    text = capsys.readouterr().out
+    assert "ok " not in text and re.findall("^error +(\\w+):", text, re.MULTILINE) == ["ray", "disk"]
+    assert run_cli("--for_another_machine", *overrides) == 0
+    text = capsys.readouterr().out
+    assert "not checked: logical CPUs of the other machine" in text and "not checked: free disk space" in text
+    assert run_cli("--for_another_machine", "--cpus", "3", *overrides) == 1
+    assert "Ray has 3 logical CPUs" in capsys.readouterr().out
+    assert run_cli("--cpus", "3", *overrides) == 2
+    assert "--cpus is for another machine" in capsys.readouterr().err
 
 
 def test_errors_of_both_kinds_of_checks_as_json(overrides, capsys):
