@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_FREQ = 5, 3
 TIMEOUT = 420  # seconds; a hang must not hold the suite
-WITH_DOCTOR = ("warmup", "gad")  # one run of each kind asks the doctor; it takes a tenth of a run's CPU time
+WITH_DOCTOR = ("warmup", "gad", "refused")  # runs that ask the doctor first, which takes a tenth of their CPU time
 NOT_REPEATABLE = ("timing", "perf/", "critic/perf", "actor/perf")  # clocks and memory
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples/gad"
 LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_soda.sh", "run_pipeline.sh"]
 STAGES = ["seqkd", "warmup", "gad"]
+ACTOR = "actor_rollout_ref.actor"
 FLAGS = """--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device
     --dry-run --skip-doctor --raw-log""".split()
 
@@ -229,6 +230,31 @@ def test_the_dpo_stages_compare_with_the_model_they_start_from(flags, stage, bet
     assert (config.trainer.experiment_name, config.critic.enable) == (stage, False)
     assert (actor.use_kl_loss, actor.kl_loss_coef) == (True, 0), "use_kl_loss loads the reference"
     assert actor.optim.lr == stage_config("gad").actor_rollout_ref.actor.optim.lr
+
+
+@pytest.mark.parametrize("flag", ["--ppo_mini_batches", "--ppo-mini-batches"])
+def test_optimizer_steps_per_batch(flag):
+    assert stage_config("gad", flag, "2").actor_rollout_ref.actor.ppo_mini_batch_size == 128
+    config = stage_config("gad", flag, "3", "data.train_batch_size=96")
+    assert (config.actor_rollout_ref.actor.ppo_mini_batch_size, config.critic.ppo_mini_batch_size) == (32, 96)
+    assert stage_config("gad", flag, "2", f"{ACTOR}.ppo_mini_batch_size=8").actor_rollout_ref.actor == (
+        stage_config("gad", f"{ACTOR}.ppo_mini_batch_size=8").actor_rollout_ref.actor
+    ), "the user's overrides win"
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("3", "--ppo_mini_batches 3 does not divide data.train_batch_size=256. Fix: --ppo_mini_batches 2 or 4"),
+        ("300", "does not divide data.train_batch_size=256. Fix: --ppo_mini_batches 128 or 256"),
+        ("0", "--ppo_mini_batches 0: expected a whole number of at least 1"),
+        ("two", "--ppo_mini_batches two: expected a whole number of at least 1"),
+    ],
+)
+def test_optimizer_steps_per_batch_that_do_not_fit(parts, message):
+    done = sh("run_gad.sh", "--dry-run", *GOOD, "--ppo_mini_batches", parts)
+    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
+    assert sh("run_warmup.sh", "--dry-run", *GOOD, "--ppo_mini_batches", "2").returncode == 2
 
 
 def test_without_a_validation_file_a_few_training_rows_are_validated_on():

@@ -142,6 +142,7 @@ def live(ray_cluster, compose_config, tiny_problem, tmp_path_factory):
         "gad.stage=warmup",
         "trainer.resume_mode=disable",
         f"reward.custom_reward_function.path={folder}/reward.py",
+        "gad.task_reward.weight=0",
         "gad.score_in_update=False",  # every pass on its own: tests look at them one by one
         "gad.skip_old_log_prob=False",
     )

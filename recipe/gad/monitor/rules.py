@@ -45,7 +45,10 @@ ENTROPY_COLLAPSE = 0.2
 """Entropy below a fifth of its start: samples of one prompt become the same, and GRPO has no advantages left."""
 
 ROUGE_FALL = 0.15
-"""ROUGE-L this share below its best; its noise over a few hundred sampled answers is about 0.05."""
+ROUGE_NOISE = 4.0
+ROUGE_POINTS = 8
+"""ROUGE-L this share below its best, and by this many standard deviations of one validation's noise, which eight
+validations or more can tell."""
 
 LENGTH_RATIO = 1.5
 """Student answers 1.5 times longer or shorter than the teacher's: D can tell the sides by length alone."""
@@ -56,8 +59,10 @@ LENGTH_DRIFT = 1.1
 SWING = 1.25
 SWING_MEAN = 10
 SWING_STEPS = 100
+SWING_NOISE = 6.5
 """Ten-step means of the answer length that turn and come back by a quarter, within this many steps; a student that
-approaches the teacher overshoots by less."""
+approaches the teacher overshoots by less. And by this many standard deviations of such a mean, as the differences from
+step to step give it: the means of a small batch turn and come back by a quarter without any cause."""
 
 CUT_RATIO = 0.25
 """A quarter more cut answers than the teacher has: they lack the end token, which D sees at once."""
@@ -228,6 +233,10 @@ def falling_validation(rouge_l: Curve, score_gap: Curve) -> Finding | None:
     # two validations in a row below: one may be bad luck
     if len(after.steps) < 2 or after.values.max() >= (1 - ROUGE_FALL) * rouge_l.values[best]:
         return None
+    if len(rouge_l.steps) >= ROUGE_POINTS:
+        noise = np.sqrt((np.diff(rouge_l.values, n=2) ** 2).mean() / 6)  # second differences see no steady rise or fall
+        if rouge_l.values[best] - after.values.max() < ROUGE_NOISE * noise:
+            return None
     fall = (
         f"ROUGE-L of validation fell from {rouge_l.values[best]:.3g} (step {rouge_l.steps[best]}) "
         f"to {after.values[-1]:.3g} (step {after.steps[-1]})"
@@ -338,7 +347,9 @@ def swinging_lengths(student: Curve, teacher: Curve) -> Finding | None:
     ratio = _length_ratio(student, teacher)
     if ratio is None or len(ratio.steps) < 3 * SWING_MEAN:
         return None
-    means = np.convolve(ratio.last(SWING_STEPS).values, np.full(SWING_MEAN, 1 / SWING_MEAN), mode="valid")
+    values = ratio.last(SWING_STEPS).values
+    means = np.convolve(values, np.full(SWING_MEAN, 1 / SWING_MEAN), mode="valid")
+    noise = np.sqrt((np.diff(np.log(values)) ** 2).mean() / 2 / SWING_MEAN)
     ends = ratio.last(len(means)).steps
 
     def turn(at: int) -> tuple[float, int, int, int]:
@@ -351,7 +362,7 @@ def swinging_lengths(student: Curve, teacher: Curve) -> Finding | None:
         return high, int(back.argmin()), at, at + 1 + int(ahead.argmin())
 
     swing, *points = max(turn(at) for at in range(1, len(means) - 1))
-    if swing < SWING:
+    if swing < max(SWING, np.exp(SWING_NOISE * noise)):
         return None
     shown = ", ".join(f"{means[k]:.2f} (steps {ends[k] - SWING_MEAN + 1}-{ends[k]})" for k in points)
     return warning(

@@ -66,6 +66,16 @@ from recipe.gad.run.findings import (
     warning,
 )
 from recipe.gad.run.model_checks import check_critic_lora, check_models, check_tokenizers
+from recipe.gad.run.refusals import (
+    check_agents,
+    check_estimator,
+    check_names,
+    check_parameter_sync,
+    check_quantized_rollout,
+    check_ratios,
+    check_reward_model,
+    check_task_reward,
+)
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
@@ -440,7 +450,9 @@ def check_unlabelled(config: DictConfig) -> Findings:
 def check_stopping(config: DictConfig) -> Findings:
     """The run knows when to stop because it has broken."""
     integer(config, "gad.stop_after_bad_steps", minimum=0)
-    yield from ()
+    timeout = get(config, "gad.step_timeout", 0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0:
+        yield error(f"gad.step_timeout={timeout}: expected null, or seconds, or 0", fix="gad.step_timeout=null")
 
 
 def check_sampling(config: DictConfig) -> Findings:
@@ -809,4 +821,12 @@ CHECKS: tuple[Check, ...] = (
     check_critic_lora,
     check_tokenizers,
     check_data,
+    check_estimator,
+    check_parameter_sync,
+    check_reward_model,
+    check_quantized_rollout,
+    check_agents,
+    check_names,
+    check_ratios,
+    check_task_reward,
 )

@@ -100,6 +100,18 @@ def find_teacher(paths: Iterable[str | Path], teacher_key: str, text: str) -> st
     raise AssertionError("the text was read from one of these files")
 
 
+def column_values(path: str | Path, key: str) -> set[str]:
+    """The different values of a column, as text.
+
+    Raises:
+        ValueError: the file cannot be read, or has no such column.
+        OSError: the file cannot be opened.
+    """
+    file = Path(path).expanduser()
+    batches = _parquet_columns(file, [key]) if file.suffix == ".parquet" else _json_columns(file, [key])
+    return {str(value) for values, _ in batches for value in values}
+
+
 def data_file_problems(path: str | Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[Finding]]:
     """Number of rows of a data file, and errors: one about the file, or one for each kind of bad row."""
     file = Path(path).expanduser()

@@ -24,7 +24,8 @@ ONE_REQUEST = 1.0
 class StopOnSignal(Callback):
     """Hydra callback (``hydra.callbacks`` of gad_trainer.yaml) that turns the first signal into a request to stop.
 
-    A second signal exits at once, with 128 + its number. Signals that the parent process ignores stay ignored.
+    A second signal exits at once; Ray's shutdown then makes the exit code 1. Signals that the parent
+    process ignores stay ignored.
     """
 
     def __init__(self) -> None:

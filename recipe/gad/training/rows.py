@@ -6,6 +6,7 @@ It is apart from the trainer so that the rules about rows can be tested without 
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -150,17 +151,19 @@ def update_fields(weights: dict[str, float]) -> dict[str, torch.Tensor]:
     return {names.PAIR_WEIGHT: torch.tensor(list(weights.values())), names.ROW_NUMBER: torch.arange(len(weights))}
 
 
-def without_lone_students(scores: torch.Tensor, keys: Sequence[str], groups: Iterable[Group]) -> torch.Tensor:
-    """Scores with 0 for a student that is the only one left of its group's n > 1.
+def without_lone_answers(scores: torch.Tensor, uids: Sequence[str], n: int) -> torch.Tensor:
+    """Scores with 0 for an answer that is the only one left of the n > 1 to its prompt.
 
     D's loss leaves its scores free up to a constant. The mean of a group removes it, but stock estimators take the
     score of a single answer as its advantage.
 
     Args:
-        scores: of the rows ``keys``, (rows,).
+        scores: of the rows, (rows,).
+        uids: prompts of the rows; "" for a row that is no answer.
+        n: samples per prompt.
     """
-    lone = {group.students[0].key for group in groups if len(group.students) == 1 < group.n}
-    return scores.masked_fill(torch.tensor([key in lone for key in keys]), 0.0)
+    answers = Counter(uids)
+    return scores.masked_fill(torch.tensor([uid != "" and answers[uid] == 1 < n for uid in uids]), 0.0)
 
 
 def teacher_length_metrics(teachers: dict[str, Trajectory], limit: int) -> dict[str, float]:

@@ -7,13 +7,15 @@ Each mean is over the tokens of one optimizer step, all micro-batches and ranks 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
 from tensordict import TensorDict
 
-from recipe.gad.training.rows import Group
-from recipe.gad.training.trajectory import IMITATION_WEIGHT, POLICY_WEIGHT
+from recipe.gad.training.rows import Group, Trajectory, spread
+from recipe.gad.training.trajectory import IMITATION_WEIGHT, POLICY_WEIGHT, TEMPERATURE
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
@@ -110,6 +112,65 @@ def blank_fields(loss_mask: torch.Tensor, student: Mapping[str, torch.Tensor], a
     fields = {name: torch.zeros(len(loss_mask), dtype=student[name].dtype) for name in names}
     fields["advantages"] += advantage * loss_mask
     return {**fields, "loss_mask": torch.zeros_like(loss_mask)}
+
+
+class GroupUpdate(NamedTuple):
+    """An actor's update on whole groups.
+
+    Attributes:
+        keys: of its rows, in the order in which they go to the ranks.
+        blanks: key of a teacher's row or a filler -> what it lacks beside the students' rows (:func:`blank_fields`).
+        fields: of every row, (rows,) each.
+        per_token: names of the fields that the students' rows have among :data:`PER_TOKEN_FIELDS`.
+        extra_info: what the engine needs to know.
+    """
+
+    keys: list[str]
+    blanks: dict[str, Trajectory]
+    fields: TensorDict
+    per_token: list[str]
+    extra_info: dict[str, Any]
+
+
+def group_update(
+    groups: Sequence[Group], config: DictConfig, n_ranks: int, step: int, advantages: Mapping[str, float]
+) -> GroupUpdate:
+    """The update on groups [teacher, s_1, ..., s_n], spread over ranks and mini-batches like D's.
+
+    Reads the rows' masks from TransferQueue.
+
+    Args:
+        groups: of the step; at least one has a student.
+        config: of the run.
+        n_ranks: data-parallel ranks of the actor.
+        step: the global step.
+        advantages: of the teachers' rows, by key; 0 for a key that is missing.
+    """
+    actor, temperature = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.temperature
+    ranks = spread([group.tokens for group in groups], actor, n_ranks, step)
+    keys = [row.key for rank in ranks for part in rank for i in part for row in groups[i].rows()]
+    masks = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])["loss_mask"].unbind()
+    mask_of = dict(zip(keys, masks, strict=True))
+    tokens = {key: int(mask.sum()) for key, mask in mask_of.items()}
+    weights = actor_row_weights(groups, ranks, tokens, actor.loss_agg_mode, config.gad.teacher_in_group)
+    students = {row.key for group in groups for row in group.students}
+    student = tq.kv_batch_get(keys=[min(students)], partition_id="train")
+    blanks = {
+        key: blank_fields(mask, student, advantages.get(key, 0.0))
+        for key, mask in mask_of.items()
+        if key not in students
+    }
+    fields = {
+        IMITATION_WEIGHT: torch.tensor([weights[key].imitation for key in keys]),
+        POLICY_WEIGHT: torch.tensor([weights[key].policy for key in keys]),
+    }
+    extra_info: dict[str, Any] = {"calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0}
+    if temperature == 1.0:  # one number: fused kernels know nothing else
+        extra_info["temperature"] = 1.0
+    else:
+        fields[TEMPERATURE] = torch.tensor([temperature if key in students else 1.0 for key in keys])
+    per_token = [name for name in PER_TOKEN_FIELDS if name in student]
+    return GroupUpdate(keys, blanks, TensorDict(fields, batch_size=len(keys)), per_token, extra_info)
 
 
 def loss_with_teacher(

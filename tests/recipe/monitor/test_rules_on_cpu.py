@@ -1,14 +1,27 @@
 """recipe/gad/monitor/rules.py: every finding from hand-made curves, and none on healthy ones."""
 
+import importlib.util
 import math
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recipe.gad.monitor import rules as health
 from recipe.gad.monitor.rules import Curve, apply_rules, earlier_findings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """benchmarks/false_alarms.py as a module."""
+    spec = importlib.util.spec_from_file_location("gad_false_alarms", ROOT / "benchmarks/false_alarms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def curve(values) -> Curve:
@@ -270,3 +283,29 @@ def test_memorizing_discriminator_is_silent_about_a_discriminator_that_generaliz
             health.memorizing_discriminator(curves[0], Curve(*(part[:end] for part in curves[1]))) for end in range(11)
         )
     assert alarms <= 3
+
+
+@pytest.mark.parametrize(("prompts", "n"), [(8, 4), (16, 8), (256, 8)])
+def test_rules_seldom_find_fault_with_a_healthy_run(script, prompts, n):
+    found = script.rates(prompts, n, runs=30, steps=200, seed=1)
+    assert len(found) == len(health.RULES) + 2
+    alarms = {name: round(30 * rate) for name, rate in found.items()}
+    assert {name: n for name, n in alarms.items() if n > (3 if name == "falling_validation" else 1)} == {}
+    assert sum(n > 0 for n in alarms.values()) <= 2
+
+
+def test_every_rule_that_has_a_false_alarm_rate_is_in_the_table_of_the_documentation(script):
+    text = (ROOT / "docs/troubleshooting.md").read_text().split("## False alarms")[1].split("\n## ")[0]
+    rows = re.findall(r"\| `(\w+)` \|(.*)", text)
+    rates = {name: [float(rate) for rate in re.findall(r"([\d.]+) %", cells)] for name, cells in rows}
+    assert set(rates) == {rule.check.__name__ for rule in health.RULES} | {"looping_answers", "same_answers"}
+    assert all(len(row) == len(script.BATCHES) and max(row) <= 5 for row in rates.values())
+
+
+@pytest.mark.parametrize(("prompts", "n", "factor"), [(8, 4, 2.5), (16, 8, 1.7), (64, 8, 1.4)])
+def test_a_swing_is_seen_through_the_noise_of_its_batch(script, prompts, n, factor):
+    student, teacher = "response_length/mean", "teacher_response_length/mean"
+    swing = np.exp(np.log(factor) * (1 - np.cos(np.arange(90) * 2 * np.pi / 45)) / 2)  # there and back, twice
+    for seed in range(10):
+        curves = script.healthy_run(np.random.default_rng(seed), prompts, n, steps=90)
+        assert health.swinging_lengths(curves[student]._replace(values=curves[student].values * swing), curves[teacher])

@@ -485,6 +485,7 @@ def test_lora_on_the_discriminator(config, key):
         ({f"{ROLLOUT}.temperature": 0}, [f"{ROLLOUT}.temperature=0", "the same text"]),
         ({f"{ROLLOUT}.temperature": -1}, [f"{ROLLOUT}.temperature=-1", "above 0"]),
         ({f"{ROLLOUT}.temperature": None}, [f"{ROLLOUT}.temperature=None", "above 0"]),
+        ({"gad.step_timeout": -5}, ["gad.step_timeout=-5", "null"]),
         ({"gad.stop_after_bad_steps": -1}, ["gad.stop_after_bad_steps=-1", "at least 0"]),
         ({"algorithm.filter_groups.enable": True}, ["algorithm.filter_groups.enable=True", "expected False"]),
     ],

@@ -68,15 +68,13 @@ def test_several_outputs_for_one_sample_are_refused_with_a_fix():
 def test_the_only_student_left_of_a_prompt_gets_no_advantage_and_the_others_keep_their_digits(offset):
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-    keys = ["a_0_0", "a_1_0", "a_2_0", "b_2_0", "c_0_0", "c_1_0"]  # of three samples b kept one and c two
-    groups = gad_rows.group_rows(students(*keys), {"a": 0, "b": 1, "c": 2}, n=3, n_prompts=3)
+    uids = np.array(["a", "a", "a", "b", "c", "c"])  # of three samples b kept one and c two
     scores = torch.tensor([-7.0, -7.5, -6.5, -7.0, -7.25, -6.0]) + offset
-    uids = np.array([split_key(key)[0] for key in keys])
 
     def advantages(scores):
         return compute_grpo_outcome_advantage(scores.clone().unsqueeze(-1), torch.ones(6, 1), uids)[0].squeeze(-1)
 
-    got, stock = (advantages(s) for s in (gad_rows.without_lone_students(scores, keys, groups), scores))
+    got, stock = (advantages(s) for s in (gad_rows.without_lone_answers(scores, uids.tolist(), 3), scores))
     assert got[3] == 0.0 and stock[3].item() == pytest.approx(-7.0 + offset, rel=1e-5)
     others = [0, 1, 2, 4, 5]
     assert torch.equal(got[others], stock[others])
@@ -86,9 +84,9 @@ def test_the_only_student_left_of_a_prompt_gets_no_advantage_and_the_others_keep
 
 
 def test_with_one_sample_a_prompt_every_score_stays():
-    groups = gad_rows.group_rows(students("a_0_0", "b_0_0"), ["a", "b"], n=1, n_prompts=2)
     scores = torch.tensor([-7.0, 3.0])
-    assert torch.equal(gad_rows.without_lone_students(scores, ["a_0_0", "b_0_0"], groups), scores)
+    assert torch.equal(gad_rows.without_lone_answers(scores, ["a", "b"], n=1), scores)
+    assert gad_rows.without_lone_answers(scores, ["a", ""], n=2).tolist() == [0.0, 3.0], "padding stays as it is"
 
 
 def test_a_filler_is_seen_by_no_loss():

@@ -31,6 +31,7 @@ from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.run.stop import take_request
+from recipe.gad.run.watchdog import Watchdog
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.average import DiscriminatorWorker
 from recipe.gad.training.bad_steps import BadSteps, texts
@@ -40,20 +41,8 @@ from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.state import load_state, save_state
-from recipe.gad.training.teacher_terms import (
-    PER_TOKEN_FIELDS,
-    actor_row_weights,
-    blank_fields,
-    group_advantages,
-    loss_with_teacher,
-)
-from recipe.gad.training.trajectory import (
-    IMITATION_WEIGHT,
-    POLICY_WEIGHT,
-    TEACHER_IDS,
-    TEMPERATURE,
-    build_prompt_ids,
-)
+from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
+from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
@@ -116,6 +105,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._unlabelled: set[str] = set()  # prompts of the step that have no teacher answer
         self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
+        self._watchdog = Watchdog(config.gad.step_timeout, config.trainer.default_local_dir)
         self._bad_steps = BadSteps(config.gad.stop_after_bad_steps)
         self._scores: dict[str, float] = {}  # D's score of every row of the step
         self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
@@ -162,6 +152,14 @@ class PPOTrainerGAD(PPOTrainerSync):
         batch = join(super()._next_train_batch(self.config.data.gen_batch_size), unlabelled)
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        with self._watchdog:
+            super().fit(agent_loop_manager)
+
+    def on_step_begin(self) -> None:
+        self._watchdog.beat(self.global_steps)
+        super().on_step_begin()
 
     def prepare_step(self) -> dict:
         self._submitted, self._data, self._scores, self._advantages = {}, {}, {}, {}
@@ -404,14 +402,16 @@ class PPOTrainerGAD(PPOTrainerSync):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
         lengths = offsets.diff()
-        real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]) & (lengths > 0)
-        uids = [gad_rows.split_key(key)[0] for key, is_real in zip(batch.keys, real.tolist(), strict=True) if is_real]
-        correlation = gad_rows.score_length_correlation(scores[real], lengths[real], uids)
+        columns = zip(batch.keys, batch.tags, strict=True)
+        uids = ["" if tag.get("is_padding", False) else gad_rows.split_key(key)[0] for key, tag in columns]
+        real = torch.tensor([uid != "" for uid in uids]) & (lengths > 0)
+        of_real = [uid for uid, is_real in zip(uids, real.tolist(), strict=True) if is_real]
+        correlation = gad_rows.score_length_correlation(scores[real], lengths[real], of_real)
         if correlation is not None:
             metrics["critic/score_length_corr"] = correlation
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         if self.config.algorithm.adv_estimator in GROUP_ESTIMATORS:
-            scores = gad_rows.without_lone_students(scores, batch.keys, self._groups)
+            scores = gad_rows.without_lone_answers(scores, uids, self.rollout_n)
         token_scores[offsets[1:][real] - 1] = scores[real]
         nested = torch.nested.nested_tensor_from_jagged(token_scores, offsets)
         # `values` replaces what workers may have put there, (prompt + response), in its dtype: the queue insists
@@ -517,36 +517,17 @@ class PPOTrainerGAD(PPOTrainerSync):
         return batch
 
     def _update_actor_with_teacher(self, policy_loss: Callable, metrics: dict) -> None:
-        """One update on whole groups [teacher, s_1, ..., s_n], spread over ranks and mini-batches like D's."""
-        actor, temperature = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout.temperature
-        sizes = [group.tokens for group in self._groups]
+        """One update on whole groups [teacher, s_1, ..., s_n]."""
         n_ranks = data_parallel_size(self.actor_rollout_wg, "actor")
-        ranks = gad_rows.spread(sizes, actor, n_ranks, self.global_steps)
-        keys = [row.key for rank in ranks for part in rank for i in part for row in self._groups[i].rows()]
-        masks = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])["loss_mask"].unbind()
-        tokens = {key: int(mask.sum()) for key, mask in zip(keys, masks, strict=True)}
+        update = group_update(self._groups, self.config, n_ranks, self.global_steps, self._advantages)
+        self._put_rows("train", update.blanks)
+        tq.kv_batch_put(keys=update.keys, partition_id="train", fields=update.fields)
         terms = {name: self.config.gad[name] for name in ("imitation_coef", "teacher_in_group")}
-        in_group = terms["teacher_in_group"]
-        weights = actor_row_weights(self._groups, ranks, tokens, actor.loss_agg_mode, in_group)
-        students = {row.key for group in self._groups for row in group.students}
-        others = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in students}
-        student = tq.kv_batch_get(keys=[min(students)], partition_id="train")
-        rows = {key: blank_fields(mask, student, self._advantages.get(key, 0.0)) for key, mask in others.items()}
-        self._put_rows("train", rows)
-        fields = {
-            IMITATION_WEIGHT: torch.tensor([weights[key].imitation for key in keys]),
-            POLICY_WEIGHT: torch.tensor([weights[key].policy for key in keys]),
-            TEMPERATURE: torch.tensor([temperature if key in students else 1.0 for key in keys]),
-        }
-        tq.kv_batch_put(keys=keys, partition_id="train", fields=TensorDict(fields, batch_size=len(keys)))
         self._set_actor_loss(loss_with_teacher, policy_loss=policy_loss, **terms)
-        extra_info: dict[str, Any] = {"calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0}
-        if temperature == 1.0:  # one number: fused kernels know nothing else
-            del fields[TEMPERATURE]
-            extra_info["temperature"] = 1.0
-        names = [*SCORING_FIELDS, *(name for name in PER_TOKEN_FIELDS if name in student), *fields]
-        n_answers = actor.ppo_mini_batch_size * self.rollout_n  # what stock divides by, missing answers included
-        self._train_actor(keys, n_answers, self.rollout_n + 1, metrics, names, **extra_info)
+        names = [*SCORING_FIELDS, *update.per_token, *update.fields.keys()]
+        # what stock divides by, missing answers included
+        n_answers = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.rollout_n
+        self._train_actor(update.keys, n_answers, self.rollout_n + 1, metrics, names, **update.extra_info)
 
     def _train_actor(
         self,

@@ -1,0 +1,204 @@
+"""Settings of verl that its configuration accepts and that a GAD run would ignore, or on which it would break.
+
+:data:`recipe.gad.run.checks.CHECKS` lists these checks.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator
+from recipe.gad.run.data_file import column_values
+from recipe.gad.run.findings import Findings, error, warning
+
+ESTIMATORS = (
+    "grpo",
+    "grpo_vectorized",
+    "grpo_passk",
+    "rloo",
+    "rloo_vectorized",
+    "opo",
+    "gpg",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+)
+"""verl's advantage estimators that need nothing but one score per answer."""
+OTHER_ESTIMATORS = {
+    "gae": "it needs a value of every token, and the discriminator gives one score per answer",
+    "remax": "it needs the reward of a greedy answer, which nobody samples",
+    "gdpo": "it needs several rewards per answer, and the discriminator gives one",
+    "optimal_token_baseline": "it needs sum_pi_squared, which verl's v1 trainer does not hand over",
+    "tir_optimal_token_baseline": "it needs sum_pi_squared, which verl's v1 trainer does not hand over",
+}
+"""Those that need more, and what."""
+AGENT = "single_turn_agent"
+PACKAGED_REWARD = "pkg://recipe.gad.reward"
+CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
+"""verl's defaults of the keys that say when the loss clips."""
+
+
+def check_estimator(config: DictConfig) -> Findings:
+    """The advantage estimator works on one score per answer."""
+    key = "algorithm.adv_estimator"
+    name = get(config, key)
+    if not has_discriminator(config) or name in ESTIMATORS:
+        return
+    if name in OTHER_ESTIMATORS:
+        yield error(f"{key}={name}: {OTHER_ESTIMATORS[name]}", fix=f"{key}=grpo")
+        return
+    verl = sys.modules.get("verl.trainer.ppo.core_algos")  # a module of the user's may have registered the name
+    if verl is None:
+        yield warning(f"{key}={name} is not one of verl's estimators ({', '.join(ESTIMATORS)}) and was not checked")
+    elif name not in verl.ADV_ESTIMATOR_REGISTRY:
+        yield error(f"{key}={name}: expected one of {', '.join(ESTIMATORS)}", fix=f"{key}=grpo")
+
+
+def check_parameter_sync(config: DictConfig) -> Findings:
+    """A step of the trainer is one batch."""
+    key = "trainer.v1.sync.parameter_sync_step"
+    if "parameter_sync_step" in get(config, "trainer.v1.sync", {}) and (steps := get(config, key)) != 1:
+        yield error(
+            f"{key}={steps}: it splits a batch, and the trainer pairs teacher and student over a whole one; expected 1",
+            fix=f"{key}=1; for several optimizer steps per batch, lower actor_rollout_ref.actor.ppo_mini_batch_size",
+        )
+
+
+def check_reward_model(config: DictConfig) -> Findings:
+    """No reward model shares the GPUs with the discriminator, which would overwrite its scores."""
+    for group in ("reward.reward_model", "reward_model"):  # verl still takes the older name
+        if get(config, f"{group}.enable") and not get(config, f"{group}.enable_resource_pool"):
+            yield error(
+                f"{group}.enable=True: this reward model would score every training sample, and the discriminator's "
+                "score would replace the result",
+                fix=f"{group}.enable=False",
+            )
+
+
+def check_task_reward(config: DictConfig) -> Findings:
+    """Training follows every reward that is configured, or the run says that it is for validation alone."""
+    key, value = "gad.task_reward.weight", get(config, "gad.task_reward.weight")
+    if value is not None and (isinstance(value, bool) or value != 0):
+        yield error(
+            f"{key}={value}: training follows the discriminator's score alone; expected null or 0", fix=f"{key}=0"
+        )
+    if value is not None or get(config, "gad.actor_objective") != "policy_gradient":
+        return
+    found = []
+    for group in ("reward.custom_reward_function", "custom_reward_function"):  # verl still takes the older name
+        path = get(config, f"{group}.path")
+        if path not in (None, PACKAGED_REWARD) and Path(path).resolve() != Path(__file__).parents[1] / "reward.py":
+            found.append((f"{group}.path={path}", f"reward.custom_reward_function.path={PACKAGED_REWARD}"))
+    for group in ("reward.reward_model", "reward_model"):
+        if get(config, f"{group}.enable") and get(config, f"{group}.enable_resource_pool"):
+            found.append((f"{group}.enable=True", f"{group}.enable=False"))
+    for setting, off in found:
+        yield error(
+            f"{setting}: training would ignore this reward, because it follows the discriminator's score",
+            fix=f"{key}=0 to use it in validation alone, or {off}",
+        )
+
+
+def check_quantized_rollout(config: DictConfig) -> Findings:
+    """Samples of a quantized policy are corrected to the policy that is trained."""
+    if get(config, "gad.actor_objective") != "policy_gradient":
+        return
+    engine = f"{ROLLOUT}.engine_kwargs.{get(config, f'{ROLLOUT}.name')}"
+    keys = f"{ROLLOUT}.quantization", f"{engine}.quantization", f"{engine}.kv_cache_dtype"
+    found = [f"{key}={value}" for key in keys if (value := get(config, key)) is not None]
+    found = [setting for setting in found if "kv_cache_dtype" not in setting or "=fp8" in setting]
+    if not found:
+        return
+    correction, log_probs = "algorithm.rollout_correction", f"{ROLLOUT}.calculate_log_probs"
+    if not (get(config, f"{correction}.rollout_is") or get(config, f"{correction}.bypass_mode")):
+        yield error(
+            f"{found[0]}: the rollout engine samples from another policy than the one that is trained, and "
+            f"{correction}.rollout_is=null corrects nothing",
+            fix=f"{correction}.rollout_is=token",
+        )
+    elif not get(config, log_probs):
+        yield error(f"{found[0]}: {correction} needs {log_probs}=True, which is False", fix=f"{log_probs}=True")
+
+
+def check_agents(config: DictConfig) -> Findings:
+    """A student answers its prompt in one turn, as the teacher did."""
+    turn = "the teacher's answer is one turn, and the discriminator compares whole answers"
+    off = {
+        "multi_turn.enable": False,
+        "multi_turn.tool_config_path": None,
+        "multi_turn.function_tool_path": None,
+        "agent.default_agent_loop": AGENT,
+        "agent.agent_loop_config_path": None,
+    }
+    for name, value in off.items():
+        if (found := get(config, f"{ROLLOUT}.{name}", value)) != value:
+            expected = "null" if value is None else value
+            yield error(f"{ROLLOUT}.{name}={found}: {turn}; expected {expected}", fix=f"{ROLLOUT}.{name}={expected}")
+    for file in files_of(get(config, "data.train_files")) + files_of(get(config, "gad.unlabelled_files")):
+        try:
+            agents = column_values(file, "agent_name") - {AGENT}
+        except (ValueError, OSError):  # no such column; check_data reports files that cannot be read
+            continue
+        if agents:
+            yield error(
+                f"{file}: column 'agent_name' names {', '.join(sorted(agents))}: {turn}; expected {AGENT}",
+                fix="drop the column, or these rows",
+            )
+
+
+def check_ratios(config: DictConfig) -> Findings:
+    """Settings of the loss that act on probability ratios meet ratios other than 1."""
+    batch = get(config, "data.train_batch_size")
+    one_step = get(config, f"{ACTOR}.ppo_mini_batch_size") == batch and get(config, f"{ACTOR}.ppo_epochs") == 1
+    bypass = get(config, "algorithm.rollout_correction.bypass_mode")  # ratios to the rollout engine's probabilities
+    if get(config, "gad.actor_objective") != "policy_gradient" or not one_step or bypass:
+        return
+    found = [
+        f"{ACTOR}.{key}={value}" for key, off in CLIPPING.items() if (value := get(config, f"{ACTOR}.{key}")) != off
+    ]
+    if get(config, f"{ACTOR}.policy_loss.loss_mode") == "gspo":
+        found.insert(0, f"{ACTOR}.policy_loss.loss_mode=gspo")
+    if found:
+        yield warning(
+            f"{' '.join(found)} changes nothing: a batch is one optimizer step, so every probability ratio is 1. "
+            "Nothing is clipped, pg_clipfrac and ppo_kl are 0, and loss_mode=gspo equals vanilla",
+            fix=f"run_gad.sh --ppo_mini_batches 2, or {ACTOR}.ppo_mini_batch_size below data.train_batch_size={batch}",
+        )
+
+
+def check_names(config: DictConfig) -> Findings:
+    """verl or verl-gad reads every key that was added to the configuration."""
+    keys: Any = OmegaConf.to_container(config)
+    for key, name in _keys(keys):
+        words = set(re.findall(r"\w+", name))
+        if not words <= _words("*.yaml") and not words <= _words("*.py"):
+            yield warning(
+                f"{key} occurs neither in verl's source nor in verl-gad's: it has no effect, unless your own code "
+                "reads it",
+                fix="correct the key, or leave it out",
+            )
+
+
+def _keys(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and their last names; not those that verl hands to other programs and libraries as they are."""
+    for name, value in config.items():
+        if re.search("kwargs|override|runtime_env", str(name)):
+            continue
+        if isinstance(value, dict) and value:
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(name)
+
+
+@lru_cache
+def _words(pattern: str) -> frozenset[str]:
+    """Every word of the installed verl's and verl-gad's files that match ``pattern``."""
+    verl = find_spec("verl")
+    folders = [Path(folder) for folder in (verl and verl.submodule_search_locations) or ()]
+    files = [file for folder in (*folders, Path(__file__).parents[1]) for file in folder.rglob(pattern)]
+    return frozenset(word for file in files for word in re.findall(r"\w+", file.read_text(errors="replace")))

@@ -1,0 +1,314 @@
+"""recipe/gad/run/refusals.py: settings that verl accepts and a GAD run would ignore, or on which it would break."""
+
+import json
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+
+from recipe.gad import reward
+from recipe.gad.run import checks, refusals
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+CORRECTION = "algorithm.rollout_correction"
+CHECKS = [
+    refusals.check_estimator,
+    refusals.check_parameter_sync,
+    refusals.check_reward_model,
+    refusals.check_quantized_rollout,
+    refusals.check_agents,
+    refusals.check_names,
+    refusals.check_ratios,
+    refusals.check_task_reward,
+]
+
+
+@pytest.fixture(scope="module")
+def base(compose_config):
+    return compose_config("gad.stage=gad", "gad.actor_objective=policy_gradient")
+
+
+@pytest.fixture
+def found(base):
+    """Function: findings of the checks for a GAD run with keys changed, as ``level what. Fix: fix``."""
+
+    def found(changes: dict | None = None) -> list[str]:
+        config = OmegaConf.create(OmegaConf.to_container(base, resolve=True))
+        for key, value in (changes or {}).items():
+            OmegaConf.update(config, key, value, force_add=True)
+        return [f"{finding.level} {finding}" for check in CHECKS for finding in check(config)]
+
+    return found
+
+
+def test_the_defaults_pass(found):
+    assert found() == []
+    assert set(CHECKS) <= set(checks.CHECKS), "the trainer runs them before it loads a model"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+@pytest.mark.parametrize("engine", ["dp", "megatron", "torchtitan", "veomni"])
+def test_the_defaults_of_every_engine_pass(compose_config, device, engine):
+    config = compose_config(f"device={device}", f"model_engine={engine}")
+    assert [finding for check in CHECKS for finding in check(config)] == []
+
+
+# ---------------------------------------------------------------------- advantage estimators
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gae", "one score per answer"),
+        ("remax", "a greedy answer"),
+        ("gdpo", "several rewards per answer"),
+        ("optimal_token_baseline", "sum_pi_squared"),
+        ("tir_optimal_token_baseline", "sum_pi_squared"),
+    ],
+)
+def test_estimators_that_need_more_than_one_score_per_answer(found, name, reason):
+    (message,) = found({"algorithm.adv_estimator": name})
+    assert message.startswith(f"error algorithm.adv_estimator={name}: ") and reason in message
+    assert message.endswith("Fix: algorithm.adv_estimator=grpo")
+    assert found({"algorithm.adv_estimator": name, "gad.stage": "seqkd"}) == []
+
+
+def test_every_estimator_of_verl_is_known():
+    from verl.trainer.ppo.core_algos import AdvantageEstimator
+
+    assert {*refusals.ESTIMATORS, *refusals.OTHER_ESTIMATORS} == {member.value for member in AdvantageEstimator}
+
+
+@pytest.mark.parametrize("name", refusals.ESTIMATORS)
+def test_estimators_that_work_on_one_score_per_answer(found, name):
+    import numpy as np
+    import torch
+
+    from verl.trainer.config import AlgoConfig
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    assert found({"algorithm.adv_estimator": name}) == []
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    scores = torch.tensor([[0.0, 2, 0], [0, 0, 1]])  # at the last token
+    advantages, _ = get_adv_estimator_fn(name)(
+        token_level_rewards=scores,
+        response_mask=mask,
+        index=np.array(["a", "a"], dtype=object),
+        config=AlgoConfig(adv_estimator=name),
+    )
+    assert (advantages[0, :2] > 0).all() and (advantages[1] <= 0).all(), "the answer with the higher score gains"
+    assert (advantages.std(dim=-1)[1] == 0) and (advantages * (1 - mask) == 0).all(), "one number for an answer"
+
+
+def test_a_misspelt_estimator_and_one_that_was_registered(found, monkeypatch):
+    from verl.trainer.ppo import core_algos
+
+    (message,) = found({"algorithm.adv_estimator": "grop"})
+    assert message.startswith("error algorithm.adv_estimator=grop: expected one of grpo, ")
+    monkeypatch.setitem(core_algos.ADV_ESTIMATOR_REGISTRY, "my_own", print)
+    assert found({"algorithm.adv_estimator": "my_own"}) == []
+    monkeypatch.delitem(refusals.sys.modules, "verl.trainer.ppo.core_algos")
+    (message,) = found({"algorithm.adv_estimator": "my_own"})
+    assert message.startswith("warning ") and "was not checked" in message
+
+
+# ---------------------------------------------------------------------- steps, reward models, engines
+
+
+@pytest.mark.parametrize("steps", [2, None])
+def test_a_step_is_one_batch(found, steps):
+    key = "trainer.v1.sync.parameter_sync_step"
+    (message,) = found({key: steps})
+    assert message.startswith(f"error {key}={steps}: ") and f"Fix: {key}=1" in message
+    assert found({key: 1}) == []
+
+
+@pytest.mark.parametrize("group", ["reward.reward_model", "reward_model"])
+def test_a_colocated_reward_model(found, group):
+    (message,) = found({f"{group}.enable": True})
+    assert message.startswith(f"error {group}.enable=True") and message.endswith(f"Fix: {group}.enable=False")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (f"{ROLLOUT}.quantization", "fp8"),
+        (f"{ROLLOUT}.engine_kwargs.vllm.quantization", "fp8"),
+        (f"{ROLLOUT}.engine_kwargs.vllm.kv_cache_dtype", "fp8_e5m2"),
+    ],
+)
+def test_quantized_rollouts_need_importance_correction(found, key, value):
+    fp8 = {f"{ROLLOUT}.name": "vllm", key: value}
+    (message,) = found(fp8)
+    assert message.startswith(f"error {key}={value}: ") and message.endswith(f"Fix: {CORRECTION}.rollout_is=token")
+    for correction in ({f"{CORRECTION}.rollout_is": "token"}, {f"{CORRECTION}.bypass_mode": True}):
+        assert found({**fp8, **correction}) == []
+        (message,) = found({**fp8, **correction, f"{ROLLOUT}.calculate_log_probs": False})
+        assert message.endswith(f"Fix: {ROLLOUT}.calculate_log_probs=True")
+    assert found({**fp8, "gad.actor_objective": "imitation"}) == [], "no gradient reads these samples' probabilities"
+
+
+def test_rollouts_that_are_not_quantized(found):
+    vllm = {f"{ROLLOUT}.name": "vllm", f"{ROLLOUT}.engine_kwargs.vllm.kv_cache_dtype": "auto"}
+    assert found(vllm) == []
+    another = {f"{ROLLOUT}.name": "sglang", f"{ROLLOUT}.engine_kwargs.vllm.quantization": "fp8"}
+    assert found(another) == [], "the engine of the run does not read it"
+
+
+# ---------------------------------------------------------------------- rewards that training ignores
+
+
+POOL = {"enable": True, "enable_resource_pool": True, "nnodes": 1, "n_gpus_per_node": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "off"),
+    [
+        (
+            {"reward.custom_reward_function.path": "mine.py"},
+            "reward.custom_reward_function.path=mine.py",
+            "reward.custom_reward_function.path=pkg://recipe.gad.reward",
+        ),
+        (
+            {"custom_reward_function.path": "mine.py"},
+            "custom_reward_function.path=mine.py",
+            "reward.custom_reward_function.path=pkg://recipe.gad.reward",
+        ),
+        (
+            {f"reward.reward_model.{key}": value for key, value in POOL.items()},
+            "reward.reward_model.enable=True",
+            "reward.reward_model.enable=False",
+        ),
+    ],
+)
+def test_a_reward_that_training_would_ignore(found, changes, named, off):
+    (message,) = found(changes)
+    assert message.startswith(f"error {named}: training would ignore this reward")
+    assert message.endswith(f"Fix: gad.task_reward.weight=0 to use it in validation alone, or {off}")
+    assert found({**changes, "gad.task_reward.weight": 0}) == []
+    assert found({**changes, "gad.actor_objective": "imitation"}) == [], "imitation follows no reward"
+
+
+def test_the_packaged_reward_is_for_validation(found):
+    assert found({"reward.custom_reward_function.path": reward.__file__}) == []
+    assert found({"reward.custom_reward_function.path": None}) == []
+
+
+@pytest.mark.parametrize("weight", [0.7, -1, True, "all"])
+def test_a_weight_of_the_task_reward(found, weight):
+    (message,) = found({"gad.task_reward.weight": weight})
+    assert message.startswith(f"error gad.task_reward.weight={weight}: ") and "expected null or 0" in message
+
+
+# ---------------------------------------------------------------------- agents
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("multi_turn.enable", True, "False"),
+        ("multi_turn.tool_config_path", "tools.yaml", "null"),
+        ("multi_turn.function_tool_path", "tools.py", "null"),
+        ("agent.default_agent_loop", "tool_agent", "single_turn_agent"),
+        ("agent.agent_loop_config_path", "agents.yaml", "null"),
+    ],
+)
+def test_agents_of_several_turns(found, name, value, expected):
+    key = f"{ROLLOUT}.{name}"
+    (message,) = found({key: value})
+    assert message.startswith(f"error {key}={value}: the teacher's answer is one turn")
+    assert message.endswith(f"Fix: {key}={expected}")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_agents_that_the_data_names(found, tmp_path, ending):
+    def write(*agents):
+        rows = [{"content": [{"role": "user", "content": "a"}], "agent_name": agent} for agent in agents]
+        file = tmp_path / f"train.{ending}"
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"data.train_files": str(file)}
+
+    assert found(write("single_turn_agent", "single_turn_agent")) == []
+    (message,) = found(write("single_turn_agent", "tool_agent", None, "tool_agent"))
+    assert f"train.{ending}: column 'agent_name' names None, tool_agent" in message and "Fix: drop the" in message
+    assert found({"data.train_files": str(tmp_path / f"none.{ending}")}) == [], "another check reports it"
+
+
+# ---------------------------------------------------------------------- probability ratios
+
+
+RATIOS = [("policy_loss.loss_mode", "gspo"), ("clip_ratio_low", 0.005), ("clip_ratio_high", 0.28), ("clip_ratio_c", 10)]
+
+
+@pytest.mark.parametrize(("name", "value"), RATIOS)
+def test_clipping_needs_several_optimizer_steps_per_batch(base, found, name, value):
+    setting = {f"{ACTOR}.{name}": value}
+    (message,) = found(setting)
+    assert message.startswith(f"warning {ACTOR}.{name}={value} changes nothing: a batch is one optimizer step")
+    assert "pg_clipfrac and ppo_kl are 0" in message and "Fix: run_gad.sh --ppo_mini_batches 2" in message
+    assert base.data.train_batch_size == 8
+    assert found({**setting, f"{ACTOR}.ppo_mini_batch_size": 4}) == []
+    assert found({**setting, f"{ACTOR}.ppo_epochs": 2}) == []
+    assert found({**setting, f"{CORRECTION}.bypass_mode": True}) == []
+    assert found({**setting, "gad.actor_objective": "imitation"}) == []
+
+
+def test_all_settings_of_the_ratios_are_one_warning(found):
+    (message,) = found({f"{ACTOR}.{name}": value for name, value in RATIOS})
+    assert all(f"{ACTOR}.{name}={value}" in message for name, value in RATIOS)
+
+
+def test_at_the_ratio_1_gspo_equals_vanilla_and_nothing_is_clipped():
+    import torch
+
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import FSDPActorConfig
+
+    torch.manual_seed(0)
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    log_probs, advantages = -torch.rand(3, 4), torch.tensor([[1.5], [-2.0], [0.25]]).expand(3, 4)
+    results = {}
+    for mode in ("vanilla", "gspo"):
+        config = FSDPActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_c=1.001)
+        leaf = log_probs.clone().requires_grad_()
+        arguments = log_probs, leaf, advantages, mask, "token-mean", config
+        loss, metrics = get_policy_loss_fn(mode)(*arguments)
+        loss.backward()
+        results[mode] = loss.detach(), leaf.grad
+        assert set(metrics.values()) == {0.0}
+    assert all(torch.equal(vanilla, gspo) for vanilla, gspo in zip(results["vanilla"], results["gspo"], strict=True))
+    expected = -(3 * 1.5 + 2 * -2.0 + 4 * 0.25) / 9
+    assert results["gspo"][0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_defaults_of_clipping_are_verls(base):
+    assert {key: base.actor_rollout_ref.actor[key] for key in refusals.CLIPPING} == refusals.CLIPPING
+
+
+# ---------------------------------------------------------------------- names of keys
+
+
+def test_a_key_that_nothing_reads(found):
+    start = time.monotonic()
+    (message,) = found({"actor_rollout_ref.actor.optim.leaning_rate": 1e-6})
+    assert time.monotonic() - start < 10
+    assert message.startswith("warning actor_rollout_ref.actor.optim.leaning_rate occurs neither in verl's source")
+    (message,) = found({"trainer.warmup_use_sft": True})
+    assert message.startswith("warning trainer.warmup_use_sft ")
+
+
+def test_keys_that_are_read_or_handed_on_pass(found):
+    added = {
+        "data.apply_chat_template_kwargs.enable_thinkng": False,  # the chat template reads what it likes
+        "actor_rollout_ref.model.override_config.a_key_of_some_model": 1,
+        f"{ROLLOUT}.engine_kwargs.vllm.a_key_of_the_engine": 1,
+        "ray_kwargs.ray_init.runtime_env.env_vars.MY_VARIABLE": "1",
+        "algorithm.gdpo_reward_keys": ["a"],  # only verl's Python names it
+        "reward.reward_kwargs.overlong_buffer_cfg.enable": True,
+    }
+    assert found(added) == []
