@@ -70,6 +70,10 @@ app.command()(export)
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``gad``; ``argv`` defaults to the arguments of the process. Always raises SystemExit."""
+    words = sys.argv[1:] if argv is None else argv
+    for name, value in zip(words, words[1:], strict=False):
+        if name.replace("-", "_") in ("__output", "__output_dir") and not value:
+            _fail(f"{name} is empty. Fix: name a file or folder")  # an empty path would be the current folder
     try:
         app(args=argv)
     except OSError as error:

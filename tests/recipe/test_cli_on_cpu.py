@@ -36,3 +36,10 @@ def test_version_and_exit_codes(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "Exit codes: 0 all is well" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--output-dir"])
+def test_an_empty_output_is_no_folder(option, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["prepare", "a.jsonl", option, ""])
+    assert exit.value.code == 2 and capsys.readouterr().err == f"error: {option} is empty. Fix: name a file or folder\n"

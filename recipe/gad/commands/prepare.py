@@ -17,8 +17,8 @@ def prepare(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files (.jsonl, .json, .csv, .parquet), data set folders or hub ids (owner/name). owner/name:SPLIT "
-            "reads one split.",
+            help="Files (.jsonl, .json, .csv, .tsv, .parquet, also with .gz, .bz2 or .xz), data set folders or hub ids "
+            "(owner/name). owner/name:SPLIT reads one split.",
             show_default=False,
         ),
     ] = None,

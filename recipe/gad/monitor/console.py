@@ -24,7 +24,7 @@ LAST_LINES = 20
 """Lines of the raw log that the console shows of a run that failed."""
 
 SHOWN = re.compile(
-    r"^(\w+: the run (stops|stopped) after |teacher answers: |skipped )"
+    r"^(\w+: the run (stops|stopped) after |teacher answers: |skipped |error: )"
     r"|the average of D's weights begins |holds no state of |the chat template ends an assistant turn"
     r"|sampling the start policy's answers"
 )

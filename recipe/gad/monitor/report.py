@@ -420,15 +420,14 @@ def _write(runs: Sequence[Run], output: Path, png_folder: Path) -> None:
 
     drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
+    files: dict[str, bytes] = {}
     panels = [(section, panel) for section, panels in SECTIONS.items() for panel in panels] + [("Step time", STEP_TIME)]
     for section, panel in tqdm(panels, "drawing", leave=False, unit=" pictures", disable=None):
-        png_path = png_folder / f"{panel.name}.png"
         if not any(_has(run, panel) for run in runs):
             left_out.append(panel)
-            png_path.unlink(missing_ok=True)  # of an earlier report
             continue
         pictures = {theme: _draw(panel, runs, theme) for theme in THEMES}
-        write_atomically(png_path, pictures["light"])
+        files[panel.name] = pictures["light"]
         drawn[section].append((panel, {theme: base64.b64encode(png).decode() for theme, png in pictures.items()}))
 
     template = page_template(Path(__file__).with_name("report.html.j2"))
@@ -441,6 +440,10 @@ def _write(runs: Sequence[Run], output: Path, png_folder: Path) -> None:
         settings=_settings(runs),
     )
     write_atomically(output, page)
+    for panel in left_out:
+        (png_folder / f"{panel.name}.png").unlink(missing_ok=True)  # of an earlier report
+    for name, png in files.items():
+        write_atomically(png_folder / f"{name}.png", png)
 
 
 def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

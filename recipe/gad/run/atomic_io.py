@@ -45,6 +45,17 @@ def _check_replaceable(path: Path) -> None:
         raise InputError(f"{path} is a device or a pipe, expected a file", "name a new file")
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError that names no file, such as that of a full disk, the name of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
 def write_atomically(path: str | Path, data: str | bytes) -> None:
     """Write a file under a temporary name and rename it; a missing folder is made.
 
@@ -61,7 +72,7 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with naming(path), os.fdopen(handle, "wb") as stream:
             stream.write(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -212,5 +223,6 @@ class JsonLog:
     def append(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it."""
         # half a surrogate pair cannot be encoded as UTF-8: it stays an escape
-        self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self._file.flush()
