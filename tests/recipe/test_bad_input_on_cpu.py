@@ -8,7 +8,10 @@ import io
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import pytest
 from recipe.gad.cli import main
 from tests.recipe.conftest import Reply
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.long
 
 KEY = "sk-test/KEY+0123456789=abc"
@@ -287,3 +291,35 @@ def test_export_writes_a_whole_model_or_none(tiny_problem, tmp_path, seed):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"][code != 0 :], (
         "no temporary folder is left"
     )
+
+
+# ---------------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize("kilobytes", [1, 8, 30])
+@pytest.mark.parametrize("command", ["prepare", "export", "report", "collect"])
+def test_a_full_disk_names_the_file_and_leaves_no_temporary_one(
+    tiny_problem, run, chat_server, tmp_path, command, kilobytes
+):
+    """No file can grow beyond a limit, as on a full disk."""
+    model = tmp_path / "run/global_step_2/actor/huggingface"
+    shutil.copytree(tiny_problem / "model", model)
+    (tmp_path / "run/global_step_2/data.pt").write_bytes(b"")
+    (tmp_path / "p.jsonl").write_text(
+        "".join(f'{{"prompt": "q {i}", "response": "{os.urandom(40).hex()}"}}\n' for i in range(999))
+    )
+    chat_server.reply = lambda body, earlier: chat_server.answer("a" * 2000)
+    out = tmp_path / "out"
+    arguments = {
+        "prepare": ["prepare", tmp_path / "p.jsonl", "--output_dir", out, "--val_fraction", "0.2"],
+        "export": ["export", tmp_path / "run", "--output_dir", out],
+        "report": ["report", run, "--output", out],
+        "collect": ["collect", tmp_path / "p.jsonl", "--output", out, "--model", "m", "--base_url", chat_server.url],
+    }[command]
+    shell = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", sys.executable, "-m", "recipe.gad.cli"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY}
+    done = subprocess.run([*shell, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(rf"^error: {tmp_path}/\S+: .*File too large", done.stderr, re.MULTILINE), done.stderr
+    left = {path.name for path in tmp_path.iterdir()} - {"run", "p.jsonl"}
+    assert left <= ({"out", "out.settings.json", "out.failed.jsonl"} if command == "collect" else set())

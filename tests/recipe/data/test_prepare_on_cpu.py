@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -716,3 +717,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     print(f"{kind}: {big.stat().st_size / 1e6:.0f} MB read, the peak grew by {grown} MB")
     assert rows == 16_000 + (kind == "json") and grown < 60
     shutil.rmtree(tmp_path)
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"prompt": "q {i}", "response": "a"}}\n' for i in range(300_000)))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "recipe.gad.cli", "prepare", str(tmp_path / "d.jsonl"), "--output_dir", str(out)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any(out.glob(".prepare.*")):
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == 143 and not out.exists()
