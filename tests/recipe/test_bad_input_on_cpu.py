@@ -314,7 +314,16 @@ def test_a_full_disk_names_the_file_and_leaves_no_temporary_one(
         "prepare": ["prepare", tmp_path / "p.jsonl", "--output_dir", out, "--val_fraction", "0.2"],
         "export": ["export", tmp_path / "run", "--output_dir", out],
         "report": ["report", run, "--output", out],
-        "collect": ["collect", tmp_path / "p.jsonl", "--output", out, "--model", "m", "--base_url", chat_server.url],
+        "collect": [
+            "collect",
+            tmp_path / "p.jsonl",
+            "--output",
+            tmp_path / "a.jsonl",
+            "--model",
+            "m",
+            "--base_url",
+            chat_server.url,
+        ],
     }[command]
     shell = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", sys.executable, "-m", "recipe.gad.cli"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY}
@@ -322,4 +331,4 @@ def test_a_full_disk_names_the_file_and_leaves_no_temporary_one(
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(rf"^error: {tmp_path}/\S+: .*File too large", done.stderr, re.MULTILINE), done.stderr
     left = {path.name for path in tmp_path.iterdir()} - {"run", "p.jsonl"}
-    assert left <= ({"out", "out.settings.json", "out.failed.jsonl"} if command == "collect" else set())
+    assert left <= ({"a.jsonl", "a.settings.json", "a.failed.jsonl"} if command == "collect" else set())

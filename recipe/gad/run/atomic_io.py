@@ -187,7 +187,8 @@ class JsonLog:
     def __exit__(self, *exception: object) -> None:
         if os.fstat(self._file.fileno()).st_size == 0:
             Path(self._file.name).unlink(missing_ok=True)
-        self._file.close()
+        with naming(self._file.name):  # it writes what a full disk has left in the buffer
+            self._file.close()
 
     def records(self, **types: type) -> Iterator[dict[str, Any]]:
         """Objects that earlier runs wrote. A last line without its newline was torn by a crash and is removed.
