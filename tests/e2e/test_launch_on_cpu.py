@@ -226,7 +226,8 @@ def seqkd_without_validation(runner):
 
 @in_background
 def soda(runner):
-    return runner.stage("soda", "soda", "--model", f"{runner.problem}/model")
+    rollouts = f"trainer.rollout_data_dir={runner.base}/rollouts"  # there are none in its steps
+    return runner.stage("soda", "soda", "--model", f"{runner.problem}/model", rollouts)
 
 
 @in_background

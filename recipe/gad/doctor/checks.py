@@ -44,6 +44,7 @@ from recipe.gad.run.config import (
     has_discriminator,
     integer,
     is_number,
+    validates,
 )
 from recipe.gad.run.data_file import sample_rows
 from recipe.gad.run.findings import (
@@ -71,6 +72,8 @@ COVERED_SHARE = 0.99
 MEMORY_SHARE = 0.9
 """Share of a GPU above which the doctor warns. The rest is for what docs/memory.md does not count: CUDA context, NCCL
 buffers, fragmentation."""
+OFFLOAD = "param_offload=True and optimizer_offload=True (actor.fsdp_config, critic.fsdp)"
+"""Keys that take weights and optimizer states off the GPU while another role works."""
 ERROR_CHARS = 300
 """Characters of an unexpected error that are shown."""
 SAME_SIZE = 0.01
@@ -595,16 +598,38 @@ def memory_findings(config: DictConfig, gpu_memory: float | None) -> Findings:
 
 def _phase_findings(config: DictConfig, actor: ModelShape, parts: dict[str, RoleMemory], gpu_memory: float) -> Findings:
     """What is on a GPU at the same time: during the rollout, and while each role works."""
-    key = f"{ROLLOUT}.gpu_memory_utilization"
-    rollout = float(get(config, key, 0.5)) * gpu_memory
     resident = {role: memory.resident for role, memory in parts.items()}
+    rollout = 0.0
+    if get(config, "gad.stage") != "seqkd" or validates(config):
+        rollout = float(get(config, f"{ROLLOUT}.gpu_memory_utilization", 0.5)) * gpu_memory
+        yield from _rollout_findings(config, actor, resident, rollout, gpu_memory)
+    asleep = 0.0 if get(config, f"{ROLLOUT}.free_cache_engine") else rollout
+    for role, memory in parts.items():
+        others = sum(size for other, size in resident.items() if other != role) + asleep
+        states, peak = memory.states + others, memory.peak + others
+        found = f"{role} at work: about {peak / GIB:.1f} of {gpu_memory / GIB:.1f} GiB"
+        limit = f"{REF}.log_prob" if role == REF else f"{role}.ppo"
+        if states > gpu_memory:
+            yield error(
+                f"{found}; weights, gradients and Adam alone take {states / GIB:.1f}", fix=f"{OFFLOAD}, or more GPUs"
+            )
+        elif peak > MEMORY_SHARE * gpu_memory:
+            yield warning(found, fix=f"a smaller {limit}_max_token_len_per_gpu, {OFFLOAD}, or more GPUs")
+        else:
+            yield note(found)
+
+
+def _rollout_findings(
+    config: DictConfig, actor: ModelShape, resident: dict[str, float], rollout: float, gpu_memory: float
+) -> Findings:
+    """The engine, which may use ``rollout`` bytes of a GPU, beside what the roles leave there."""
+    key = f"{ROLLOUT}.gpu_memory_utilization"
     needed = sum(resident.values()) + rollout
     found = f"rollout: {sum(resident.values()) / GIB:.1f} of actor and critic + {rollout / GIB:.1f} of the engine "
     found += f"({key}={get(config, key)}) = {needed / GIB:.1f} of {gpu_memory / GIB:.1f} GiB"
-    offload = "param_offload=True and optimizer_offload=True (actor.fsdp_config, critic.fsdp)"
     if needed > gpu_memory:
         free = max(0.0, 1 - sum(resident.values()) / gpu_memory)
-        yield error(found, fix=f"{key}={int(free * 100) / 100} or less, {offload}, or more GPUs")
+        yield error(found, fix=f"{key}={int(free * 100) / 100} or less, {OFFLOAD}, or more GPUs")
     else:
         yield note(found)
     row = integer(config, "data.max_prompt_length") + integer(config, "data.max_response_length")
@@ -618,20 +643,6 @@ def _phase_findings(config: DictConfig, actor: ModelShape, parts: dict[str, Role
         )
     else:
         yield note(f"rollout engine: KV cache of about {tokens} tokens, {tokens // row} answers of full length at once")
-    asleep = 0.0 if get(config, f"{ROLLOUT}.free_cache_engine") else rollout
-    for role, memory in parts.items():
-        others = sum(size for other, size in resident.items() if other != role) + asleep
-        states, peak = memory.states + others, memory.peak + others
-        found = f"{role} at work: about {peak / GIB:.1f} of {gpu_memory / GIB:.1f} GiB"
-        limit = f"{REF}.log_prob" if role == REF else f"{role}.ppo"
-        if states > gpu_memory:
-            yield error(
-                f"{found}; weights, gradients and Adam alone take {states / GIB:.1f}", fix=f"{offload}, or more GPUs"
-            )
-        elif peak > MEMORY_SHARE * gpu_memory:
-            yield warning(found, fix=f"a smaller {limit}_max_token_len_per_gpu, {offload}, or more GPUs")
-        else:
-            yield note(found)
 
 
 def shown(size: float) -> str:

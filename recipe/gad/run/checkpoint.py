@@ -437,7 +437,7 @@ def verify_contents(step_folder: Path, stage: str) -> None:
     Raises:
         InputError: names the damaged files, and the checkpoint before.
     """
-    has_critic = stage != "seqkd"
+    has_critic = stage not in WITHOUT_DISCRIMINATOR
     if problems := resume_problems(step_folder, has_critic, contents=True):
         folder, step = step_folder.parent, int(step_folder.name.removeprefix("global_step_"))
         before = [n for n, path in step_folders(folder).items() if n < step and not resume_problems(path, has_critic)]

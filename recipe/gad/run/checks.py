@@ -192,8 +192,8 @@ def check_stage(config: DictConfig) -> Findings:
         )
     if stage in WITHOUT_DISCRIMINATOR and critic:
         yield error(f"critic.enable=True: stage {stage} trains no discriminator", fix="critic.enable=False")
-    if stage == "seqkd" and (folder := get(config, "trainer.rollout_data_dir")):
-        yield warning(f"trainer.rollout_data_dir={folder}: stage seqkd samples nothing, so no file is written")
+    if stage in ("seqkd", "soda") and (folder := get(config, "trainer.rollout_data_dir")):
+        yield warning(f"trainer.rollout_data_dir={folder}: no step of {stage} has rollouts, so no file is written")
     if stage not in WITHOUT_DISCRIMINATOR and not critic:
         yield error(
             f"critic.enable={get(config, 'critic.enable')}: stage {stage} trains a discriminator",
@@ -396,6 +396,20 @@ def check_replay(config: DictConfig) -> Findings:
         yield error(
             f"gad.replay_capacity={capacity} is less than the {needed} prompts that one step replays",
             fix=f"gad.replay_capacity={needed} or more",
+        )
+
+
+def check_shortcuts(config: DictConfig) -> Findings:
+    """Switches about what the discriminator reads need a discriminator, and one that judges whole answers."""
+    for key in ("gad.retokenize", "gad.shortcut_probe"):
+        if (value := get(config, key)) not in (True, False):
+            yield error(f"{key}={value}: expected True or False", fix=f"{key}=False")
+        elif value and not has_discriminator(config):
+            yield error(f"{key}=True: stage {get(config, 'gad.stage')} trains no discriminator", fix=f"{key}=False")
+    if get(config, "gad.retokenize") is True and get(config, "gad.credit") == "token":
+        yield error(
+            "gad.credit=token credits the tokens that were sampled, and gad.retokenize=True scores others",
+            fix="gad.retokenize=False, or gad.credit=sequence",
         )
 
 
@@ -808,6 +822,7 @@ CHECKS: tuple[Check, ...] = (
     check_lead,
     check_average,
     check_replay,
+    check_shortcuts,
     check_unlabelled,
     check_stopping,
     check_sampling,

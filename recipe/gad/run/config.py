@@ -78,6 +78,11 @@ def has_discriminator(config: DictConfig) -> bool:
     return get(config, "gad.stage") not in WITHOUT_DISCRIMINATOR
 
 
+def validates(config: DictConfig) -> bool:
+    """Does the run sample validation answers, before the first step or later?"""
+    return get(config, "trainer.test_freq", -1) > 0 or bool(get(config, "trainer.val_before_train"))
+
+
 def start_models(config: DictConfig) -> dict[str, str]:
     """Role -> folder or hub id of the model that the run starts from."""
     keys = {"actor": f"{ACTOR_MODEL}.path", "critic": "critic.model.path"}

@@ -183,6 +183,9 @@ class PPOTrainerSODA(PPOTrainerOnlineDPO):
         with marked_timer("update_actor", timing_raw, color="red"):
             return self._update_actor(batch, metrics)
 
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """Nothing: the answers are those of :data:`START_ANSWERS`."""
+
 
 STAGES = {"soda": PPOTrainerSODA, "online_dpo": PPOTrainerOnlineDPO}
 """Stage -> its trainer."""

@@ -2,12 +2,14 @@
 
 import io
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from recipe.gad.run.atomic_io import write_atomically
+from recipe.gad.run.findings import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,19 @@ def save_state(step_folder: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_state(step_folder: str | Path, names: set[str]) -> dict[str, Any]:
-    """State of the named parts. A part that was off when the checkpoint was saved is left out, with a warning."""
+    """State of the named parts. A part that was off when the checkpoint was saved is left out, with a warning.
+
+    Raises:
+        InputError: the file is damaged, or holds more than plain data and tensors.
+    """
     file = Path(step_folder) / STATE
-    state = torch.load(file, weights_only=False) if names and file.is_file() else {}
+    try:
+        state = torch.load(file, weights_only=True) if names and file.is_file() else {}
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as broken:
+        raise InputError(
+            f"{file} is damaged, or holds more than the plain data that a run writes ({type(broken).__name__})",
+            fix="resume from another checkpoint (trainer.resume_mode=resume_path)",
+        ) from broken
     for name in sorted(names - set(state)):
         logger.warning("%s holds no state of %s, which starts anew", file, name)
     return {name: state[name] for name in names & set(state)}

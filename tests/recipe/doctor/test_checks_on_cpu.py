@@ -569,6 +569,10 @@ def test_a_run_against_a_gpu(compose_config):
     assert (
         kinds.count("error") == 1 + 3 and "Fix: actor_rollout_ref.rollout.gpu_memory_utilization=0.99 or less" in text
     )
+    _, text = levels(80.0, ("gad.stage", "seqkd"))
+    assert "of the engine" in text, "validation samples"
+    _, text = levels(80.0, ("trainer.test_freq", -1), ("trainer.val_before_train", False))
+    assert "engine" not in text and "at work" in text
 
 
 def test_without_a_gpu_the_estimate_is_not_compared(compose_config, monkeypatch):

@@ -290,6 +290,15 @@ def test_checkpoints_without_a_tracker(warmup):
     check_folder(warmup, "warmup")
 
 
+@pytest.mark.parametrize("stage", ["seqkd", "soda", "online_dpo"])
+def test_a_stage_without_a_discriminator_resumes_from_a_checkpoint_without_one(tmp_path, stage):
+    folder = write_checkpoint(tmp_path, 4)
+    shutil.rmtree(folder / "critic")
+    verify_contents(folder, stage)
+    with pytest.raises(ValueError, match="critic is missing"):
+        verify_contents(folder, "gad")
+
+
 def test_seqkd_needs_no_critic(warmup):
     shutil.rmtree(warmup / "global_step_10" / "critic")
     (warmup / MARKER).write_text('{"stage": "seqkd"}')

@@ -929,6 +929,17 @@ def test_replay_that_cannot_work_is_refused(gad, config):
     expect(config(seqkd), "gad.replay=0.5", "no discriminator")
 
 
+def test_what_the_discriminator_reads_needs_one_that_judges_whole_answers(gad, config):
+    token = {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False}
+    for key in ("gad.retokenize", "gad.shortcut_probe"):
+        assert errors_of(gad({key: True})) == []
+        expect(gad({key: 1.5}), f"{key}=1.5", "True or False")
+        seqkd = {"gad.stage": "seqkd", "critic.enable": False, key: True}
+        expect(config(seqkd), f"{key}=True", "stage seqkd trains no discriminator", f"Fix: {key}=False")
+    expect(gad({**token, "gad.retokenize": True}), "gad.credit=token", "gad.retokenize=True", "gad.credit=sequence")
+    assert errors_of(gad({**token, "gad.shortcut_probe": True})) == []
+
+
 def test_unlabelled_files_that_cannot_work_are_refused(gad, tmp_path):
     file, bad = tmp_path / "prompts.parquet", tmp_path / "bad.parquet"
     pq.write_table(pa.Table.from_pylist([{"content": USER}] * 4), file)

@@ -1,7 +1,11 @@
 """How long the discriminator leads (recipe/gad/training/lead.py): the last step of it, by hand."""
 
-import pytest
+import os
 
+import pytest
+import torch
+
+from recipe.gad.run.findings import InputError
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.state import load_state, save_state
 
@@ -61,3 +65,23 @@ def test_state_of_a_part_that_was_off_is_left_out_with_a_warning(tmp_path, caplo
     save_state(tmp_path, {})
     assert not list(tmp_path.iterdir()), "nothing is switched on, so there is no file"
     assert load_state(tmp_path, {"replay"}) == {} and "no state of replay" in caplog.text
+
+
+class Shell:
+    """Runs a command if it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("exit 7",)
+
+
+def test_a_state_file_that_is_damaged_or_holds_code_is_refused(tmp_path):
+    save_state(tmp_path, {"lead": {"best": torch.tensor(0.5)}})
+    file = tmp_path / "gad_state.pt"
+    whole = file.read_bytes()
+    for damage in (whole[:-200], whole[:3], b""):
+        file.write_bytes(damage)
+        with pytest.raises(InputError, match=r"gad_state\.pt is damaged.*Fix: resume from another checkpoint"):
+            load_state(tmp_path, {"lead"})
+    save_state(tmp_path, {"lead": Shell()})
+    with pytest.raises(InputError, match="gad_state"):
+        load_state(tmp_path, {"lead"})
