@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from recipe.gad.data import VAL_FRACTION
 from recipe.gad.data.layouts import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
@@ -30,6 +29,7 @@ from recipe.gad.run.atomic_io import alone_in, naming
 from recipe.gad.run.data_file import BATCH_ROWS
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
+from recipe.gad.run.progress import progress
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
 TEMPORARY = ".prepare."
@@ -180,7 +180,7 @@ def _temporary_folder(out_dir: Path) -> Iterator[str]:
 
 def _read_sources(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:
     for source in sources:
-        for row in tqdm(read_rows(source), desc=source, unit=" rows", disable=None):
+        for row in progress(read_rows(source), desc=source, unit=" rows"):
             yield row, is_val
 
 
