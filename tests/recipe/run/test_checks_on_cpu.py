@@ -253,6 +253,11 @@ def test_bad_files(data, rows, expected):
     expect(data(rows), "data.train_files", "train.parquet", expected)
 
 
+@pytest.mark.parametrize("name", ["a[1].parquet", "a*.parquet", "a?.parquet", "a::b.parquet"])
+def test_a_path_that_verls_reader_takes_as_a_pattern(data, name):
+    expect(data(rows_with({}), name), "data.train_files", name, "as a pattern", "rename")
+
+
 TEACHERS = [
     (None, "is null"),
     ("", "is empty"),
