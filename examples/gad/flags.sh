@@ -16,7 +16,7 @@ read_flags() {
     esac
     case "$switches" in *" $name "*) printf -v "${name^^}" 1; shift; continue ;; esac
     case "$names" in *" $name "*) ;; *) fail "unknown flag $1; see --help" ;; esac
-    [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+    case "${2-}" in ''|--*) fail "$1 needs a value${2+, got ${2:-an empty one}}; see --help" ;; esac
     printf -v "${name^^}" %s "$2"
     shift 2
   done

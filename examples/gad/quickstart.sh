@@ -24,6 +24,11 @@ no_arguments ${REST[@]+"${REST[@]}"}
 case "$OUTPUT_DIR" in /*) out=$OUTPUT_DIR ;; *) out="$PWD/$OUTPUT_DIR" ;; esac
 [ -z "$CONTROL" ] || [ "$CONTROL" = frozen_d ] || fail "--control knows frozen_d, got $CONTROL"
 case "$SEED" in ''|*[!0-9]*) fail "--seed must be a whole number, got $SEED" ;; esac
+[ ${#SEED} -le 9 ] || fail "--seed must have at most 9 digits, got $SEED"
+for folder in "$out" "$VENV"; do
+  [ ! -e "$folder" ] || [ -d "$folder" ] || fail "$folder is a file, expected a folder"
+done
+mkdir -p "$out" || fail "cannot make the folder $out; choose another --output_dir"
 
 if [ -n "$VENV" ]; then
   if [ ! -x "$VENV/bin/python" ]; then
@@ -48,7 +53,6 @@ export PYTHON=python3 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=
 # The limit of imitation here is data: the teacher answers 16 prompts, one batch. SeqKD memorizes these answers and gets
 # the letters of new prompts wrong. With 64 teacher answers or more, SeqKD is the better choice.
 echo "== problem: a stochastic teacher, and a small student that answers in another style"
-mkdir -p "$out"
 python3 -m recipe.gad.quickstart.problem --out "$out/problem" --seed "$SEED" --n_val 128 --n_train 16
 
 warmup_steps=30 steps=100 # SeqKD and GAD start from the same warmup and take as many teacher batches

@@ -18,6 +18,8 @@ PPO_MINI_BATCHES="" EXTRA_FLAGS="ppo_mini_batches"
 parse_flags "$@"
 if [ -n "$WARMUP_DIR" ]; then
   [ -z "$MODEL$REWARD_MODEL" ] || fail "--warmup_dir brings actor and discriminator; drop --model and --reward_model"
+  check_text --warmup_dir "$WARMUP_DIR"
+  case "$WARMUP_DIR" in -*) WARMUP_DIR="./$WARMUP_DIR" ;; esac # it is no option
   checkpoint=$("$PYTHON" -m recipe.gad.run.checkpoint resolve "$WARMUP_DIR" ${RESUME_STEP:+--step "$RESUME_STEP"})
   MODEL="$checkpoint/actor/huggingface"
   REWARD_MODEL="$checkpoint/critic/huggingface"

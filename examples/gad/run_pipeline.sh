@@ -14,10 +14,11 @@ parse_flags "$@"
 [ -z "$WARMUP_DIR$RESUME_STEP" ] ||
   fail "--warmup_dir and --resume_step belong to run_gad.sh; the pipeline runs its own warmup"
 base=${OUTPUT_DIR:-checkpoints/gad/${EXP_NAME:-pipeline}}
-flags=(--train_files "$TRAIN_FILES" ${VAL_FILES:+--val_files "$VAL_FILES"} --nnodes "$NNODES" --device "$DEVICE")
+flags=(${TRAIN_FILES:+--train_files "$TRAIN_FILES"} ${VAL_FILES:+--val_files "$VAL_FILES"} --nnodes "$NNODES" --device "$DEVICE")
 [ -z "$DRY_RUN" ] || flags+=(--dry-run)
 [ -z "$SKIP_DOCTOR" ] || flags+=(--skip-doctor)
-start=(--model "$MODEL" --reward_model "${REWARD_MODEL:-$MODEL}")
+[ -z "$RAW_LOG" ] || flags+=(--raw-log)
+start=(${MODEL:+--model "$MODEL"} ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"})
 run() { # run STAGE [flags ...]
   local stage=$1; shift
   stoppable bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" --output_dir "$base/$stage" \

@@ -16,6 +16,7 @@ HELP
 ONLINE="" BETA="" EXTRA_FLAGS="beta" EXTRA_SWITCHES="online"
 parse_flags "$@"
 [ -z "$WARMUP_DIR$RESUME_STEP" ] || fail "--warmup_dir and --resume_step belong to run_gad.sh"
+case "$BETA" in *[!0-9.eE+-]*) fail "--beta must be a number, got $BETA" ;; esac
 stage=soda
 [ -z "$ONLINE" ] || stage=online_dpo
 launch "$stage" \

@@ -6,11 +6,15 @@ no usable weights, verl's model merger joins the FSDP shards (in bfloat16).
 """
 
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.gad.run.atomic_io import naming
 from recipe.gad.run.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
@@ -299,19 +303,38 @@ def export_model(
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         result = scratch / "export"
-        model, adapter = load_average(folders, role, scratch)
-        architecture = type(model).__name__
-        if lora == "adapter":
-            _write_adapter(model, adapter, folder, result)
-            architecture, rounding = f"LoRA adapter of {architecture}", 0.0
-        else:
-            rounding = _write_model(model, adapter, folder, result, getattr(torch, dtype))
-        tokenizer.save_pretrained(result)
+        with _naming_disk_errors(target):
+            architecture, rounding = _write(folders, role, lora, getattr(torch, dtype), scratch, result)
+            tokenizer.save_pretrained(result)
         follow_umask(result)
         os.replace(result, target)
     finally:
         shutil.rmtree(scratch)
     return Export(tuple(folders), architecture, rounding)
+
+
+@contextmanager
+def _naming_disk_errors(target: Path) -> Iterator[None]:
+    """Raise the error of a full disk as an OSError that names ``target``, whichever library meets it."""
+    from safetensors import SafetensorError
+
+    try:
+        with naming(target):
+            yield
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+
+
+def _write(folders: list[Path], role: str, lora: str, dtype: Any, scratch: Path, result: Path) -> tuple[str, float]:
+    """Write the model or its adapter into ``result``: (architecture, the largest change of an output by rounding)."""
+    model, adapter = load_average(folders, role, scratch)
+    architecture = type(model).__name__
+    if lora == "adapter":
+        _write_adapter(model, adapter, folders[0], result)
+        return f"LoRA adapter of {architecture}", 0.0
+    return architecture, _write_model(model, adapter, folders[0], result, dtype)
 
 
 def check_embeddings(folder: Path, tokenizer: Any) -> None:

@@ -83,6 +83,7 @@ class ChatClient:
         requests_per_minute: attempts start at least 60 / requests_per_minute seconds apart.
         max_retries: attempts after the first one.
         timeout: seconds without a byte from the server before an attempt fails.
+        request_timeout: seconds that one attempt may take in all; None sets no limit.
 
     Raises:
         ValueError: the key or the address cannot be used, or a number is out of range.
@@ -96,6 +97,7 @@ class ChatClient:
         requests_per_minute: float | None = None,
         max_retries: int = MAX_RETRIES,
         timeout: float = TIMEOUT,
+        request_timeout: float | None = None,
     ):
         from openai import AsyncOpenAI
 
@@ -105,6 +107,8 @@ class ChatClient:
             raise ValueError(f"max_retries={max_retries}: expected 0 or more")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout={timeout}: expected seconds above 0")
+        if request_timeout is not None and not 0 < request_timeout < math.inf:
+            raise ValueError(f"request_timeout={request_timeout}: expected seconds above 0")
         key = _read_key(api_key_env)
         if not key and (base_url is None or api_key_env != API_KEY_ENV):
             raise InputError(
@@ -119,6 +123,7 @@ class ChatClient:
         self._client = AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self._max_retries = max_retries
+        self._request_timeout = request_timeout
         self._next_start = 0.0  # time.monotonic() before which no attempt starts
         self.base_url = str(self._client.base_url)
         self.retries = 0
@@ -161,7 +166,8 @@ class ChatClient:
         for attempt in range(self._max_retries + 1):
             await self._wait_for_start()
             try:
-                answer = await self._client.chat.completions.with_raw_response.create(**body, extra_body=extra)
+                sent = self._client.chat.completions.with_raw_response.create(**body, extra_body=extra)
+                answer = await asyncio.wait_for(sent, self._request_timeout)
                 return read_completion(answer.content)
             except Exception as error:
                 failure = _Failure.of(error)
@@ -341,7 +347,7 @@ class _Failure:
                 status=status,
                 retry_after=_retry_after(error.response.headers),
             )
-        if isinstance(error, openai.APITimeoutError):
+        if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
             return cls("the server did not answer in time", passing=True)
         if isinstance(error, openai.APIConnectionError):
             return cls(f"no connection to the server ({error.__cause__ or error})", passing=True, hopeless=True)

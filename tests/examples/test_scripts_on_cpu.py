@@ -3,8 +3,8 @@
 import dataclasses
 import inspect
 import os
+import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +14,7 @@ import pytest
 import ray
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
@@ -23,7 +24,7 @@ LAUNCHERS = ["run_seqkd.sh", "run_warmup.sh", "run_gad.sh", "run_soda.sh", "run_
 STAGES = ["seqkd", "warmup", "gad"]
 ACTOR = "actor_rollout_ref.actor"
 FLAGS = """--model --reward_model --train_files --val_files --exp_name --output_dir --nnodes --device
-    --dry-run --skip-doctor""".split()
+    --dry-run --skip-doctor --raw-log""".split()
 
 
 def sh(script, *arguments, cwd=ROOT, **environment):
@@ -37,17 +38,28 @@ def sh(script, *arguments, cwd=ROOT, **environment):
     )
 
 
+def unquoted(line):
+    """The words of a line as bash reads them."""
+    script = 'eval "set -- $1"; printf "%s\\0" "$@"'
+    return subprocess.run(["bash", "-c", script, "bash", line], capture_output=True, text=True).stdout.split("\0")[:-1]
+
+
 class Command:
     """One printed command: its environment and its Hydra overrides."""
 
     def __init__(self, line):
-        words = shlex.split(line)
+        words = unquoted(line)
         start = words.index(sys.executable)
         assert words[0] == "env" and words[start + 1 : start + 3] == ["-m", "verl.trainer.main_ppo"]
         assert words[start + 3 : start + 5] == ["--config-path", "pkg://recipe.gad.config"]
         assert words[start + 5] == "--config-name"
         self.environment = dict(word.split("=", 1) for word in words[1:start])
         self.name, self.overrides = words[start + 6], words[start + 7 :]
+
+    def values(self):
+        """Key -> value of every override, as Hydra's parser reads it; the last one of a key counts."""
+        overrides = OverridesParser.create().parse_overrides(self.overrides)
+        return {override.key_or_group: override.value() for override in overrides}
 
     def compose(self):
         """The configuration, in struct mode: a key that verl does not have is an error."""
@@ -99,11 +111,13 @@ GOOD = ["--model", "m", "--train_files", "t"]
     [
         (["--modle", "x"], "unknown flag --modle"),
         (["--model"], "--model needs a value"),
+        (["--exp_name", "--help"], "--exp_name needs a value, got --help"),
+        (["--output_dir", ""], "--output_dir needs a value, got an empty one"),
         (["--train_files", "t"], "--model is missing"),
         (["--model", "m"], "--train_files is missing"),
         ([*GOOD, "--device", "tpu"], "--device must be gpu or cpu, got tpu"),
     ],
-    ids=["unknown flag", "no value", "no model", "no data", "device"],
+    ids=["unknown flag", "no value", "flag as value", "empty value", "no model", "no data", "device"],
 )
 def test_mistakes_exit_2_with_the_message_on_stderr(script, arguments, message):
     done = sh(script, "--dry-run", *arguments)
@@ -118,12 +132,19 @@ def test_mistakes_exit_2_with_the_message_on_stderr(script, arguments, message):
         ("run_gad.sh", ["--warmup_dir", "w", "--model", "m"], "drop --model and --reward_model"),
         ("run_soda.sh", [*GOOD, "--warmup_dir", "w"], "belong to run_gad.sh"),
         ("run_soda.sh", [*GOOD, "--beta"], "--beta needs a value"),
+        ("run_soda.sh", [*GOOD, "--beta", "x,y"], "--beta must be a number, got x,y"),
+        ("run_gad.sh", ["--warmup_dir", "--help"], "--warmup_dir needs a value, got --help"),
+        ("run_gad.sh", [*GOOD, "--nnodes", "two"], "--nnodes must be a whole number, got two"),
         ("run_gad.sh", [*GOOD, "--online"], "unknown flag --online"),
         ("run_seqkd.sh", [*GOOD, "--beta", "1"], "unknown flag --beta"),
         ("run_pipeline.sh", [*GOOD, "--warmup_dir", "w"], "belong to run_gad.sh"),
         ("run_pipeline.sh", [*GOOD, "--resume_step", "5"], "belong to run_gad.sh"),
         ("quickstart.sh", ["--speed", "1"], "unknown flag --speed"),
         ("quickstart.sh", ["--seed", "1", "2"], "unknown argument 2"),
+        ("quickstart.sh", ["--seed", "9" * 20], "--seed must have at most 9 digits"),
+        ("quickstart.sh", ["--output_dir", __file__], "is a file, expected a folder"),
+        ("quickstart.sh", ["--output_dir", "/proc/x", "--no_venv"], "cannot make the folder /proc/x"),
+        ("quickstart.sh", ["--venv", __file__], "is a file, expected a folder"),
         ("quickstart.sh", ["--seed"], "--seed needs a value"),
         ("quickstart.sh", ["--seed", "x1"], "--seed must be a whole number"),
         ("quickstart.sh", ["--control", "other"], "--control knows frozen_d"),
@@ -273,6 +294,11 @@ def test_the_pipeline_prints_its_three_stages(device):
     assert configs[2].critic.model.path == "/out/warmup/global_step_N/critic/huggingface"
 
 
+def test_with_raw_log_the_run_prints_everything():
+    for command in dry_run("run_pipeline.sh", "--raw-log"):
+        assert "hydra.callbacks.short_console.raw_log" not in command.values()
+
+
 @pytest.mark.parametrize("script", LAUNCHERS)
 def test_scripts_work_from_any_folder_and_make_paths_absolute(script, tmp_path):
     (tmp_path / "student").mkdir()
@@ -322,7 +348,7 @@ def test_the_run_is_checked_and_then_started_with_the_same_overrides(fake):
     assert done.stdout == "platform cpu, devices unset\n", "Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES"
     _, check, train = calls
     prefix = "-m verl.trainer.main_ppo --config-path pkg://recipe.gad.config"
-    assert train == check.replace("-m recipe.gad.cli doctor", prefix)
+    assert train == check.replace("-m recipe.gad.cli doctor --brief", prefix)
 
 
 def test_a_failed_check_stops_the_run(fake):
@@ -402,6 +428,86 @@ def test_the_pipeline_runs_its_stages_in_order_and_stops_at_the_first_failure(fa
     done, calls = fake("run_pipeline.sh", *GOOD, FAKE_CHECK="1")
     assert done.returncode == 1
     assert not any("gad.stage=warmup" in call for call in calls)
+
+
+# ---------------------------------------------------------------------- paths and names reach Hydra as they are
+
+ODD = ["äü日本", "a=b", "a,b", "a (2)", "[a]", "{a:b}", "a;b#c", "a&b|c", "~b", "it's", 'say "hi"', "`ls`", " a "]
+ODD += ["a\\", "a\\'b", "'", "a!?*", "a%20b", "null", "1e5", "010", "true", "-x", "a:b@c", "a+b"]
+
+
+def check_quoting(script, odd, tmp_path):
+    """Every path and name that a script passes on is, for Hydra's parser, the text that the user gave."""
+    model, data, out = f"{tmp_path}/m{odd}", f"{tmp_path}/{odd}/t.parquet", f"{tmp_path}/o{odd}"
+    flags = ["--model", model, "--train_files", data, "--val_files", f"{data}2", "--exp_name", odd]
+    for command in dry_run(script, "--output_dir", out, flags=flags):
+        values = command.values()
+        stage, here, name, start = values["gad.stage"], out, odd, model
+        if script == "run_pipeline.sh":
+            here, name = f"{out}/{stage}", f"{odd}-{stage}"
+            start = f"{out}/warmup/global_step_N/actor/huggingface" if stage == "gad" else model
+        expected = {
+            "actor_rollout_ref.model.path": start,
+            "data.train_files": data,
+            "data.val_files": f"{data}2",
+            "trainer.experiment_name": name,
+            "trainer.default_local_dir": here,
+            "trainer.validation_data_dir": f"{here}/val_samples",
+            "hydra.run.dir": f"{here}/hydra",
+            "hydra.callbacks.short_console.raw_log": f"{here}/train.log",
+            "ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH": f"{here}/metrics.jsonl",
+        }
+        assert {key: values[key] for key in expected} == expected
+        assert command.environment["VERL_FILE_LOGGER_PATH"] == f"{here}/metrics.jsonl"
+
+
+@pytest.mark.parametrize("odd", ["null", "1e5", "a\\\\'b"])
+def test_names_that_hydra_would_take_for_values_reach_it_as_text(odd, tmp_path):
+    check_quoting("run_gad.sh", odd, tmp_path)
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_every_script_quotes(script, tmp_path):
+    check_quoting(script, "ä =,()[]{}'\"`\\&|;#~*?<>!", tmp_path)
+
+
+def test_odd_names_survive_the_whole_configuration(tmp_path):
+    config = stage_config("gad", "--exp_name", "lr=1e-6, 'try' (2)", "--output_dir", f"{tmp_path}/ü=[1]")
+    assert config.trainer.experiment_name == "lr=1e-6, 'try' (2)"
+    assert config.trainer.default_local_dir == f"{tmp_path}/ü=[1]"
+
+
+def test_odd_and_random_texts_reach_hydra():
+    rng = random.Random(0)
+    pieces = [*"ab/ .-_=,()[]{}:;#&|~'\"`\\!?*<>%@+^019äß日🎉", *"\\\\'", "null", "true", "1e5", "nan", "\\'", "''"]
+    texts = ODD + ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(300)]
+    script = f'source "{SCRIPTS}/common.sh"; for each in "$@"; do text "$each"; printf "\\0"; done'
+    done = subprocess.run(["bash", "-c", script, "bash", *texts], capture_output=True, text=True, check=True)
+    parser = OverridesParser.create()
+    assert [parser.parse_override(f"key={value}").value() for value in done.stdout.split("\0")[:-1]] == texts
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "reason"),
+    [
+        ("--model", "a\nb", "control character"),
+        ("--train_files", "a\n", "control character"),
+        ("--exp_name", "\x1b[2J", "control character"),
+        ("--output_dir", "a${oc.env:HOME}b", "holds \\$"),
+        ("--val_files", "a$HOME", "holds \\$"),
+        ("--reward_model", b"a\xff", "not UTF-8"),
+    ],
+)
+def test_texts_that_no_layer_below_keeps_are_refused_by_name(fake, flag, text, reason):
+    arguments = dict(zip(GOOD[::2], GOOD[1::2], strict=True)) | {flag: os.fsdecode(text)}
+    done, calls = fake("run_warmup.sh", *(word for pair in arguments.items() for word in pair))
+    assert done.returncode == 2 and calls == [] and "\x1b" not in done.stderr
+    assert re.search(f"^error: {flag} .*{reason}", done.stderr), done.stderr
+
+
+def test_the_warmups_folder_is_refused_by_name_too(fake):
+    done, calls = fake("run_gad.sh", "--warmup_dir", "w\n", "--train_files", "t")
+    assert done.returncode == 2 and "error: --warmup_dir has a newline" in done.stderr and calls == []
 
 
 # ---------------------------------------------------------------------- the configuration files

@@ -6,6 +6,7 @@ import torch
 import transfer_queue as tq
 
 from recipe.gad.run.log import VAL_D_ACC
+from recipe.gad.training import shortcuts
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay
 from tests.integration.test_gad_step_on_cpu import (
@@ -207,6 +208,51 @@ def test_an_update_with_replay_equals_the_pairwise_one_over_fresh_and_old_pairs(
     for got, (prompt, teacher, students) in zip(replay.groups, kept["groups"], strict=True):
         tensors = zip((got.prompt, got.teacher, *got.students), (prompt, teacher, *students), strict=True)
         assert all(torch.equal(a, b) for a, b in tensors)
+
+
+# ---------------------------------------------------------------------- what D reads
+
+
+@pytest.mark.parametrize("in_update", [True, False])
+def test_d_reads_answers_as_the_tokens_of_their_text_and_the_actor_as_sampled(live, monkeypatch, in_update):
+    def other(tokenizer, ids):  # the words of this tokenizer have one spelling each
+        return list(ids) if len(ids) % 2 else [*ids[::-1], ids[0]]
+
+    monkeypatch.setattr(shortcuts, "canonical_ids", other)
+    trainer = live.trainer
+    live.set(gad__retokenize=True, gad__score_in_update=in_update, gad__shortcut_probe=True)
+    batch, metrics = live.sample()
+    sampled = {key: ids.tolist() for key, ids in zip(batch.keys, live.fields(batch.keys)["responses"], strict=True)}
+    batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
+    critic, groups = hf_model(live, "critic"), live_groups(live)
+    read = [
+        (teacher, [(prompt, torch.tensor(other(None, answer.tolist()))) for prompt, answer in students])
+        for teacher, students in groups
+    ]
+    changed = [len(answer) % 2 == 0 for _, students in groups for _, answer in students]
+    assert any(changed) and not all(changed)
+    loss, accuracy, norm = pairwise_reference(critic, read)
+    trainer._compute_values(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    columns = zip(batch.keys, batch.tags, rows(fields), fields["rm_scores"].unbind(), strict=True)
+    for key, tag, (prompt, response), scores in columns:
+        if tag.get("is_padding", False):
+            continue
+        assert response.tolist() == sampled[key]
+        expected = score(critic, prompt, torch.tensor(other(None, sampled[key]))).item()
+        assert scores[-1].item() == pytest.approx(expected, abs=2e-5)
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert metrics["critic/student_noncanonical"] == pytest.approx(sum(changed) / len(changed))
+    live.finish(batch)
+    metrics, _ = live.step()
+    assert 0.0 <= metrics["critic/shortcut_tokens_acc"] <= 1.0
+    trainer._validate()
+    assert not any((tq.kv_list() or {}).values()), "rows stay in the queue"
+    live.set(gad__retokenize=False, gad__score_in_update=False, gad__shortcut_probe=False)
+    monkeypatch.setattr(trainer, "_read_as", {})
 
 
 # ---------------------------------------------------------------------- prompts without teacher answers

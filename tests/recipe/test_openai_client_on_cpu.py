@@ -1,12 +1,15 @@
 """recipe/gad/openai_client.py against a real HTTP server."""
 
 import asyncio
+import contextlib
 import email.utils
 import itertools
 import json
 import random
 import string
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import pytest
@@ -160,6 +163,34 @@ def test_a_timeout_is_retried(chat_server):
     chat_server.reply = lambda _, earlier: chat_server.answer("hi", delay=0.0 if earlier else 1.0)
     completion, chat = complete(chat_server, timeout=0.3)
     assert (completion.text, chat.retries) == ("hi", 1)
+
+
+class Dripping(BaseHTTPRequestHandler):
+    """A server that sends a byte every 0.05 s and never ends."""
+
+    def do_POST(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_answer_that_drips_in_ends_with_the_requests_time():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = ChatClient(f"http://127.0.0.1:{server.server_port}/v1", timeout=5, request_timeout=0.4, max_retries=0)
+    start = time.monotonic()
+    with pytest.raises(RequestFailed, match=r"did not answer in time \(1 attempts\)"):
+        asyncio.run(client.complete([{"role": "user", "content": "q"}], model="m"))
+    assert time.monotonic() - start < 4
+    server.shutdown()
+    server.server_close()
 
 
 def test_retries_end(chat_server):
@@ -327,6 +358,7 @@ def test_the_key_of_another_variable(chat_server, monkeypatch):
         {"requests_per_minute": float("nan")},
         {"max_retries": -1},
         {"timeout": 0},
+        {"request_timeout": float("nan")},
         {"timeout": float("nan")},
         {"timeout": float("inf")},
     ],

@@ -47,6 +47,9 @@ def collect(
     ] = None,
     max_retries: Annotated[int, typer.Option("--max_retries", help="Attempts after the first one.")] = MAX_RETRIES,
     timeout: Annotated[float, typer.Option(help="Seconds without a byte before an attempt fails.")] = TIMEOUT,
+    request_timeout: Annotated[
+        float | None, typer.Option("--request_timeout", help="Seconds that an attempt may take in all (default: any).")
+    ] = None,
     prompt_key: Annotated[
         str | None, typer.Option("--prompt_key", help="Column of the prompt (default: recognized by its name).")
     ] = None,
@@ -79,6 +82,7 @@ def collect(
             requests_per_minute=requests_per_minute,
             max_retries=max_retries,
             timeout=timeout,
+            request_timeout=request_timeout,
         ) as client:
             settings = RequestSettings(model, client.base_url, temperature, max_tokens, system, fields)
             return await collect_answers(

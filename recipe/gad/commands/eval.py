@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recipe.gad.commands.options import json_object, option_groups, whole_numbers
+from recipe.gad.commands.options import json_object, option_groups, starting, whole_numbers
 from recipe.gad.evaluation.judge import CONCURRENCY, DEFAULT_EXTRA, JudgeSettings
 from recipe.gad.evaluation.sampling import RUN_KEYS, Settings
 from recipe.gad.evaluation.two_sample import TwoSampleSettings
@@ -244,6 +244,7 @@ def evaluate(
         needed = {"--model": model, "--val_files": val_files, "--output_dir": output_dir}
         missing = ", ".join(name for name, value in needed.items() if not value)
         raise ValueError(f"missing {missing}. Example: gad eval --model MODEL --val_files val.parquet --output_dir DIR")
+    starting(f"evaluating {model}; the libraries load for some seconds")
     from recipe.gad.evaluation.judge import against, judge
     from recipe.gad.evaluation.sampling import make_answers
     from recipe.gad.evaluation.scores import scores_table, text_section, update_scores
@@ -273,6 +274,7 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Output folders of gad eval.")],
     output: Annotated[Path | None, typer.Option("--output", help="Write the comparison as JSON.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap and of the permutations.")] = Settings.seed,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what --output writes instead of the table.")] = False,
 ) -> None:
     """Print one table of several evaluated models: same validation data, same settings.
 
@@ -299,6 +301,7 @@ def compare(
     add_differences(comparison, seed)
     if (settings := judge_options.settings("pairwise")) is not None:
         judge_against_first(comparison, settings, judge_options.judge_base_url, judge_options.judge_concurrency, seed)
+    text = json.dumps(comparison, indent=2)
     if output is not None:
-        write_atomically(output, json.dumps(comparison, indent=2) + "\n")
-    print(comparison_table(comparison))
+        write_atomically(output, text + "\n")
+    print(text if as_json else comparison_table(comparison))

@@ -4,6 +4,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from recipe.gad.commands.options import starting
 from recipe.gad.export import DEFAULT_AVERAGE, DEFAULT_DTYPE, DEFAULT_LORA
 
 
@@ -40,6 +41,7 @@ def export(
     import sys
     from contextlib import redirect_stdout
 
+    starting(f"reading {checkpoint}")
     from recipe.gad.export import export_model
 
     with redirect_stdout(sys.stderr):  # verl's merger prints its progress

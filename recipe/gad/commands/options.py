@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -66,3 +67,8 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise ValueError(f"{option} {text!r}: expected whole numbers separated by commas") from None
+
+
+def starting(text: str) -> None:
+    """Say on stderr what a slow command does first: loading its libraries alone takes seconds."""
+    print(f"{text} ...", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from recipe.gad.commands.options import starting
 from recipe.gad.data import VAL_FRACTION
 from recipe.gad.run.findings import InputError
 
@@ -16,8 +17,8 @@ def prepare(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files (.jsonl, .json, .csv, .parquet), data set folders or hub ids (owner/name). owner/name:SPLIT "
-            "reads one split.",
+            help="Files (.jsonl, .json, .csv, .tsv, .parquet, also with .gz, .bz2 or .xz), data set folders or hub ids "
+            "(owner/name). owner/name:SPLIT reads one split.",
             show_default=False,
         ),
     ] = None,
@@ -80,6 +81,7 @@ def prepare(
         sources, val_sources = [f"{dataset}:{public.train_split}"], [f"{dataset}:{public.val_split}"]
     if not sources:
         raise InputError("no input", fix="name files or data sets, or pass --preset lmsys-gpt5")
+    starting("reading the data")
     default_prompt, default_response = default_lengths()
     result = prepare_files(
         sources,

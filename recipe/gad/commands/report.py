@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from recipe.gad.commands.options import starting
+
 
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders or pipeline folders.")],
@@ -15,10 +17,11 @@ def report(
     """Write curves, samples, settings and health of runs as one self-contained HTML file.
 
     A RUN_DIR is the --output_dir of a stage. Several runs share the axes, each with its own steps. A pipeline folder
-    (with warmup/ and gad/ inside) stands for its stages, and the GAD steps follow the last warmup step.
+    (with warmup/ and gad/ inside) stands for its stages. GAD steps follow the step of the warmup from which they start.
 
     Example: gad report runs/gad runs/gad-higher-lr --output compare.html
     """
+    starting("reading the runs and drawing")
     from recipe.gad.monitor.report import write_report
     from recipe.gad.run.findings import line
 

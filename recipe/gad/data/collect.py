@@ -20,13 +20,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from recipe.gad.data import CONCURRENCY, SAMPLES
 from recipe.gad.data.layouts import Message, Rejects, data_source_of, open_rejects, read_prompt, read_rows
 from recipe.gad.openai_client import ChatClient, Completion, RequestFailed, check_request, for_each
 from recipe.gad.run.atomic_io import JsonLog, read_object, write_atomically
 from recipe.gad.run.findings import InputError
+from recipe.gad.run.progress import progress
 
 ID_BYTES = 12
 """Length of a request's hash. Among a billion requests, the chance that any two share one is 6e-12."""
@@ -166,7 +165,7 @@ async def collect_answers(
             bar.set_postfix_str(f"{len(result.reasons)} failed, {client.retries} retries{cost}", refresh=False)
             bar.update()
 
-        with tqdm(total=to_do, desc=settings.model, unit=" requests", disable=None) as bar:
+        with progress(total=to_do, desc=settings.model, unit=" requests") as bar:
             await for_each(_open_requests(inputs, samples, prompt_key, settings, done), ask, concurrency)
     return result
 

@@ -20,11 +20,17 @@ To add a layout, extend PROMPT_KEYS or TEACHER_KEYS; one that needs more columns
 ``_messages_of_row``.
 """
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -53,9 +59,10 @@ ROLES = {
     "tool": "tool",
 }
 """Role name in a layout -> role name in the output."""
-FILE_ENDINGS = (".parquet", ".json", ".jsonl", ".csv", ".txt")
-OTHER_FILE_ENDINGS = (".tsv", ".arrow")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+FILE_ENDINGS = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt")
+OTHER_FILE_ENDINGS = (".arrow",)
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSIONS = (*OPENERS, ".zst")
 READ_ROWS = 256
 """Rows of a parquet file in memory at a time."""
 READ_BYTES = 1 << 20
@@ -93,20 +100,23 @@ def read_rows(source: str) -> Iterator[Row]:
     """Stream the rows of one source; one batch is in memory at a time.
 
     Args:
-        source: a file (.parquet, .json, .jsonl, .csv; .txt has one prompt per line), or a data set for ``datasets``: a
-            folder or a hub id. ``NAME:SPLIT`` reads one split of a data set; ``NAME`` reads all of them.
+        source: a file (.parquet, .json, .jsonl, .csv, .tsv; .txt has one prompt per line; compressed by gzip, bzip2 or
+            xz), or a data set for ``datasets``: a folder or a hub id. ``NAME:SPLIT`` reads one split of a data set;
+            ``NAME`` reads all of them.
 
     Raises:
         ValueError: there is no such source, or it cannot be read (the file is named).
     """
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix not in FILE_ENDINGS:
+        plain = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+        ending = plain.suffix.lower()
+        if ending not in FILE_ENDINGS:
             raise InputError(f"{path}: unknown ending {path.suffix!r}", fix=f"convert it to {', '.join(FILE_ENDINGS)}")
-        rows = _FILE_READERS.get(path.suffix, json_rows)(path)
         try:
-            for number, (value, problem) in enumerate(rows):
-                yield Row(str(path), path.stem, number, value, problem)
+            with _unpacked(path) as file:
+                for number, (value, problem) in enumerate(_FILE_READERS[ending](file)):
+                    yield Row(str(path), plain.stem, number, value, problem)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return
@@ -177,11 +187,62 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Any, None]]:
         raise InputError(f"is not a readable parquet file ({error})", fix="write the file again") from None
 
 
+@contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """The file itself, or, if it is compressed, a temporary file with its content."""
+    opener = OPENERS.get(path.suffix.lower())
+    if opener is None:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="gad-") as file:
+        try:
+            with opener(path, "rb") as packed:
+                shutil.copyfileobj(packed, file)
+        except (gzip.BadGzipFile, zlib.error, EOFError, lzma.LZMAError) as error:
+            raise InputError(f"cannot be decompressed ({error})", fix="write the file again") from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise InputError(f"cannot be decompressed ({error})", fix="write the file again") from None
+        file.flush()
+        yield Path(file.name)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
+    """Rows of JSON lines, of a JSON list, or of the only list of objects in one JSON object, as in {"data": [...]}."""
+    if _is_one_object(file):
+        try:
+            value = json.loads(file.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            lists = [rows for rows in value.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+            if len(lists) == 1 and not set(value) & set(PROMPT_KEYS):
+                yield from ((row, None) for row in lists[0])
+            else:
+                yield value, None
+            return
+    yield from json_rows(file)
+
+
+def _is_one_object(file: Path) -> bool:
+    """Whether a file begins with an object that is its only line, or that its first line does not close."""
+    with file.open("rb") as stream:
+        if stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
+            return False
+        stream.seek(0)
+        return not stream.readline().rstrip().endswith(b"}") or not stream.read(1)
+
+
 def _csv_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
+    """Rows of a table whose cells are separated by tabs, semicolons or commas, whichever the header has."""
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than a long answer
     with file.open(encoding="utf-8-sig", newline="") as lines:
         try:
-            for row in csv.DictReader(lines, strict=True):
+            header = lines.readline()
+            separator = next((mark for mark in ",;\t" if mark in header), ",")
+            lines.seek(0)
+            for row in csv.DictReader(lines, strict=True, delimiter=separator):
                 # DictReader puts superfluous cells under the key None
                 cells = row.pop(None, None)  # type: ignore[call-overload]
                 problem = None if cells is None else f"has {len(row) + len(cells)} cells, the header has {len(row)}"
@@ -195,7 +256,14 @@ def _text_rows(file: Path) -> Iterator[tuple[Any, None]]:
         yield from (({"prompt": line.strip()}, None) for line in lines if line.strip())
 
 
-_FILE_READERS = {".parquet": _parquet_rows, ".csv": _csv_rows, ".txt": _text_rows}
+_FILE_READERS: dict[str, Callable[[Path], Iterator[tuple[Any, str | None]]]] = {
+    ".parquet": _parquet_rows,
+    ".json": _json_rows,
+    ".jsonl": json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".txt": _text_rows,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts

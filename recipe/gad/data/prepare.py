@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from recipe.gad.data import VAL_FRACTION
 from recipe.gad.data.layouts import Example, Message, Row, data_source_of, open_rejects, read_example, read_rows
 from recipe.gad.data.tokenizers import TokenCounter, token_counter
-from recipe.gad.run.atomic_io import alone_in
+from recipe.gad.run.atomic_io import alone_in, naming
 from recipe.gad.run.data_file import BATCH_ROWS
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
+from recipe.gad.run.progress import progress
 
 TRAIN, VAL, REJECTS = "train.parquet", "val.parquet", "rejects.jsonl"
 TEMPORARY = ".prepare."
@@ -120,7 +120,7 @@ def prepare_files(
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: expected a number in [0, 1)")
     finals = [out_dir / name for name in (TRAIN, VAL, REJECTS)]
-    with alone_in(out_dir, "gad prepare"), _temporary_folder(out_dir) as folder:
+    with alone_in(out_dir, "gad prepare"), naming(out_dir), _temporary_folder(out_dir) as folder:
         existing = [str(path) for path in finals if path.exists()]
         if existing and not overwrite:
             raise InputError(
@@ -180,11 +180,13 @@ def _temporary_folder(out_dir: Path) -> Iterator[str]:
 
 def _read_sources(sources: Sequence[str], is_val: bool) -> Iterator[tuple[Row, bool]]:
     for source in sources:
-        for row in tqdm(read_rows(source), desc=source, unit=" rows", disable=None):
+        for row in progress(read_rows(source), desc=source, unit=" rows"):
             yield row, is_val
 
 
 def _check_not_empty(result: Prepared, val_wanted: bool) -> None:
+    if result.rows == 0:
+        raise InputError("the inputs hold no row", fix="name files that are not empty")
     if result.train.rows == 0:
         raise InputError(
             f"no training row is left of {result.rows} rows ({result.rejected} rejected, {result.duplicates} "

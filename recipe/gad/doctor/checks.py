@@ -8,13 +8,13 @@ import functools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from recipe.gad.data.tokenizers import token_counter
 from recipe.gad.doctor.memory import (
@@ -31,6 +31,7 @@ from recipe.gad.doctor.memory import (
     trained_roles,
     training,
 )
+from recipe.gad.run.atomic_io import check_free
 from recipe.gad.run.checks import CHECKS, name_of, run_checks
 from recipe.gad.run.config import (
     ACTOR,
@@ -59,6 +60,7 @@ from recipe.gad.run.findings import (
     one_line,
     warning,
 )
+from recipe.gad.run.hold import WRITER
 from recipe.gad.run.hub import load_tokenizer, local_model
 
 SAMPLE_ROWS = 1000
@@ -87,18 +89,32 @@ class Prerequisites(NamedTuple):
     needs: frozenset[str]
 
 
-def examine(overrides: list[str], config_name: str = "gad_trainer", gpu_memory: float | None = None) -> list[Finding]:
+OF_THE_MACHINE = {"ray": "logical CPUs", "versions": "installed packages", "disk": "free disk space"}
+"""Checks whose errors concern the machine on which the doctor runs, and what they look at."""
+
+
+def examine(
+    overrides: list[str],
+    config_name: str = "gad_trainer",
+    gpu_memory: float | None = None,
+    elsewhere: bool = False,
+    cpus: int | None = None,
+) -> list[Finding]:
     """Every finding about a run that has not started.
 
     Args:
         overrides: Hydra overrides, as the launch scripts pass them.
         config_name: configuration of recipe/gad/config.
         gpu_memory: bytes of one GPU; None: those of this machine's first GPU, if it has one.
+        elsewhere: the run is for another machine, whose CPUs, packages and disk this one does not tell.
+        cpus: CPUs of the other machine, which are then checked.
 
     Raises:
         ValueError: the overrides do not compose.
     """
     config = compose_config(overrides, config_name)
+    if cpus is not None and get(config, "ray_kwargs.ray_init.num_cpus") is None:
+        OmegaConf.update(config, "ray_kwargs.ray_init.num_cpus", cpus, force_add=True)
     findings = run_checks(config, map(finishing, CHECKS))
     failed = {finding.where for finding in findings if finding.level == "error"}
     for check, needs in doctor_checks(gpu_memory):
@@ -107,7 +123,15 @@ def examine(overrides: list[str], config_name: str = "gad_trainer", gpu_memory: 
             findings.append(Finding("warning", name_of(check), what, fix="resolve those errors first"))
         else:
             findings.extend(run_checks(config, [finishing(check)]))
-    return findings
+    return [_of_another_machine(finding, cpus) for finding in findings] if elsewhere else findings
+
+
+def _of_another_machine(finding: Finding, cpus: int | None) -> Finding:
+    """The finding, or that nothing was checked if it is an error of this machine."""
+    if finding.level != "error" or finding.where not in OF_THE_MACHINE or (finding.where == "ray" and cpus is not None):
+        return finding
+    what = f"not checked: {OF_THE_MACHINE[finding.where]} of the other machine. On this one: {finding.what}"
+    return replace(finding, level="ok", what=what)
 
 
 def finishing(check: Check) -> Check:
@@ -134,6 +158,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         yield from memory_findings(config, gpu_memory)
 
     return [
+        Prerequisites(check_unused, frozenset({"output"})),
         Prerequisites(check_versions, frozenset()),
         Prerequisites(check_numbers, frozenset()),
         Prerequisites(check_positions, frozenset({"models"})),
@@ -146,6 +171,12 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_gpu_memory, frozenset({"models", "batches", "tokens"})),
         Prerequisites(check_disk, frozenset({"models", "batches", "tokens", "data", "output"})),
     ]
+
+
+def check_unused(config: DictConfig) -> Findings:
+    """No other process uses the output folder."""
+    check_free(Path(get(config, "trainer.default_local_dir")), WRITER)
+    yield from ()
 
 
 # ---------------------------------------------------------------------- packages
@@ -675,10 +706,15 @@ def _saves(config: DictConfig, every: int) -> int | None:
 # ---------------------------------------------------------------------- report
 
 
-def report(findings: list[Finding], show: Callable[[str], None]) -> None:
-    """Show the findings line by line, worst last, and then how many errors and warnings there are."""
+def report(findings: list[Finding], show: Callable[[str], None], brief: bool = False) -> None:
+    """Show the findings line by line, worst last, and then how many errors and warnings there are.
+
+    Args:
+        brief: leave out what is as it should be.
+    """
     for finding in sorted(findings, key=lambda finding: LEVELS.index(finding.level)):
-        show(line(finding))
+        if finding.level != "ok" or not brief:
+            show(line(finding))
     errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
     counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
     show(counts + (": this run cannot start" if errors else ""))

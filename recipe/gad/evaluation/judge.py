@@ -23,6 +23,7 @@ from recipe.gad.evaluation.intervals import prompt_means
 from recipe.gad.openai_client import ChatClient, RequestFailed, check_request, for_each
 from recipe.gad.run.atomic_io import JsonLog
 from recipe.gad.run.findings import InputError
+from recipe.gad.run.progress import progress
 
 REPLIES = "judge.jsonl"
 MODES = ("pairwise", "score", "both")
@@ -298,14 +299,12 @@ async def _ask(
     questions: list[str], client: ChatClient, settings: JudgeSettings, path: Path, concurrency: int
 ) -> dict[str, str | None]:
     """Question -> reply, from the file or from the judge; None: the request failed."""
-    from tqdm import tqdm
-
     keys = {question: _key(question, settings) for question in questions}
     failures = 0
     with JsonLog(path, "gad eval") as file:
         known = {record["key"]: record["reply"] for record in file.records(key=str, reply=str)}
         replies: dict[str, str | None] = {question: known[key] for question, key in keys.items() if key in known}
-        with tqdm(total=len(questions), initial=len(replies), desc="judge", unit=" questions", disable=None) as bar:
+        with progress(total=len(questions), initial=len(replies), desc="judge", unit=" questions") as bar:
 
             async def ask(question: str) -> None:
                 nonlocal failures

@@ -29,6 +29,7 @@ from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.checkpoint import TOKENIZER_FILES, actor_folder
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.log import recorded_config
+from recipe.gad.run.progress import progress
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
@@ -346,7 +347,6 @@ def _sample_vllm(
 def _sample_hf(settings: Settings, prompts: list[list[int]], stop_ids: list[int]) -> list[list[list[int]]]:
     """Sample with Hugging Face ``generate`` instead: float32 on a CPU, bfloat16 on a GPU."""
     import torch
-    from tqdm import tqdm
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -359,7 +359,7 @@ def _sample_hf(settings: Settings, prompts: list[list[int]], stop_ids: list[int]
     torch.manual_seed(settings.seed)
     step = max(HF_BATCH_ANSWERS // settings.n, 1)
     sampled = []
-    for start in tqdm(range(0, len(prompts), step), desc="answers", unit=" batches", disable=None):
+    for start in progress(range(0, len(prompts), step), desc="answers", unit=" batches"):
         batch = prompts[start : start + step]
         width = max(map(len, batch))
         input_ids = torch.tensor([[stop_ids[0]] * (width - len(ids)) + ids for ids in batch])

@@ -26,6 +26,8 @@ from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.findings import InputError, visible
 
 SCORES = "scores.json"
+WIDTH = 120
+"""Characters of a table's lines."""
 TEXT_COLUMNS = {
     "rouge_l": "ROUGE-L",
     "length": "tokens",
@@ -104,14 +106,27 @@ def _tested(estimate: dict[str, float], sign: str = "") -> str:
     return f"{text} p{f'={p:.3f}' if p >= 0.0005 else '<0.001'}"
 
 
-def format_table(rows: dict[str, dict[str, str]]) -> str:
-    """Row name -> column title -> cell, as aligned text; missing cells are "-"."""
+def format_table(rows: dict[str, dict[str, str]], width: int = WIDTH) -> str:
+    """Row name -> column title -> cell, as aligned text; missing cells are "-".
+
+    Columns that do not fit ``width`` characters follow in further blocks, each with the names of the rows.
+    """
     titles = list(dict.fromkeys(title for cells in rows.values() for title in cells))
-    table = [["", *titles], *([name, *(cells.get(title, "-") for title in titles)] for name, cells in rows.items())]
-    lines = [[visible(cell) for cell in line] for line in table]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(titles) + 1)]
-    padded = (map(str.ljust, line, widths) for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+    names = _column("", list(rows))
+    columns = [_column(title, [cells.get(title, "-") for cells in rows.values()]) for title in titles]
+    blocks: list[list[list[str]]] = []
+    for column in columns:
+        if not blocks or sum(len(cells[0]) + 2 for cells in blocks[-1]) + len(column[0]) > width:
+            blocks.append([names])
+        blocks[-1].append(column)
+    lines = (["  ".join(cells).rstrip() for cells in zip(*block, strict=True)] for block in blocks)
+    return "\n\n".join("\n".join(block) for block in lines)
+
+
+def _column(title: str, cells: list[str]) -> list[str]:
+    """Title and cells, padded to one width."""
+    shown = [visible(text) for text in (title, *cells)]
+    return [text.ljust(max(map(len, shown))) for text in shown]
 
 
 def scores_table(scores: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 from recipe.gad.evaluation.intervals import cross_fitted_mean
 from recipe.gad.run.checkpoint import actor_folder, has_score_head
 from recipe.gad.run.findings import InputError
+from recipe.gad.run.progress import progress
 
 WARMUP_SHARE = 0.1
 """Share of the optimizer steps in which the learning rate rises; after them it falls linearly to 0."""
@@ -97,14 +98,12 @@ def run_two_sample_test(answers: Sequence[dict[str, Any]], settings: TwoSampleSe
     Raises:
         ValueError: fewer than two different prompts, or the base model has no chat template.
     """
-    from tqdm import tqdm
-
     pairs = tokenize_pairs(answers, settings.model)
     if len({pair.prompt for pair in pairs}) < 2:
         raise ValueError("the two-sample test needs at least two different prompts: one to learn from, one to hold out")
     base = load_base(settings.model)
     prompts, wins, by_seed = [pair.prompt for pair in pairs], [], []
-    for seed in tqdm(settings.seeds, desc="two-sample test", unit=" seeds", disable=None):
+    for seed in progress(settings.seeds, desc="two-sample test", unit=" seeds"):
         correct, auc = _held_out(base, pairs, settings, seed)
         by_seed.append({"seed": seed, "accuracy": statistics.fmean(correct), "auc": auc})
         wins.append(correct)

@@ -8,13 +8,14 @@ import base64
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, all_clear, apply_rules, earlier_findings
-from recipe.gad.run.atomic_io import check_output, write_atomically
+from recipe.gad.run.atomic_io import alone_in, check_output, write_atomically
 from recipe.gad.run.findings import Finding, visible
 from recipe.gad.run.log import (
     ROUGE_L,
@@ -26,6 +27,7 @@ from recipe.gad.run.log import (
     phase_seconds,
     read_overrides,
     read_samples,
+    recorded_config,
     running_mean,
     series,
 )
@@ -100,11 +102,21 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     twice = [path for i, path in enumerate(paths) if path in paths[:i]]
     if twice:
         raise ValueError(f"{twice[0]} is given twice; name every run once")
+    found = [(path, handover or _handover(path, paths)) for path, handover in found]
     parent = os.path.commonpath([path.parent for path in paths])
     return [
         _read_run(path, visible(str(path.relative_to(parent))), handover)
         for path, (_, handover) in zip(paths, found, strict=True)
     ]
+
+
+def _handover(folder: Path, paths: list[Path]) -> int:
+    """Step of the checkpoint of one of the runs in ``paths`` from which the run of ``folder`` started; 0 if of none."""
+    config: Any = recorded_config(folder)
+    for key in ("actor_rollout_ref", "model", "path"):
+        config = config.get(key) if isinstance(config, dict) else None
+    step = re.fullmatch(r"(.+)/global_step_(\d+)/actor/huggingface", config) if isinstance(config, str) else None
+    return int(step[2]) if step and Path(step[1]).resolve() in paths else 0
 
 
 def _read_run(path: Path, label: str, handover: int) -> Run:
@@ -394,22 +406,28 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
     Raises:
         ValueError: a folder holds no run, or ``output`` is no new file and no earlier report; nothing is written.
     """
-    from tqdm import tqdm
-
     runs, output = find_runs(folders), Path(output)
     check_output(output, lambda text: "<title>GAD report: " in text)
+    png_folder = output.with_name(f"{output.stem}_png")
+    with alone_in(png_folder, "gad report"):
+        _write(runs, output, png_folder)
+    return runs
+
+
+def _write(runs: Sequence[Run], output: Path, png_folder: Path) -> None:
+    """Draw the pictures into their folder, and write the page."""
+    from tqdm import tqdm
+
     drawn: dict[str, list[tuple[Panel, dict[str, str]]]] = {section: [] for section in (*SECTIONS, "Step time")}
     left_out: list[Panel] = []
-    png_folder = output.with_name(f"{output.stem}_png")
+    files: dict[str, bytes] = {}
     panels = [(section, panel) for section, panels in SECTIONS.items() for panel in panels] + [("Step time", STEP_TIME)]
     for section, panel in tqdm(panels, "drawing", leave=False, unit=" pictures", disable=None):
-        png_path = png_folder / f"{panel.name}.png"
         if not any(_has(run, panel) for run in runs):
             left_out.append(panel)
-            png_path.unlink(missing_ok=True)  # of an earlier report
             continue
         pictures = {theme: _draw(panel, runs, theme) for theme in THEMES}
-        write_atomically(png_path, pictures["light"])
+        files[panel.name] = pictures["light"]
         drawn[section].append((panel, {theme: base64.b64encode(png).decode() for theme, png in pictures.items()}))
 
     template = page_template(Path(__file__).with_name("report.html.j2"))
@@ -422,7 +440,10 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "report.htm
         settings=_settings(runs),
     )
     write_atomically(output, page)
-    return runs
+    for panel in left_out:
+        (png_folder / f"{panel.name}.png").unlink(missing_ok=True)  # of an earlier report
+    for name, png in files.items():
+        write_atomically(png_folder / f"{name}.png", png)
 
 
 def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -50,6 +50,12 @@ LAST_STEPS = 10
 
 SPARKLINE = 24
 """Characters of a sparkline."""
+
+SHORTEST_SPARKLINE = 12
+"""The table leaves the column out if it has less room: its title has as many characters."""
+
+NUMBERS = 27
+"""Characters of the columns with numbers, spaces between the columns included."""
 
 QUIET_STEPS = 5
 QUIET_SECONDS = 60
@@ -147,13 +153,20 @@ class RunState:
                 parts.append(f"silent for {duration(self.quiet_seconds)}: has it stopped?")
         return "  ".join(parts)
 
-    def line(self) -> str:
-        """The last step as one line of text."""
+    def line(self, width: int | None = None) -> str:
+        """The last step as one line of text: the headline, and the metrics that fit ``width`` characters."""
         names = [name for pattern in KEY_METRICS for name in matching_names(self.log.metrics, pattern)]
-        row = self.log.metrics[self.last_step]
-        return "  ".join([self.headline(), *(f"{name} {row[name]:.4g}" for name in names if name in row)])
+        row, text = self.log.metrics[self.last_step], self.headline()
+        for part in (f"  {name} {row[name]:.4g}" for name in names if name in row):
+            if width is None or len(text) + len(part) <= width:
+                text += part
+        return text
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield self.shown(options.max_width)
+
+    def shown(self, width: int) -> RenderableType:
+        """Headline, findings, a table of the metrics and the times of the phases, for ``width`` characters."""
         if not self.log.metrics:
             return Text(visible(f"{self.run_dir}: waiting for the first step ({self.log.path})"))
         parts: list[RenderableType] = [Text(self.headline(), style="bold")]
@@ -163,13 +176,20 @@ class RunState:
             parts.append(bar)
         findings = [Text(line(finding), style=STYLES[finding.level]) for finding in self.findings]
         parts += [*(findings or [Text(all_clear(self.log.metrics), style="green")]), Text()]
-        table = Table("metric", "over the run", "last", f"mean of {LAST_STEPS}", box=None, padding=(0, 2, 0, 0))
-        table.columns[1].no_wrap = True
-        for pattern in KEY_METRICS:
-            for name in matching_names(self.log.metrics, pattern):
-                values = list(series(self.log.metrics, name).values())
-                mean = float(np.mean(values[-LAST_STEPS:]))
-                table.add_row(Text(name), sparkline(values), f"{values[-1]:.4g}", f"{mean:.4g}")
+        names = [name for pattern in KEY_METRICS for name in matching_names(self.log.metrics, pattern)]
+        room = width - max(map(len, names), default=0) - NUMBERS  # names are whole: they tell the rows apart
+        table = Table("metric", box=None, padding=(0, 2, 0, 0))
+        if room >= SHORTEST_SPARKLINE:
+            table.add_column("over the run", no_wrap=True)
+        table.add_column("last", no_wrap=True)
+        if room >= 0:
+            table.add_column(f"mean of {LAST_STEPS}", no_wrap=True)
+        table.columns[0].no_wrap = True
+        for name in names:
+            values = list(series(self.log.metrics, name).values())
+            curve = [sparkline(values, min(room, SPARKLINE))] if room >= SHORTEST_SPARKLINE else []
+            mean = [f"{float(np.mean(values[-LAST_STEPS:])):.4g}"] if room >= 0 else []
+            table.add_row(Text(name), *curve, f"{values[-1]:.4g}", *mean)
         parts += [table, Text()]
         if phases := self.phases():
             seconds = (f"{phase} {value:.2g}s" for phase, value in phases.items())
@@ -220,11 +240,23 @@ def _looks(state: RunState, interval: float) -> Iterator[bool]:
 
 def _print_lines(state: RunState, interval: float) -> None:
     """Print a line whenever the log has grown, and every finding when it is first made."""
-    told: set[str] = set()
+    news = News(state)
     for has_grown in _looks(state, interval):
-        if has_grown and state.log.metrics:
-            print(state.line(), flush=True)
-            for finding in state.findings:
-                if finding.what not in told:
-                    print(line(finding), flush=True)
-            told = {finding.what for finding in state.findings}
+        for text in news.lines() if has_grown else ():
+            print(text, flush=True)
+
+
+class News:
+    """What to print of a run whose log has grown."""
+
+    def __init__(self, state: RunState, width: int | None = None):
+        self.state, self.width = state, width
+        self._told: set[str] = set()
+
+    def lines(self) -> list[str]:
+        """The last step, and the findings that the call before did not have."""
+        if not self.state.log.metrics:
+            return []
+        new = [line(finding) for finding in self.state.findings if finding.what not in self._told]
+        self._told = {finding.what for finding in self.state.findings}
+        return [self.state.line(self.width), *new]

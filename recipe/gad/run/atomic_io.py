@@ -4,16 +4,19 @@ import errno
 import fcntl
 import json
 import os
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recipe.gad.run.findings import InputError
 
 LOCK = ".gad.lock"
-"""File in an output folder that its writer holds locked."""
+"""File in an output folder that its writer holds locked; it names the writer. Only a living process holds a lock."""
 
 
 def check_output(path: str | Path, is_ours: Callable[[str], bool]) -> None:
@@ -42,6 +45,17 @@ def _check_replaceable(path: Path) -> None:
         raise InputError(f"{path} is a device or a pipe, expected a file", "name a new file")
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError that names no file, such as that of a full disk, the name of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
 def write_atomically(path: str | Path, data: str | bytes) -> None:
     """Write a file under a temporary name and rename it; a missing folder is made.
 
@@ -58,13 +72,27 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with naming(path), os.fdopen(handle, "wb") as stream:
             stream.write(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process; False if another process holds it.
+
+    Some network file systems have no locks: the file then counts as locked, and a warning says so.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"warning: {file.name} cannot be locked ({error.strerror}): start nothing else here", file=sys.stderr)
+    return True
 
 
 @contextmanager
@@ -76,23 +104,26 @@ def alone_in(folder: Path, writer: str) -> Iterator[None]:
         writer: command that writes into it, for messages.
 
     Raises:
-        InputError: another process holds the folder.
+        InputError: another process holds the folder; names it, its host, and since when it runs.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
-        lock = path.open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        lock = path.open("a+", encoding="utf-8")
+        if not _lock(lock):
+            lock.seek(0)
+            name, _, owner = lock.read().partition(": ")
             lock.close()
-            raise InputError(
-                f"another {writer} uses {folder}", fix="wait for it, or choose another --output_dir"
-            ) from None
+            wait = f"wait for it ({owner})" if owner else "wait for it"
+            raise InputError(f"another {name or writer} uses {folder}", fix=f"{wait}, or choose another output folder")
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break
         lock.close()  # the process before has just removed this file
+    lock.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    lock.write(f"{writer}: process {os.getpid()} on {socket.gethostname()}, since {since}")
+    lock.flush()
     try:
         yield
     finally:
@@ -100,6 +131,17 @@ def alone_in(folder: Path, writer: str) -> Iterator[None]:
         lock.close()
         if made and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def check_free(folder: Path, writer: str) -> None:
+    """Check that no process holds an output folder; nothing is made.
+
+    Raises:
+        InputError: as of :func:`alone_in`.
+    """
+    if (folder / LOCK).exists():
+        with alone_in(folder, writer):
+            pass
 
 
 def read_object(path: Path, fix: str = "") -> dict[str, Any]:
@@ -135,13 +177,9 @@ class JsonLog:
         self._writer = writer
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(self._file):
             self._file.close()
-            raise InputError(
-                f"another {writer} writes to {path}", fix="wait for it, or choose another output"
-            ) from None
+            raise InputError(f"another {writer} writes to {path}", fix="wait for it, or choose another output")
 
     def __enter__(self) -> "JsonLog":
         return self
@@ -149,7 +187,8 @@ class JsonLog:
     def __exit__(self, *exception: object) -> None:
         if os.fstat(self._file.fileno()).st_size == 0:
             Path(self._file.name).unlink(missing_ok=True)
-        self._file.close()
+        with naming(self._file.name):  # it writes what a full disk has left in the buffer
+            self._file.close()
 
     def records(self, **types: type) -> Iterator[dict[str, Any]]:
         """Objects that earlier runs wrote. A last line without its newline was torn by a crash and is removed.
@@ -185,5 +224,6 @@ class JsonLog:
     def append(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it."""
         # half a surrogate pair cannot be encoded as UTF-8: it stays an escape
-        self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self._file.flush()

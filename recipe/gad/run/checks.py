@@ -399,6 +399,20 @@ def check_replay(config: DictConfig) -> Findings:
         )
 
 
+def check_shortcuts(config: DictConfig) -> Findings:
+    """Switches about what the discriminator reads need a discriminator, and one that judges whole answers."""
+    for key in ("gad.retokenize", "gad.shortcut_probe"):
+        if (value := get(config, key)) not in (True, False):
+            yield error(f"{key}={value}: expected True or False", fix=f"{key}=False")
+        elif value and not has_discriminator(config):
+            yield error(f"{key}=True: stage {get(config, 'gad.stage')} trains no discriminator", fix=f"{key}=False")
+    if get(config, "gad.retokenize") is True and get(config, "gad.credit") == "token":
+        yield error(
+            "gad.credit=token credits the tokens that were sampled, and gad.retokenize=True scores others",
+            fix="gad.retokenize=False, or gad.credit=sequence",
+        )
+
+
 def check_unlabelled(config: DictConfig) -> Findings:
     """Prompts without teacher answers: files and share fit together, and the rest of a step suits the discriminator."""
     key, ratio = "gad.unlabelled_files", number(config, "gad.unlabelled_ratio", 0, 1)
@@ -808,6 +822,7 @@ CHECKS: tuple[Check, ...] = (
     check_lead,
     check_average,
     check_replay,
+    check_shortcuts,
     check_unlabelled,
     check_stopping,
     check_sampling,

@@ -129,6 +129,10 @@ def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, li
         raise InputError("no such file", fix="correct the path")
     if not file.is_file():
         raise InputError("is a folder", fix="name the files in it, as a list: '[a.parquet,b.parquet]'")
+    if "::" in str(file) or any(character in str(file) for character in "*?["):
+        raise InputError(
+            "verl's reader takes *, ?, [ and :: in a path as a pattern", fix="rename the file or its folder"
+        )
     if file.suffix not in (".parquet", ".json", ".jsonl"):
         raise InputError(f"unknown ending {file.suffix!r}", fix="convert the file to .parquet, .json or .jsonl")
     if file.stat().st_size == 0:

@@ -1,13 +1,17 @@
 """gad prepare: layouts, split, duplicates, bad rows, lengths, memory, and what the trainer reads of it."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -270,6 +274,36 @@ def test_every_kind_of_source_gives_the_same_rows(write, tmp_path, kind):
     assert {row["data_source"] for row in found} == {"d"}
 
 
+ROWS = [{"prompt": f"q {i}", "response": f"a {i}"} for i in range(3)]
+JSON_LINES = "\n".join(map(json.dumps, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.JSONL", JSON_LINES),
+        ("d.json", json.dumps({"data": ROWS})),
+        ("d.json", json.dumps({"version": 1, "data": ROWS, "tags": []}, indent=2)),
+        ("d.json", JSON_LINES),
+        ("d.jsonl.gz", gzip.compress(JSON_LINES.encode())),
+        ("d.json.BZ2", bz2.compress(json.dumps(ROWS).encode())),
+        ("d.csv.xz", lzma.compress(b"prompt,response\nq 0,a 0\nq 1,a 1\nq 2,a 2\n")),
+        ("d.tsv", "prompt\tresponse\nq 0\ta 0\nq 1\ta 1\nq 2\ta 2\n"),
+        ("d.csv", "prompt;response\nq 0;a 0\nq 1;a 1\nq 2;a 2\n"),
+    ],
+)
+def test_endings_and_wrappings_of_the_same_rows(write, tmp_path, name, content):
+    assert run(write(content, name), "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
+    found = [(r["content"][0]["content"], r["teacher_response"], r["data_source"]) for r in table(tmp_path / "out")]
+    assert found == [(f"q {i}", f"a {i}", "d") for i in range(3)]
+
+
+def test_one_pretty_printed_row(write, tmp_path):
+    row = {"messages": [user("q"), assistant("a")], "meta": [{"x": 1}]}
+    assert run(write(json.dumps(row, indent=1), "d.json"), "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
+    assert [(r["content"], r["teacher_response"]) for r in table(tmp_path / "out")] == [([user("q")], "a")]
+
+
 def test_messages_in_a_csv_file(write, tmp_path):
     messages = json.dumps([user("q"), assistant("a")]).replace('"', '""')
     assert run(write(f'messages\n"{messages}"\n', "d.csv"), "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
@@ -286,6 +320,9 @@ def test_a_csv_row_with_too_many_cells(write, tmp_path):
     ("name", "content", "message"),
     [
         ("d.xlsx", "x", "unknown ending '.xlsx'"),
+        ("d.jsonl", "", "the inputs hold no row. Fix: "),
+        ("d.jsonl.gz", "no gzip", "d.jsonl.gz: cannot be decompressed"),
+        ("d.jsonl.xz", lzma.compress(b"x" * 999)[:-9], "d.jsonl.xz: cannot be decompressed"),
         ("d.parquet", "PAR1", "d.parquet: is not a readable parquet file"),
         ("d.json", '[{"prompt": "q", "response": "a"},', "d.json: row 1 is not valid JSON"),
         ("d.json", '[{"prompt": "q", "response": "a"}]\n[]', "has more text after its JSON list"),
@@ -680,3 +717,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     print(f"{kind}: {big.stat().st_size / 1e6:.0f} MB read, the peak grew by {grown} MB")
     assert rows == 16_000 + (kind == "json") and grown < 60
     shutil.rmtree(tmp_path)
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"prompt": "q {i}", "response": "a"}}\n' for i in range(300_000)))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "recipe.gad.cli", "prepare", str(tmp_path / "d.jsonl"), "--output_dir", str(out)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any(out.glob(".prepare.*")):
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == 143 and not out.exists()

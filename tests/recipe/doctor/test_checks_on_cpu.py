@@ -4,6 +4,7 @@ import copy
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from recipe.gad.doctor.memory import (
     roles,
     training,
 )
-from recipe.gad.run.checks import run_checks
+from recipe.gad.run.checks import check_ray, run_checks
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
 
@@ -81,6 +82,22 @@ def test_a_good_run(overrides, capsys):
     assert lines[-1] == "0 errors, 0 warnings"
     assert all(line.startswith("ok ") for line in lines[:-1])
     assert {line.split()[1] for line in lines[:-1]} >= {"batches:", "data:", "end_token:", "lengths:", "disk:"}
+
+
+def test_for_another_machine_this_ones_cpus_packages_and_disk_do_not_count(overrides, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(doctor, "free_bytes", lambda folder: 1)
+    monkeypatch.setattr(doctor, "CHECKS", (check_ray,))
+    monkeypatch.setattr(doctor, "doctor_checks", lambda _: [doctor.Prerequisites(check_disk, frozenset())])
+    overrides = [*overrides, "ray_kwargs.ray_init.num_cpus=null"]
+    assert run_cli("--brief", "--for_another_machine", "--cpus", "3", *overrides) == 1
+    text = capsys.readouterr().out
+    assert re.findall(r"^(\w+) +(\w+):", text, re.MULTILINE) == [("error", "ray")] and "Ray has 3 logical CPUs" in text
+    assert run_cli("--for_another_machine", *overrides) == 0
+    text = capsys.readouterr().out
+    assert "not checked: logical CPUs of the other machine" in text and "not checked: free disk space" in text
+    assert run_cli("--cpus", "3", *overrides) == 2
+    assert "--cpus is for another machine" in capsys.readouterr().err
 
 
 def test_errors_of_both_kinds_of_checks_as_json(overrides, capsys):

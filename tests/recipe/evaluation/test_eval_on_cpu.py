@@ -403,11 +403,23 @@ def evaluated(tiny_problem, settings, tmp_path_factory):
     return folder
 
 
+def one_table(text):
+    """Lines of a table whose blocks of columns are put side by side again."""
+    assert max(map(len, text.splitlines())) <= 120
+    first, *others = ([line.ljust(120) for line in block.splitlines()] for block in text.split("\n\n"))
+    for other in others:
+        assert [line.split()[:1] for line in other[1:4]] == [line.split()[:1] for line in first[1:4]]
+        first = [line + more for line, more in zip(first, other, strict=False)] + other[len(first) :]
+    return first
+
+
 def test_compare_prints_a_row_per_model_and_writes_json(evaluated, tmp_path, capsys):
     assert gad("eval", "compare", evaluated / "a", evaluated / "b", "--output", tmp_path / "compare.json") == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = one_table(capsys.readouterr().out)
     assert [line.split()[0] for line in lines[1:]] == ["a", "b", "teacher"]
     written = json.loads((tmp_path / "compare.json").read_text())
+    assert gad("eval", "compare", evaluated / "a", evaluated / "b", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == written
     assert list(written) == ["a", "b"]
     assert written["b"]["model"] == str(evaluated / "other")
     value = read_scores(evaluated / "b")["text"]["rouge_l"]["student"]["value"]
@@ -459,7 +471,7 @@ def test_compare_lets_a_judge_decide_between_two_models(evaluated, capsys, chat_
     chat_server.reply = longer_wins
     judge = ("--judge_model", "a judge", "--judge_base_url", chat_server.url)
     assert gad("eval", "compare", evaluated / "a", evaluated / "b", *judge) == 0
-    titles, a, b, teacher, note = capsys.readouterr().out.splitlines()
+    titles, a, b, teacher, note = one_table(capsys.readouterr().out)
     assert note.startswith(f"b: judge a judge: pairwise: {len(of_a)} pairs counted, 0 replies unparsable")
     start = titles.index("win vs a")
     assert (a[start:].split()[0], b[start:].split()[0], teacher[start:].split()[0]) == ("-", f"{wins:.3f}", "-")
@@ -535,3 +547,5 @@ def test_compare_refuses_two_sample_tests_of_different_bases(evaluated, tmp_path
 def test_tables_are_aligned():
     table = format_table({"x": {"one": "1", "two": "22"}, "longer": {"two": "2"}})
     assert table.splitlines() == ["        one  two", "x       1    22", "longer  -    2"]
+    table = format_table({"x": {"one": "1", "two": "22"}, "longer": {"two": "2"}}, width=12)
+    assert table.splitlines() == ["        one", "x       1", "longer  -", "", "        two", "x       22", "longer  2"]

@@ -157,6 +157,19 @@ def test_pipeline_folder_counts_on_from_the_warmup(tmp_path):
     assert {"sft_loss", "pg_loss"} <= set(Page(tmp_path / "report.html").ids)
 
 
+def test_a_gad_run_counts_on_from_the_step_of_the_run_that_it_started_from(tmp_path):
+    warmup, gad = write_run(tmp_path / "w", "warmup", steps=20), write_run(tmp_path / "g", "gad", steps=10)
+    record = gad / "hydra/.hydra/config.yaml"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(f"actor_rollout_ref: {{model: {{path: {warmup}/global_step_15/actor/huggingface}}}}\n")
+    assert [run.offset for run in find_runs([gad, warmup])] == [15, 0]
+    assert [run.offset for run in find_runs([gad])] == [0]
+    record.write_text(f"actor_rollout_ref: {{model: {{path: {tmp_path}/other/global_step_15/actor/huggingface}}}}\n")
+    assert [run.offset for run in find_runs([gad, warmup])] == [0, 0]
+    record.write_text("actor_rollout_ref: 5\n")
+    assert [run.offset for run in find_runs([gad, warmup])] == [0, 0]
+
+
 def test_findings_are_on_the_page(tmp_path):
     run = write_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "r+", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """gad watch: the state of a run in the terminal."""
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from recipe.gad.cli import main
 from recipe.gad.monitor.report import _samples, _settings, _summary, find_runs
@@ -136,6 +138,23 @@ def test_once_on_a_growing_file(run, capsys):
         file.write('ta": {"critic/d_acc": null}}\n')
     text = printed()
     assert "step 4/10" in text and "error   not_finite: NaN or infinite numbers" in text and "×" in text
+
+
+@pytest.mark.parametrize("width", [45, 60, 80, 120])
+def test_names_are_whole_on_narrow_terminals(run, width):
+    names = ("critic/d_acc", "critic/d_loss", "teacher_response_length/mean")
+    row = {"step": 4, "data": dict.fromkeys(names, 123456.789)}
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    state = RunState(run)
+    state.update()
+    console = Console(width=width, file=io.StringIO())
+    console.print(state)
+    lines = console.file.getvalue().splitlines()
+    for name in names:
+        (found,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert len(found.rstrip()) <= width and "1.235e+05" in found.split()
+    assert any("▁" in line for line in lines) == (width > 60)
 
 
 def test_total_is_unknown(run):

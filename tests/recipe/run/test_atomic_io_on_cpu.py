@@ -22,6 +22,16 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder", "new"], "no temporary file is left"
 
 
+@pytest.mark.parametrize("write", ['write_atomically(sys.argv[1], "x" * 9999)',
+    'JsonLog(Path(sys.argv[1]), "gad test").append({"text": "x" * 9999})'])  # fmt: skip
+def test_a_full_disk_names_the_file(tmp_path, write):
+    code = "import sys; from pathlib import Path; from recipe.gad.run.atomic_io import JsonLog, write_atomically; "
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-c", code + write, tmp_path / "file"]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{tmp_path}/file'"
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
 def test_an_output_folder_belongs_to_one_process(tmp_path):
     folder = tmp_path / "out"
     with alone_in(folder, "gad test"):

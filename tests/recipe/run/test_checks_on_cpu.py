@@ -253,6 +253,11 @@ def test_bad_files(data, rows, expected):
     expect(data(rows), "data.train_files", "train.parquet", expected)
 
 
+@pytest.mark.parametrize("name", ["a[1].parquet", "a*.parquet", "a?.parquet", "a::b.parquet"])
+def test_a_path_that_verls_reader_takes_as_a_pattern(data, name):
+    expect(data(rows_with({}), name), "data.train_files", name, "as a pattern", "rename")
+
+
 TEACHERS = [
     (None, "is null"),
     ("", "is empty"),
@@ -938,6 +943,17 @@ def test_replay_that_cannot_work_is_refused(gad, config):
     )
     seqkd = {"gad.stage": "seqkd", "critic.enable": False, "gad.replay": 0.5}
     expect(config(seqkd), "gad.replay=0.5", "no discriminator")
+
+
+def test_what_the_discriminator_reads_needs_one_that_judges_whole_answers(gad, config):
+    token = {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False}
+    for key in ("gad.retokenize", "gad.shortcut_probe"):
+        assert errors_of(gad({key: True})) == []
+        expect(gad({key: 1.5}), f"{key}=1.5", "True or False")
+        seqkd = {"gad.stage": "seqkd", "critic.enable": False, key: True}
+        expect(config(seqkd), f"{key}=True", "stage seqkd trains no discriminator", f"Fix: {key}=False")
+    expect(gad({**token, "gad.retokenize": True}), "gad.credit=token", "gad.retokenize=True", "gad.credit=sequence")
+    assert errors_of(gad({**token, "gad.shortcut_probe": True})) == []
 
 
 def test_unlabelled_files_that_cannot_work_are_refused(gad, tmp_path):

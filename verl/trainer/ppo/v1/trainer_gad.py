@@ -40,6 +40,7 @@ from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
+from recipe.gad.training.shortcuts import ShortcutProbe, canonical_ids, canonical_rows, read_as
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
@@ -114,6 +115,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._lead = DiscriminatorLead.of(config)
         self._gate = PolicyGate(config.gad.policy_gate)
         self._replay = Replay.of(config)
+        self._read_as: dict[str, Row] = {}  # key of an answer -> the row that D reads in its place
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -141,6 +143,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             with open_dict(config):
                 config.data.gen_batch_size = config.data.train_batch_size - count
         super()._init_dataloader()
+        self._probe = ShortcutProbe(self.tokenizer)
         self._prompts = UnlabelledPrompts(config, count, self.tokenizer, self.processor) if count else None
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
@@ -269,6 +272,11 @@ class PPOTrainerGAD(PPOTrainerSync):
         known = {*rows, *batch.keys}
         missing = [row.key for group in self._groups for row in group.rows() if row.key not in known]
         rows |= {key: gad_rows.filler(self.tokenizer.eos_token_id) for key in missing}
+        if self.config.gad.retokenize:
+            data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["prompts", "responses"])
+            columns = (data[name].unbind() for name in ("prompts", "responses"))
+            self._read_as, canonical = canonical_rows(self.tokenizer, batch.keys, *columns)
+            rows |= canonical
         self._put_rows(batch.partition_id, rows)
         self._extra_keys.extend(rows)
 
@@ -380,7 +388,8 @@ class PPOTrainerGAD(PPOTrainerSync):
             view = self._view(batch.keys, teacher_keys=teachers)
             teacher_scores = self.discriminator._forward_micro_batch(view, compute_teacher=True)
             self._scores |= dict(zip(teachers, teacher_scores.tolist(), strict=True))
-        scores = self.discriminator.compute_values(self._view(batch.keys, batch.tags))
+        keys = [self._read_as[key].key if key in self._read_as else key for key in batch.keys]
+        scores = self.discriminator.compute_values(self._view(keys, batch.tags))
         if self.config.gad.credit == "token":
             fields = ["values", "responses"]
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
@@ -430,7 +439,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             key of a row -> its score in the update's forward pass, before the optimizer step.
         """
         past = self._put_past_rows(partition_id) if self._replay.count else []
-        groups, critic = [*self._groups, *past], self.config.critic
+        groups, critic = [*read_as(self._groups, self._read_as), *past], self.config.critic
         sizes = [group.tokens for group in groups]
         n_ranks = self.discriminator.data_parallel_size()
         mini_batch = labelled_mini_batch(self.config)
@@ -446,11 +455,14 @@ class PPOTrainerGAD(PPOTrainerSync):
         update_metrics, scores = self.discriminator.update_critic(rows)
         metrics.update(update_metrics)
         score_of = dict(zip(keys, scores.tolist(), strict=True))
+        score_of |= {key: score_of[row.key] for key, row in self._read_as.items() if row.key in score_of}
+        if self.config.gad.shortcut_probe:
+            metrics.update(self._probe.note(fresh_groups(self._groups, partition_id)))
         if past:  # the metrics are about fresh pairs
             metrics.update(rename_dict(pair_metrics(self._groups, score_of), "critic/"))
             metrics["critic/replay_d_acc"] = pair_metrics(past, score_of)["d_acc"]
         if self._replay.count:
-            self._replay.add(self.global_steps, fresh_groups(self._groups, partition_id))
+            self._replay.add(self.global_steps, fresh_groups(read_as(self._groups, self._read_as), partition_id))
         if self._gate.width:
             self._gate.note(metrics["critic/d_acc"])
             metrics["gad/policy_gate"] = self._gate.factor
@@ -473,6 +485,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         view = copy.copy(self)  # this trainer with a replay buffer that notes what it hands out
         view.replay_buffer = seen = SeenRows(self.replay_buffer)
         metrics = super(PPOTrainerGAD, view)._validate()
+        if self.config.gad.retokenize:
+            seen.pairs = [pair._replace(student=canonical_ids(self.tokenizer, pair.student)) for pair in seen.pairs]
         if seen.pairs:
             metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
             self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
@@ -574,6 +588,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             "discriminator_lead": (self._lead, self._lead.max_steps),
             "policy_gate": (self._gate, self._gate.width),
             "replay": (self._replay, self._replay.count),
+            "shortcut_probe": (self._probe, self.config.gad.shortcut_probe),
             "unlabelled": (self._prompts, self._prompts is not None),
         }
         return {name: part for name, (part, on) in parts.items() if on}
