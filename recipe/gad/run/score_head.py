@@ -36,10 +36,6 @@ def register_discriminator(config: Any, trust_remote_code: bool = False) -> str:
         AutoModelForImageTextToText,
         AutoModelForTokenClassification,
     )
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
 
     kind, auto = type(config), AutoModelForTokenClassification
     remote = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
@@ -66,9 +62,11 @@ def register_discriminator(config: Any, trust_remote_code: bool = False) -> str:
     if prefix is None:
         raise refuse(f"transformers has no backbone class of which {lm_class.__name__} holds an instance")
     built = _build_class(backbone, prefix)
-    renamed = get_checkpoint_conversion_mapping(lm_class.__name__)
+    from transformers import conversion_mapping
+
+    renamed = conversion_mapping.get_checkpoint_conversion_mapping(lm_class.__name__)
     if renamed is not None:  # the weights of this language model have other names on disk
-        register_checkpoint_conversion_mapping(built.__name__, renamed, overwrite=True)
+        conversion_mapping.register_checkpoint_conversion_mapping(built.__name__, renamed, overwrite=True)
     auto.register(kind, built)
     return built.__name__
 
