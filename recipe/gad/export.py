@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from recipe.gad.run.atomic_io import naming
 from recipe.gad.run.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
+from recipe.gad.run.checksums import damage, write_checksums
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
 from recipe.gad.run.score_head import register_discriminator
@@ -92,7 +93,7 @@ def source_problems(folder: Path) -> list[str]:
     problems = verify_hf_folder(folder / "huggingface")
     found, expected = shard_counts(folder)
     if not problems or found >= expected > 0:
-        return []
+        return damage(folder.parent, (folder.name,), huggingface=not problems, contents=True)
     shards = f"{found} of {expected} model shards" if expected else "no FSDP shards"
     return [*problems, f"{folder} has {shards}"]
 
@@ -306,6 +307,7 @@ def export_model(
         with _naming_disk_errors(target):
             architecture, rounding = _write(folders, role, lora, getattr(torch, dtype), scratch, result)
             tokenizer.save_pretrained(result)
+            write_checksums(result)
         follow_umask(result)
         os.replace(result, target)
     finally:

@@ -16,7 +16,8 @@ import torch
 from recipe.gad.cli import main as cli
 from recipe.gad.doctor.memory import Training, checkpoint_bytes, model_shape
 from recipe.gad.export import export_model, find_sources
-from recipe.gad.run.checkpoint import handover_problems, shard_counts, verify_hf_folder
+from recipe.gad.run.checkpoint import actor_folder, handover_problems, shard_counts, verify_hf_folder
+from recipe.gad.run.checksums import write_checksums
 
 pytestmark = pytest.mark.slow  # all read the runs that two processes write first
 
@@ -378,3 +379,18 @@ def test_the_size_of_a_checkpoint(runs, tiny_problem, run, role):
 
 if __name__ == "__main__":
     write_checkpoints(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+
+
+def test_a_flipped_byte_is_found_before_and_after_the_export(runs, tmp_path):
+    shutil.copytree(runs / "whole/global_step_2", tmp_path / "run/global_step_2")
+    write_checksums(tmp_path / "run/global_step_2")
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert actor_folder(str(tmp_path / "out")) == str(tmp_path / "out")
+    for folder in (tmp_path / "run/global_step_2/actor/huggingface", tmp_path / "out"):
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1  # the last bit of a weight: still a finite number
+        (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot be exported: .*model.safetensors has changed since it was saved"):
+        export_model(tmp_path / "run", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"out cannot be loaded: .*model.safetensors has changed since it was saved"):
+        actor_folder(str(tmp_path / "out"))

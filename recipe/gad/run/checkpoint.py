@@ -324,7 +324,7 @@ def actor_folder(model: str) -> str:
         return model
     if (folder / "config.json").is_file():
         problems = weight_problems(folder) if any(folder.glob("*.safetensors*")) else []
-        if problems:
+        if problems := problems or damage(folder, None, huggingface=False, contents=True):
             raise InputError(f"{model} cannot be loaded: {'; '.join(problems)}", fix="copy or save it again")
         return str(folder)
     usable, skipped = first_usable(role_folders(folder, "actor"), lambda actor: verify_hf_folder(actor / "huggingface"))

@@ -1,7 +1,8 @@
 """Sizes and checksums of a checkpoint's files, to find a shard that was cut off or has flipped bits before its use.
 
-``global_step_N/checksums.json`` holds [bytes, CRC-32] by file name. The trainer writes it after every save. A
-checkpoint without it, of an earlier version or of an interrupted save, is not verified.
+``global_step_N/checksums.json`` holds [bytes, CRC-32] by file name. The trainer writes it after every save, and
+``gad export`` into the folder of a model. A folder without it, of an earlier version or of an interrupted save, is not
+verified.
 """
 
 import json
@@ -31,7 +32,7 @@ def _crc32_of(files: list[Path]) -> Iterator[str]:
 
 
 def write_checksums(step_folder: Path) -> None:
-    """Record every file below a ``global_step_N`` folder."""
+    """Record every file below a ``global_step_N`` folder, or below an exported model's."""
     files = sorted(file for file in step_folder.rglob("*") if file.is_file() and file.name != FILE)
     names = [file.relative_to(step_folder).as_posix() for file in files]
     sizes = [file.stat().st_size for file in files]
@@ -44,12 +45,12 @@ def forget_checksums(step_folder: Path) -> None:
     (step_folder / FILE).unlink(missing_ok=True)
 
 
-def damage(step_folder: Path, folders: tuple[str, ...], huggingface: bool, contents: bool) -> list[str]:
+def damage(step_folder: Path, folders: tuple[str, ...] | None, huggingface: bool, contents: bool) -> list[str]:
     """Files that differ from the record of their save, one sentence each.
 
     Args:
         step_folder: ``global_step_N``.
-        folders: look into these, such as ``("actor", "critic")``.
+        folders: look into these, such as ``("actor", "critic")``; None: at all files.
         huggingface: look at their huggingface folders, which the next stage reads; else at the rest, which a resumed
             run reads.
         contents: compare checksums as well, which reads the files; else sizes alone.
@@ -60,7 +61,8 @@ def damage(step_folder: Path, folders: tuple[str, ...], huggingface: bool, conte
         record = read_object(step_folder / FILE)
     except ValueError as error:
         return [str(error)]
-    names = [name for name in record if name.split("/")[0] in folders and ("/huggingface/" in name) is huggingface]
+    chosen = (name for name in record if folders is None or name.split("/")[0] in folders)
+    names = [name for name in chosen if ("/huggingface/" in name) is huggingface]
     problems, whole = [], []
     for name in names:
         file, size = step_folder / name, record[name][0]
