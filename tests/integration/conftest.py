@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 VALIDATION = set(pq.read_table({!r})["teacher_response"].to_pylist())
 
 
-def compute_score(ground_truth, **_):
-    assert ground_truth in VALIDATION, "D scores these rows"
-    return 0.25
+def compute_score(solution_str, ground_truth, extra_info, **_):
+    assert not extra_info.get("scored_by_discriminator"), "D alone scores these rows"
+    return 0.25 if ground_truth in VALIDATION else len(solution_str.split()) / 10
 """
 
 

@@ -260,6 +260,40 @@ def test_the_only_answer_left_of_a_prompt_gets_no_advantage_whatever_the_offset_
     live.finish(batch)
 
 
+@pytest.mark.parametrize("score_in_update", [False, True])
+def test_a_task_reward_is_added_to_the_score_and_the_actor_follows_both(live, score_in_update):
+    trainer = live.trainer
+    live.set(gad__score_in_update=score_in_update, gad__task_reward__weight={"tiny": 0.7})
+    batch, metrics = live.sample()
+    keys = sorted(batch.keys, key=lambda key: sample_order(key, trainer._submitted))
+    critic = hf_model(live, "critic")
+    batch = run_from(live, drop(batch, keys[1:4]), metrics)  # one prompt keeps one answer
+    fields = live.fields(batch.keys)
+    columns = zip(batch.keys, rows(fields), fields["advantages"].unbind(), strict=True)
+    of_key = {key: (*row, advantage[0].item()) for key, row, advantage in columns}
+    assert of_key[keys[0]][2] == 0.0
+    parts = []
+    for start in range(4, len(keys), 4):
+        group = [of_key[key] for key in keys[start : start + 4]]
+        scores = torch.stack([score(critic, prompt, answer) for prompt, answer, _ in group])
+        words = [len(trainer.tokenizer.decode(answer, skip_special_tokens=True).split()) for _, answer, _ in group]
+        rewards = torch.tensor(words, dtype=torch.float64) / 10
+        parts.append((scores, rewards))
+        normalized = [(part - part.mean()) / (part.std() + 1e-6) for part in (scores, rewards)]
+        both = normalized[0] + 0.7 * normalized[1]
+        expected = both / (both.std() + 1e-6)  # GRPO divides what it gets
+        assert [advantage for *_, advantage in group] == pytest.approx(expected.tolist(), abs=2e-3)
+    assert any(rewards.std() > 0 for _, rewards in parts)
+    deviations = [torch.cat([part - part.mean() for part in column]) for column in zip(*parts, strict=True)]
+    correlation = torch.cosine_similarity(*deviations, dim=0).item()
+    assert metrics["critic/score_task_corr"] == pytest.approx(correlation, abs=1e-3)
+    lone = len(trainer.tokenizer.decode(of_key[keys[0]][1], skip_special_tokens=True).split()) / 10
+    mean = (torch.cat([rewards for _, rewards in parts]).sum().item() + lone) / (len(keys) - 3)
+    assert metrics["critic/task_reward_mean"] == pytest.approx(mean, abs=1e-5)
+    live.set(gad__score_in_update=False, gad__task_reward__weight=0)
+    live.finish(batch)
+
+
 def test_scores_get_a_pass_of_their_own_when_a_batch_is_several_optimizer_steps(live):
     live.set(gad__score_in_update=True, critic__ppo_mini_batch_size=4)
     batch, metrics = live.sample()

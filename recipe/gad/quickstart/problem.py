@@ -31,6 +31,7 @@ SLOTS = {
     "filler": ["um", "like", "just", ""],
     "closer": ["right", "see", "done", "bye"],
 }
+WORDS = [*LETTERS, *itertools.chain.from_iterable(filter(None, words) for words in SLOTS.values())]
 # per cent of each word of a slot, and the share of answers that keep the letters in the prompt's order
 STYLES: dict[str, dict[str, Any]] = {
     "teacher": {
@@ -84,15 +85,14 @@ def answer(prompt: str, style: str, rng: random.Random) -> str:
     return " ".join(word for word in words if word)
 
 
-def build_tokenizer():
-    """Word-level fast tokenizer (31 words); every turn of its chat template ends with the eos token ``<end>``."""
+def build_tokenizer(words: Sequence[str] = WORDS):
+    """Word-level fast tokenizer of ``words``; every turn of its chat template ends with the eos token ``<end>``."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = [word for slot in SLOTS.values() for word in slot if word]
-    core = Tokenizer(WordLevel({w: i for i, w in enumerate([*SPECIAL, *LETTERS, *words])}, unk_token="<unk>"))
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -22,6 +22,8 @@ LONGEST_ROW_CHARS = 1 << 26
 """Most characters of one row of a JSON list. The limit keeps a list that is broken early from being read to its end."""
 LIST_EMPTY, LIST_START, LIST_NEXT, LIST_END = map(re.compile, (r"\s*\[\s*\]", r"\s*\[\s*", r"\s*,\s*", r"\s*\]"))
 
+NO_SOURCE, UNLABELLED = "gad", "unlabelled"
+"""data_source of rows that name none, and of all prompts of ``gad.unlabelled_files``."""
 PROMPT_FORM = "a list of chat messages [{role, content}, ...] that ends with the user's (or a tool's) message"
 TEACHER_FORM = "the teacher's answer: text, or one chat message {role, content}"
 

@@ -3,9 +3,10 @@
 :data:`recipe.gad.run.checks.CHECKS` lists these checks.
 """
 
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator
-from recipe.gad.run.data_file import column_values
-from recipe.gad.run.findings import Findings, error, warning
+from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator, integer, is_number
+from recipe.gad.run.data_file import NO_SOURCE, UNLABELLED, column_values
+from recipe.gad.run.findings import Findings, either, error, warning
 
 ESTIMATORS = (
     "grpo",
@@ -37,7 +38,13 @@ OTHER_ESTIMATORS = {
     "tir_optimal_token_baseline": "it needs sum_pi_squared, which verl's v1 trainer does not hand over",
 }
 """Those that need more, and what."""
+OLD_LOG_PROB_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
+"""Advantage estimators that read old log-probabilities."""
+GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline")
+"""Advantage estimators that compare an answer with the others to its prompt, and take one answer's score as it is."""
 AGENT = "single_turn_agent"
+COMBINE = ("normalized", "raw")
+"""Values of gad.task_reward.combine."""
 PACKAGED_REWARD = "pkg://recipe.gad.reward"
 CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 """verl's defaults of the keys that say when the loss clips."""
@@ -82,26 +89,76 @@ def check_reward_model(config: DictConfig) -> Findings:
 
 def check_task_reward(config: DictConfig) -> Findings:
     """Training follows every reward that is configured, or the run says that it is for validation alone."""
-    key, value = "gad.task_reward.weight", get(config, "gad.task_reward.weight")
-    if value is not None and (isinstance(value, bool) or value != 0):
+    key, weight = "gad.task_reward.weight", get(config, "gad.task_reward.weight")
+    weights = list(weight.values()) if isinstance(weight, Mapping) else [] if weight is None else [weight]
+    if any(not is_number(value) or not 0 <= value < math.inf for value in weights):
         yield error(
-            f"{key}={value}: training follows the discriminator's score alone; expected null or 0", fix=f"{key}=0"
+            f"{key}={weight}: expected null, a number of at least 0, or one for each data_source", fix=f"{key}=0"
         )
-    if value is not None or get(config, "gad.actor_objective") != "policy_gradient":
         return
-    found = []
+    if (combine := get(config, "gad.task_reward.combine")) not in COMBINE:
+        yield error(f"gad.task_reward.combine={combine}: expected {either(COMBINE)}", fix="gad.task_reward.combine=raw")
+    follows = get(config, "gad.actor_objective") == "policy_gradient"
+    rewards = list(_own_rewards(config))
+    if not weight:
+        for setting, off in rewards if follows and weight is None else ():
+            yield error(
+                f"{setting}: training would ignore this reward, because it follows the discriminator's score",
+                fix=f"{key}=0 to use it in validation alone, a weight above 0 to follow it too, or {off}",
+            )
+        return
+    if not follows:
+        stage = get(config, "gad.stage")
+        yield error(f"{key}={weight}: stage {stage} follows no reward", fix=f"{key}=0")
+        return
+    if not rewards:
+        yield error(
+            f"{key}={weight}, but no reward of yours is configured: the packaged function is for validation",
+            fix=f"set reward.custom_reward_function.path and name, or {key}=null",
+        )
+    for other, value in (("gad.teacher_in_group", False), ("gad.credit", "sequence")):
+        if (found := get(config, other)) != value:
+            yield error(
+                f"{other}={found} takes advantages from the discriminator's scores alone, and {key}={weight}",
+                fix=f"{other}={value}, or {key}=0",
+            )
+    if combine == "normalized" and (n := integer(config, f"{ROLLOUT}.n")) < 2:
+        yield error(
+            f"{ROLLOUT}.n={n}: gad.task_reward.combine=normalized compares the answers to a prompt",
+            fix=f"{ROLLOUT}.n=2 or more, or gad.task_reward.combine=raw",
+        )
+    if isinstance(weight, Mapping):
+        yield from _weights_of_sources(config, key, weight)
+
+
+def _own_rewards(config: DictConfig) -> Iterator[tuple[str, str]]:
+    """(setting, setting without it) of every reward besides the packaged one and the discriminator's."""
     for group in ("reward.custom_reward_function", "custom_reward_function"):  # verl still takes the older name
         path = get(config, f"{group}.path")
         if path not in (None, PACKAGED_REWARD) and Path(path).resolve() != Path(__file__).parents[1] / "reward.py":
-            found.append((f"{group}.path={path}", f"reward.custom_reward_function.path={PACKAGED_REWARD}"))
+            yield f"{group}.path={path}", f"reward.custom_reward_function.path={PACKAGED_REWARD}"
     for group in ("reward.reward_model", "reward_model"):
         if get(config, f"{group}.enable") and get(config, f"{group}.enable_resource_pool"):
-            found.append((f"{group}.enable=True", f"{group}.enable=False"))
-    for setting, off in found:
-        yield error(
-            f"{setting}: training would ignore this reward, because it follows the discriminator's score",
-            fix=f"{key}=0 to use it in validation alone, or {off}",
-        )
+            yield f"{group}.enable=True", f"{group}.enable=False"
+
+
+def _weights_of_sources(config: DictConfig, key: str, weight: Mapping) -> Findings:
+    """Every data source of the training data has a weight, and no other name has one."""
+    found = {UNLABELLED} if files_of(get(config, "gad.unlabelled_files")) else set()
+    for file in files_of(get(config, "data.train_files")):
+        try:
+            found |= {NO_SOURCE if source == "None" else source for source in column_values(file, "data_source")}
+        except ValueError:  # no such column
+            found.add(NO_SOURCE)
+        except OSError:  # check_data reports files that cannot be read
+            return
+    for problem, names in (("has no weight for", found - set(weight)), ("names", set(weight) - found)):
+        if names:
+            yield error(
+                f"{key} {problem} data_source {', '.join(sorted(names))}; the training data has "
+                f"{', '.join(sorted(found))}",
+                fix="give each of these a weight, 0 for none",
+            )
 
 
 def check_quantized_rollout(config: DictConfig) -> Findings:

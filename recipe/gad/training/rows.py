@@ -185,19 +185,27 @@ def step_metrics(timing_raw: dict[str, float], global_steps: int, epoch: int) ->
     return timing | {"training/global_step": global_steps, "training/epoch": epoch}
 
 
-def score_length_correlation(scores: torch.Tensor, lengths: torch.Tensor, uids: Sequence[str]) -> float | None:
-    """Pearson correlation of D's scores with the answers' lengths among the answers to one prompt, over all prompts.
+def deviations(values: torch.Tensor, uids: Sequence[str]) -> torch.Tensor:
+    """Values less their mean over the answers to the same prompt, (..., rows) in float64.
 
-    Args: scores, lengths in tokens, and prompts of the rows, (rows,) each.
-
-    Returns:
-        in [-1, 1]; near 1 (or -1) the policy is mainly rewarded for longer (shorter) answers. None if the scores or the
-        lengths do not differ within any prompt.
+    Args: ``values``, (..., rows), and ``uids``, the prompts of the rows.
     """
-    columns = torch.stack([scores.double(), lengths.double()])
     groups = torch.tensor(np.unique(uids, return_inverse=True)[1])
     counts = torch.bincount(groups)
-    sums = torch.zeros(2, len(counts), dtype=torch.double).index_add_(1, groups, columns)
-    score, length = columns - (sums / counts)[:, groups]
-    deviation = (score.norm() * length.norm()).item()
-    return float(score @ length) / deviation if deviation > 0 else None
+    sums = torch.zeros(*values.shape[:-1], len(counts), dtype=torch.double).index_add_(-1, groups, values.double())
+    return values.double() - (sums / counts)[..., groups]
+
+
+def correlation_within_prompts(a: torch.Tensor, b: torch.Tensor, uids: Sequence[str]) -> float | None:
+    """Pearson correlation of two columns among the answers to one prompt, over all prompts.
+
+    With D's scores and the answers' lengths: near 1 (or -1) the policy is mainly rewarded for longer (shorter) answers.
+
+    Args: ``a``, ``b`` and the prompts of the rows, (rows,) each.
+
+    Returns:
+        in [-1, 1]; None if one of the two does not differ within any prompt.
+    """
+    first, second = deviations(torch.stack([a.double(), b.double()]), uids)
+    norm = (first.norm() * second.norm()).item()
+    return float(first @ second) / norm if norm > 0 else None

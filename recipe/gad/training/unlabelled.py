@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from recipe.gad.run.config import files_of
+from recipe.gad.run.data_file import UNLABELLED
 from recipe.gad.run.findings import InputError
 from recipe.gad.training.trajectory import TEACHER_IDS, TEACHER_TEXT
 from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler
@@ -29,7 +30,7 @@ class UnlabelledDataset(Dataset):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         answer = {TEACHER_TEXT: "", TEACHER_IDS: [self.eos_token_id]}
-        reward = {"reward_model": {"style": "teacher", "ground_truth": ""}, "data_source": "unlabelled"}
+        reward = {"reward_model": {"style": "teacher", "ground_truth": ""}, "data_source": UNLABELLED}
         return {**self.prompts[item], **answer, **reward}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import transfer_queue as tq
 
-from recipe.gad.training.rows import Trajectory
+from recipe.gad.training.rows import Trajectory, filler
 from recipe.gad.training.trajectory import TEACHER_IDS, build_teacher_trajectory
 
 
@@ -40,15 +40,17 @@ class SeenRows:
         return batch, metrics
 
 
-def pair_rows(pairs: Sequence[Pair]) -> dict[str, Trajectory]:
-    """Key -> trajectory: the students' rows, then as many rows of their teachers.
+def pair_rows(pairs: Sequence[Pair], n_ranks: int, eos_token_id: int) -> dict[str, Trajectory]:
+    """Key -> trajectory: rows of the students, as many of their teachers, and fillers up to a multiple of ``n_ranks``.
 
     Rows are in the order of their token ids, since validation samples arrive in any order and a run repeats itself.
     """
     ordered = sorted(pairs)
     sides = {"student": [pair.student for pair in ordered], "teacher": [pair.teacher for pair in ordered]}
-    return {
+    rows = {
         f"validation_{side}_{i}": build_teacher_trajectory(torch.tensor(pair.prompt), torch.tensor(ids))
         for side, answers in sides.items()
         for i, (pair, ids) in enumerate(zip(ordered, answers, strict=True))
     }
+    fillers = {f"validation_filler_{i}": filler(eos_token_id) for i in range(-len(rows) % n_ranks)}
+    return rows | fillers

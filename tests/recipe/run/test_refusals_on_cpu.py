@@ -186,7 +186,8 @@ POOL = {"enable": True, "enable_resource_pool": True, "nnodes": 1, "n_gpus_per_n
 def test_a_reward_that_training_would_ignore(found, changes, named, off):
     (message,) = found(changes)
     assert message.startswith(f"error {named}: training would ignore this reward")
-    assert message.endswith(f"Fix: gad.task_reward.weight=0 to use it in validation alone, or {off}")
+    fix = "gad.task_reward.weight=0 to use it in validation alone, a weight above 0 to follow it too"
+    assert message.endswith(f"Fix: {fix}, or {off}")
     assert found({**changes, "gad.task_reward.weight": 0}) == []
     assert found({**changes, "gad.actor_objective": "imitation"}) == [], "imitation follows no reward"
 
@@ -196,10 +197,44 @@ def test_the_packaged_reward_is_for_validation(found):
     assert found({"reward.custom_reward_function.path": None}) == []
 
 
-@pytest.mark.parametrize("weight", [0.7, -1, True, "all"])
-def test_a_weight_of_the_task_reward(found, weight):
-    (message,) = found({"gad.task_reward.weight": weight})
-    assert message.startswith(f"error gad.task_reward.weight={weight}: ") and "expected null or 0" in message
+MINE = {"reward.custom_reward_function.path": "mine.py", "gad.task_reward.weight": 0.7}
+
+
+@pytest.mark.parametrize("weight", [-1, True, "all", float("nan"), float("inf"), {"math": -1}, {"math": None}])
+def test_a_weight_is_a_number_or_one_for_each_data_source(found, weight):
+    (message,) = found({**MINE, "gad.task_reward.weight": weight})
+    assert message.startswith("error gad.task_reward.weight=") and "a number of at least 0" in message
+
+
+def test_a_task_reward_that_cannot_work(found):
+    assert found(MINE) == []
+    (message,) = found({"gad.task_reward.weight": 0.7})
+    assert "no reward of yours" in message and "Fix: set reward.custom_reward_function.path" in message
+    (message,) = found({**MINE, "gad.actor_objective": "imitation"})
+    assert "follows no reward" in message and message.endswith("Fix: gad.task_reward.weight=0")
+    (message,) = found({**MINE, "gad.teacher_in_group": True})
+    assert "gad.teacher_in_group=True" in message and "gad.teacher_in_group=False, or" in message
+    (message,) = found({**MINE, "gad.credit": "token"})
+    assert "gad.credit=token" in message
+    (message,) = found({**MINE, "gad.task_reward.combine": "sum"})
+    assert "gad.task_reward.combine=sum: expected normalized or raw" in message
+    (message,) = found({**MINE, "actor_rollout_ref.rollout.n": 1})
+    assert "rollout.n=1" in message and "combine=raw" in message
+    assert found({**MINE, "actor_rollout_ref.rollout.n": 1, "gad.task_reward.combine": "raw"}) == []
+
+
+def test_every_data_source_has_a_weight(found, tmp_path):
+    def file(name, rows):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+        return str(tmp_path / name)
+
+    two = file("two.parquet", [{"data_source": "math"}, {"data_source": None}, {"data_source": "math"}])
+    none = file("none.parquet", [{"content": "x"}])
+    weights = {**MINE, "data.train_files": [two, none], "gad.task_reward.weight": {"math": 0.5, "gad": 0}}
+    assert found(weights) == []
+    (missing, unknown) = found({**weights, "gad.task_reward.weight": {"math": 0.5, "code": 1}})
+    assert "has no weight for data_source gad; the training data has gad, math" in missing
+    assert "names data_source code" in unknown
 
 
 # ---------------------------------------------------------------------- agents

@@ -203,7 +203,7 @@ def test_teacher_lengths_count_answers_and_the_share_that_reached_the_limit():
 
 
 def correlation(scores, lengths, uids):
-    return gad_rows.score_length_correlation(torch.tensor(scores), torch.tensor(lengths), uids)
+    return gad_rows.correlation_within_prompts(torch.tensor(scores), torch.tensor(lengths), uids)
 
 
 def test_prompts_of_different_length_and_level_do_not_matter():

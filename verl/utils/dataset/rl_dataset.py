@@ -8,7 +8,7 @@ Goes when: ``data.custom_cls`` is enough for the users of this project.
 import datasets
 import torch
 
-from recipe.gad.run.data_file import check_data_file, find_teacher, teacher_text
+from recipe.gad.run.data_file import NO_SOURCE, check_data_file, find_teacher, teacher_text
 from recipe.gad.training import trajectory as teacher
 from recipe.gad.training.trajectory import TEACHER_IDS, TEACHER_TEXT
 from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
@@ -82,7 +82,7 @@ class RLHFDataset(_StockRLHFDataset):
             if row.get("reward_model") is None:
                 row["reward_model"] = {"style": "teacher", "ground_truth": row[TEACHER_TEXT]}
             if row.get("data_source") is None:
-                row["data_source"] = "gad"
+                row["data_source"] = NO_SOURCE
         return row
 
     def teacher_tensors(self, item: int) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from recipe.gad.run.checks import check_config, claim_output, resumed_checkpoint
 from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts, validates
 from recipe.gad.run.log import VAL_D_ACC
+from recipe.gad.run.refusals import GROUP_ESTIMATORS, OLD_LOG_PROB_ESTIMATORS
 from recipe.gad.run.stop import take_request
 from recipe.gad.run.watchdog import Watchdog
 from recipe.gad.training import rows as gad_rows
@@ -42,6 +43,7 @@ from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.shortcuts import ShortcutProbe, canonical_ids, canonical_rows, read_as
 from recipe.gad.training.state import load_state, save_state
+from recipe.gad.training.task_reward import FIELDS, add_task_reward
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
@@ -68,12 +70,6 @@ from verl.workers.utils.losses import ppo_loss
 __all__ = ["PPOTrainerGAD", "PPOTrainerWarmup"]
 
 logger = logging.getLogger(__name__)
-
-OLD_LOG_PROB_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
-"""Advantage estimators that read old log-probabilities."""
-
-GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline")
-"""Advantage estimators that compare an answer with the others to its prompt, and take one answer's score as it is."""
 
 
 @register_trainer("gad")
@@ -169,10 +165,10 @@ class PPOTrainerGAD(PPOTrainerSync):
         return super().prepare_step()
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        """Stock, after noting the prompts and telling the reward function that D scores training rows."""
+        """Stock, after noting the prompts and telling the reward function whether D alone scores training rows."""
         self._note_prompts(batch)
         for extra_info in batch["extra_info"]:
-            extra_info["scored_by_discriminator"] = True
+            extra_info["scored_by_discriminator"] = not self.config.gad.task_reward.weight
         return super()._submit_batch_to_rollout(batch)
 
     def _note_prompts(self, batch: TensorDict) -> None:
@@ -406,7 +402,8 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _put_scores(self, batch: KVBatchMeta, scores: torch.Tensor, metrics: dict) -> None:
         """Write scores, one per row of ``batch``, into TransferQueue; 0 for padding, empty and lone answers."""
-        fields = ["response_mask", "values"]
+        task_reward = self.config.gad.task_reward
+        fields = ["response_mask", "values", *(FIELDS if task_reward.weight else ())]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         offsets = data["response_mask"].offsets()
         lengths = offsets.diff()
@@ -414,9 +411,11 @@ class PPOTrainerGAD(PPOTrainerSync):
         uids = ["" if tag.get("is_padding", False) else gad_rows.split_key(key)[0] for key, tag in columns]
         real = torch.tensor([uid != "" for uid in uids]) & (lengths > 0)
         of_real = [uid for uid, is_real in zip(uids, real.tolist(), strict=True) if is_real]
-        correlation = gad_rows.score_length_correlation(scores[real], lengths[real], of_real)
+        correlation = gad_rows.correlation_within_prompts(scores[real], lengths[real], of_real)
         if correlation is not None:
             metrics["critic/score_length_corr"] = correlation
+        if task_reward.weight:
+            scores = add_task_reward(task_reward, scores, uids, data, metrics)
         token_scores = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         if self.config.algorithm.adv_estimator in GROUP_ESTIMATORS:
             scores = gad_rows.without_lone_answers(scores, uids, self.rollout_n)
@@ -496,9 +495,7 @@ class PPOTrainerGAD(PPOTrainerSync):
 
     def _validation_accuracy(self, pairs: list[Pair]) -> float:
         """Share of pairs in which D prefers the teacher. The rollout engine makes room for D's forward pass."""
-        rows, n_ranks = pair_rows(pairs), self.discriminator.data_parallel_size()
-        for i in range(-len(rows) % n_ranks):
-            rows[f"validation_filler_{i}"] = gad_rows.filler(self.tokenizer.eos_token_id)
+        rows = pair_rows(pairs, self.discriminator.data_parallel_size(), self.tokenizer.eos_token_id)
         self._put_rows("train", rows)
         self.checkpoint_manager.sleep_replicas()
         scores = self.discriminator.compute_values(self._view(list(rows)))
