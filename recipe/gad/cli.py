@@ -26,7 +26,7 @@ from recipe.gad.commands.prepare import prepare
 from recipe.gad.commands.referee import referee
 from recipe.gad.commands.report import report
 from recipe.gad.commands.watch import watch
-from recipe.gad.run.findings import visible
+from recipe.gad.run.findings import InputError, visible
 
 __all__ = ["app", "main"]
 
@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     for name, value in zip(words, words[1:], strict=False):
         if name.replace("-", "_") in ("__output", "__output_dir") and not value:
-            _fail(f"{name} is empty. Fix: name a file or folder")  # an empty path would be the current folder
+            # an empty path would be the current folder
+            _fail(str(InputError(f"{name} is empty", fix="name a file or folder")))
     try:
         with _cleaning_up():
             app(args=argv)

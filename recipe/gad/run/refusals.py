@@ -91,7 +91,7 @@ def check_task_reward(config: DictConfig) -> Findings:
     """Training follows every reward that is configured, or the run says that it is for validation alone."""
     key, weight = "gad.task_reward.weight", get(config, "gad.task_reward.weight")
     weights = list(weight.values()) if isinstance(weight, Mapping) else [] if weight is None else [weight]
-    if any(not is_number(value) or not 0 <= value < math.inf for value in weights):
+    if weight == {} or any(not is_number(value) or not 0 <= value < math.inf for value in weights):
         yield error(
             f"{key}={weight}: expected null, a number of at least 0, or one for each data_source", fix=f"{key}=0"
         )
@@ -152,7 +152,8 @@ def _weights_of_sources(config: DictConfig, key: str, weight: Mapping) -> Findin
             found.add(NO_SOURCE)
         except OSError:  # check_data reports files that cannot be read
             return
-    for problem, names in (("has no weight for", found - set(weight)), ("names", set(weight) - found)):
+    named = {str(source) for source in weight}
+    for problem, names in (("has no weight for", found - named), ("names", named - found)):
         if names:
             yield error(
                 f"{key} {problem} data_source {', '.join(sorted(names))}; the training data has "

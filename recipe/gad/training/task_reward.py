@@ -65,8 +65,12 @@ def add_task_reward(
         InputError: the user's function returned NaN or an infinite number.
     """
     rewards = torch.stack([row.sum() for row in data["rm_scores"].unbind()]).double()
-    weight, sources = config.weight, list(data["data_source"])
-    of_rows = [weight[source] if isinstance(weight, Mapping) else weight for source in sources]
+    sources, weight = [str(source) for source in data["data_source"]], config.weight
+    if isinstance(weight, Mapping):
+        of_source = {str(source): value for source, value in weight.items()}
+        of_rows = [of_source[source] for source in sources]
+    else:
+        of_rows = [weight] * len(sources)
     weights = torch.tensor(of_rows, dtype=torch.float64)
     real = torch.tensor([uid != "" for uid in uids])
     of_real = [uid for uid in uids if uid]

@@ -200,7 +200,7 @@ def test_the_packaged_reward_is_for_validation(found):
 MINE = {"reward.custom_reward_function.path": "mine.py", "gad.task_reward.weight": 0.7}
 
 
-@pytest.mark.parametrize("weight", [-1, True, "all", float("nan"), float("inf"), {"math": -1}, {"math": None}])
+@pytest.mark.parametrize("weight", [-1, True, "all", float("nan"), float("inf"), {}, {"math": -1}, {"math": None}])
 def test_a_weight_is_a_number_or_one_for_each_data_source(found, weight):
     (message,) = found({**MINE, "gad.task_reward.weight": weight})
     assert message.startswith("error gad.task_reward.weight=") and "a number of at least 0" in message
@@ -235,6 +235,8 @@ def test_every_data_source_has_a_weight(found, tmp_path):
     (missing, unknown) = found({**weights, "gad.task_reward.weight": {"math": 0.5, "code": 1}})
     assert "has no weight for data_source gad; the training data has gad, math" in missing
     assert "names data_source code" in unknown
+    numbers = file("numbers.parquet", [{"data_source": 1}, {"data_source": 2}])
+    assert found({**MINE, "data.train_files": [numbers], "gad.task_reward.weight": {1: 0.5, 2: 0}}) == []
 
 
 # ---------------------------------------------------------------------- agents

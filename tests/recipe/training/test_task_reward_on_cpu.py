@@ -57,6 +57,12 @@ def test_each_data_source_has_its_weight_and_rows_that_are_no_answers_keep_their
     assert metrics["critic/score_task_corr"] == pytest.approx(correlation)
 
 
+def test_a_data_source_may_be_a_number():
+    data, metrics = batch([1.0, 1.0], [1, "2"]), {}
+    got = add_task_reward(settings({1: 0.5, "2": 0.25}), torch.zeros(2), ["a", "b"], data, metrics)
+    assert got.tolist() == [0.5, 0.25]
+
+
 def test_a_reward_that_is_the_same_for_all_answers_leaves_the_order_to_the_discriminator():
     uids, scores = ["a", "a", "a"], torch.tensor([1.0, 2.0, 6.0])
     metrics = {}

@@ -1,5 +1,5 @@
 """Extends stock ``verl.experimental.agent_loop.single_turn_agent_loop``: a seed per sample for the Hugging Face
-rollout, whole answers from vLLM, and no reward function for answers that D scores.
+rollout, whole answers from vLLM, and no reward function for answers that D alone scores.
 
 The Hugging Face replica batches requests as they arrive, so a shared random stream would give every run other samples.
 A seed that depends only on step, row and sample makes runs repeatable and resumable.
