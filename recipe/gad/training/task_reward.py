@@ -65,13 +65,9 @@ def add_task_reward(
         InputError: the user's function returned NaN or an infinite number.
     """
     rewards = torch.stack([row.sum() for row in data["rm_scores"].unbind()]).double()
-    sources, weight = [str(source) for source in data["data_source"]], config.weight
-    if isinstance(weight, Mapping):
-        of_source = {str(source): value for source, value in weight.items()}
-        of_rows = [of_source[source] for source in sources]
-    else:
-        of_rows = [weight] * len(sources)
-    weights = torch.tensor(of_rows, dtype=torch.float64)
+    weight = config.weight
+    of_source = {str(source): value for source, value in weight.items()} if isinstance(weight, Mapping) else {}
+    weights = [of_source[str(source)] if of_source else weight for source in data["data_source"]]
     real = torch.tensor([uid != "" for uid in uids])
     of_real = [uid for uid in uids if uid]
     for uid, reward in zip(of_real, rewards[real].tolist(), strict=True):
@@ -80,7 +76,7 @@ def add_task_reward(
                 f"reward.custom_reward_function returned {reward} for an answer to prompt {uid}",
                 fix="return a finite number for every answer",
             )
-    s, r, w = scores[real], rewards[real], weights[real]
+    s, r, w = scores[real], rewards[real], torch.tensor(weights, dtype=torch.float64)[real]
     metrics["critic/task_reward_mean"] = r.mean().item()
     metrics["critic/task_reward_std"] = deviations(r, of_real).square().mean().sqrt().item()
     correlation = correlation_within_prompts(s, r, of_real)

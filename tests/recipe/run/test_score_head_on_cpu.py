@@ -159,7 +159,7 @@ def load(folder, **settings):
 
 
 def aligned(model):
-    """The model with every weight in memory of its own: kernels round by the place of a weight in a mapped file."""
+    """The same model, with its weights copied out of the mapped file: their place in it changes how kernels round."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
