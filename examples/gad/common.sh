@@ -76,6 +76,11 @@ launch() {
     check_text "--$flag" "${!variable}"
   done
   check_text "the current folder" "$PWD"
+  for variable in TRAIN_FILES VAL_FILES; do
+    case "$(absolute "${!variable}")" in *[*?[]*|*::*)
+      fail "--${variable,,} ${!variable}: verl's reader takes *, ?, [ and :: in a path as a pattern; rename the file or its folder" ;;
+    esac
+  done
   EXP_NAME=${EXP_NAME:-$stage}
   OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/gad/$EXP_NAME}
   case "$OUTPUT_DIR" in /*) ;; *) OUTPUT_DIR="$PWD/$OUTPUT_DIR" ;; esac

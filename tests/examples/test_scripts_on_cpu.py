@@ -496,6 +496,8 @@ def test_odd_and_random_texts_reach_hydra():
         ("--output_dir", "a${oc.env:HOME}b", "holds \\$"),
         ("--val_files", "a$HOME", "holds \\$"),
         ("--reward_model", b"a\xff", "not UTF-8"),
+        ("--train_files", "a[1].parquet", "as a pattern"),
+        ("--val_files", "a::b", "as a pattern"),
     ],
 )
 def test_texts_that_no_layer_below_keeps_are_refused_by_name(fake, flag, text, reason):
