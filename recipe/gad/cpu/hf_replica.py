@@ -31,6 +31,7 @@ from recipe.gad.run.findings import InputError
 from recipe.gad.training.trajectory import stop_token_ids
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.engine.fsdp.utils import unfuse_moe_params
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
@@ -105,6 +106,7 @@ class HFServer:
             self.model_config.local_path,
             dtype=getattr(torch, self.config.dtype),
             attn_implementation="sdpa",
+            experts_implementation="eager",  # grouped matrix products take no float64
             trust_remote_code=self.model_config.trust_remote_code,
         ).eval()
         # the folder's defaults (repetition penalty, minimum length, ...) would change the policy
@@ -224,18 +226,27 @@ class HFServer:
     async def update_weights(self, weights: dict[str, torch.Tensor], global_steps: int | None) -> None:
         """Load the policy's weights, by name.
 
+        transformers fuses the experts of a layer into one weight. verl's sender splits such a weight
+        (``unfuse_moe_params``), so both sides are split here; a part shares memory with the weight.
+
         Raises:
-            ValueError: a weight is missing, or a name is unknown.
+            ValueError: a weight is missing or has another shape, or a name is unknown.
         """
-        result = self.model.load_state_dict(weights, strict=False)
-        own = self.model.state_dict()
-        given = {own[name].data_ptr() for name in weights if name in own}  # tied weights arrive under one name
-        missing = [name for name in result.missing_keys if own[name].data_ptr() not in given]
-        if missing or result.unexpected_keys:
+        model_type = self.model.config.model_type
+        own = dict(unfuse_moe_params(self.model.state_dict().items(), model_type))
+        sent = dict(unfuse_moe_params(weights.items(), model_type))
+        unknown = [name for name in sent if name not in own]
+        given = {own[name].data_ptr() for name in sent if name in own}  # tied weights arrive under one name
+        missing = [name for name in own if own[name].data_ptr() not in given]
+        resized = [name for name, tensor in sent.items() if name in own and own[name].shape != tensor.shape]
+        if missing or unknown or resized:
             raise InputError(
-                f"weights do not fit the rollout model: missing {missing[:5]}, unknown {result.unexpected_keys[:5]}",
+                f"weights do not fit the rollout model: missing {missing[:5]}, unknown {unknown[:5]}, of another shape "
+                f"{resized[:5]}",
                 fix="with LoRA, rollout.name=hf needs actor_rollout_ref.model.lora.merge=True",
             )
+        for name, tensor in sent.items():
+            own[name].copy_(tensor)
         self.global_steps = global_steps
 
     async def address(self) -> str:

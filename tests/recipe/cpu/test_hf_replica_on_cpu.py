@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from recipe.gad.cpu.hf_replica import HFServer, SeededSampling
 from recipe.gad.quickstart.problem import tiny_llama
@@ -274,6 +275,45 @@ def test_unknown_weights_are_refused(server):
     state = {**server.model.state_dict(), "base_model.lora_A.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match="(?s)unknown .*base_model.lora_A.weight.*LoRA"):
         asyncio.run(server.update_weights(state, 1))
+
+
+def test_weights_of_another_shape_are_refused(server):
+    state = {**server.model.state_dict(), "model.norm.weight": torch.zeros(1)}  # copying it would repeat it
+    with pytest.raises(ValueError, match="of another shape .*model.norm.weight"):
+        asyncio.run(server.update_weights(state, 1))
+
+
+def test_the_experts_of_a_layer_arrive_one_by_one(byte_tokenizer, tmp_path):
+    """Names and values as transformers writes them to disk: it splits the weight that it keeps fused in memory."""
+    tokenizer = byte_tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=16, moe_intermediate_size=8, intermediate_size=24, num_experts=3,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    server = make_server(tmp_path / "start")
+    policy = Qwen3MoeForCausalLM(config)
+    policy.save_pretrained(tmp_path / "policy")
+    on_disk = load_file(tmp_path / "policy/model.safetensors")
+    assert "model.layers.1.mlp.experts.2.gate_proj.weight" in on_disk
+    asyncio.run(server.update_weights(on_disk, 1))
+    loaded = server.model.state_dict()
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(loaded[name], tensor.double()), name
+    (output,) = ask(server, requests_of([5], temperature=0.0))
+    ids = torch.tensor([requests_of([5])[0][0] + output.token_ids])
+    policy.double().set_experts_implementation("eager")
+    with torch.no_grad():
+        logits = policy(input_ids=ids).logits
+    assert logits[0, 4:-1].argmax(-1).tolist() == output.token_ids
+    fused = {name: tensor + 1 for name, tensor in policy.state_dict().items()}  # as merged LoRA arrives
+    asyncio.run(server.update_weights(fused, 2))
+    assert all(torch.equal(server.model.state_dict()[name], tensor.double()) for name, tensor in fused.items())
+    del on_disk["model.layers.0.mlp.experts.1.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"missing \['model.layers.0.mlp.experts.1.up_proj.weight'\]"):
+        asyncio.run(server.update_weights(on_disk, 3))
 
 
 def test_a_tied_head_need_not_be_sent(model_dir, tmp_path):
