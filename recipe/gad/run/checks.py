@@ -69,11 +69,13 @@ from recipe.gad.run.model_checks import check_critic_lora, check_models, check_t
 from recipe.gad.run.refusals import (
     check_agents,
     check_estimator,
+    check_moved_keys,
     check_names,
     check_parameter_sync,
     check_quantized_rollout,
     check_ratios,
     check_reward_model,
+    check_router_replay,
     check_task_reward,
 )
 
@@ -840,8 +842,10 @@ CHECKS: tuple[Check, ...] = (
     check_parameter_sync,
     check_reward_model,
     check_quantized_rollout,
+    check_router_replay,
     check_agents,
     check_names,
+    check_moved_keys,
     check_ratios,
     check_task_reward,
 )

@@ -48,6 +48,13 @@ COMBINE = ("normalized", "raw")
 PACKAGED_REWARD = "pkg://recipe.gad.reward"
 CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 """verl's defaults of the keys that say when the loss clips."""
+MOVED = {
+    f"{ACTOR}.grad_clip": (1.0, f"{ACTOR}.optim.clip_grad"),
+    "critic.grad_clip": (1.0, "critic.optim.clip_grad"),
+    f"{ACTOR}.fsdp_config.strategy": ("fsdp", f"{ACTOR}.strategy"),
+    "critic.fsdp.strategy": ("fsdp", "critic.strategy"),
+}
+"""Key that nothing reads -> verl's default of it, and the key that is read."""
 
 
 def check_estimator(config: DictConfig) -> Findings:
@@ -181,6 +188,24 @@ def check_quantized_rollout(config: DictConfig) -> Findings:
         )
     elif not get(config, log_probs):
         yield error(f"{found[0]}: {correction} needs {log_probs}=True, which is False", fix=f"{log_probs}=True")
+
+
+def check_moved_keys(config: DictConfig) -> Findings:
+    """No setting is at a key that verl has, but that its engines no longer read."""
+    for old, (default, new) in MOVED.items():
+        if (value := get(config, old, default)) not in (default, get(config, new)):
+            yield warning(f"{old}={value} is not read by verl", fix=f"{new}={value}")
+
+
+def check_router_replay(config: DictConfig) -> Findings:
+    """Router replay is set where verl reads it."""
+    for key in (f"{ACTOR}.router_replay", f"{ACTOR}.fsdp_config.router_replay"):
+        if (mode := get(config, f"{key}.mode", "disabled")) != "disabled":
+            yield error(
+                f"{key}.mode={mode}: verl would not read it, because its FSDP engines cannot replay the routes of "
+                "experts",
+                fix=f"leave it out; with model_engine=megatron, set {ACTOR}.megatron.router_replay.mode",
+            )
 
 
 def check_agents(config: DictConfig) -> Findings:

@@ -18,8 +18,10 @@ CHECKS = [
     refusals.check_parameter_sync,
     refusals.check_reward_model,
     refusals.check_quantized_rollout,
+    refusals.check_router_replay,
     refusals.check_agents,
     refusals.check_names,
+    refusals.check_moved_keys,
     refusals.check_ratios,
     refusals.check_task_reward,
 ]
@@ -274,6 +276,47 @@ def test_agents_that_the_data_names(found, tmp_path, ending):
     (message,) = found(write("single_turn_agent", "tool_agent", None, "tool_agent"))
     assert f"train.{ending}: column 'agent_name' names None, tool_agent" in message and "Fix: drop the" in message
     assert found({"data.train_files": str(tmp_path / f"none.{ending}")}) == [], "another check reports it"
+
+
+# ---------------------------------------------------------------------- keys that verl no longer reads
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new"),
+    [
+        (f"{ACTOR}.grad_clip", 0.3, f"{ACTOR}.optim.clip_grad"),
+        ("critic.grad_clip", 0.3, "critic.optim.clip_grad"),
+        (f"{ACTOR}.fsdp_config.strategy", "fsdp2", f"{ACTOR}.strategy"),
+        ("critic.fsdp.strategy", "fsdp2", "critic.strategy"),
+    ],
+)
+def test_an_older_key_is_a_warning_unless_the_newer_one_agrees(found, old, value, new):
+    settings = {ACTOR + ".strategy": "fsdp", "critic.strategy": "fsdp"}
+    assert found({**settings, old: value}) == [f"warning {old}={value} is not read by verl. Fix: {new}={value}"]
+    assert found({**settings, old: value, new: value}) == []
+
+
+def test_the_defaults_of_older_keys_are_verls(compose_config):
+    config = compose_config()
+    assert {key: OmegaConf.select(config, key) for key in refusals.MOVED} == (
+        {key: default for key, (default, _) in refusals.MOVED.items()}
+    )
+
+
+# ---------------------------------------------------------------------- router replay
+
+
+@pytest.mark.parametrize("group", ["router_replay", "fsdp_config.router_replay"])
+def test_router_replay_is_refused_where_nothing_reads_it(found, group):
+    (message,) = found({f"{ACTOR}.{group}.mode": "R2"})
+    assert message.startswith(f"error {ACTOR}.{group}.mode=R2: verl would not read it")
+    assert f"set {ACTOR}.megatron.router_replay.mode" in message
+    assert found({f"{ACTOR}.{group}.mode": "disabled"}) == []
+
+
+def test_megatron_reads_router_replay(compose_config):
+    config = compose_config("model_engine=megatron", f"{ACTOR}.megatron.router_replay.mode=R2")
+    assert [finding for check in CHECKS for finding in check(config)] == []
 
 
 # ---------------------------------------------------------------------- probability ratios
