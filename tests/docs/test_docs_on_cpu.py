@@ -290,6 +290,15 @@ def test_the_migration_table_is_read():
     assert len(migration_rows()) > 35
 
 
+# ---------------------------------------------------------------------- black-opd: which keys are gone
+
+
+def test_the_keys_in_italics_are_gone_and_the_others_exist():
+    rows = re.findall(r"^\| ([*`])(.+?)[*`] \|", read(ROOT / "docs/black_opd.md").prose, re.MULTILINE)
+    assert len(rows) > 20
+    assert [key for mark, key in rows if exists(key) != (mark == "`")] == []
+
+
 # ---------------------------------------------------------------------- the rules of health.py
 
 

@@ -403,9 +403,43 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
     assert calls[-1] == f"-m recipe.gad.cli report {out} --output {out}/report.html"
 
 
+def test_the_moe_example_has_its_setting_in_both_stages(fake, tmp_path):
+    reward = SCRIPTS / "task_reward/json_form.py"
+    models = ["--model", "org/moe", "--reward_model", "org/dense", "--train_files", "t", "--reward", reward]
+    done, calls = fake("moe_gspo/run.sh", *models, "--output_dir", tmp_path / "out", "--skip-doctor", "data.seed=7")
+    assert done.returncode == 0, done.stderr
+    trained = [call.split() for call in calls if "main_ppo" in call]
+    with initialize_config_module(config_module="recipe.gad.config", version_base=None):
+        warmup, gad = (compose("gad_trainer", overrides=words[words.index("gad_trainer") + 1 :]) for words in trained)
+    assert (warmup.gad.stage, warmup.critic.model.path) == ("warmup", "org/dense")
+    assert warmup.actor_rollout_ref.model.path == "org/moe"
+    assert (gad.gad.stage, gad.critic.model.path) == ("gad", "/w/global_step_7/critic/huggingface")
+    for config in (warmup, gad):
+        actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
+        assert (data.train_batch_size, actor.ppo_mini_batch_size, config.critic.ppo_mini_batch_size) == (128, 64, 64)
+        assert (data.max_prompt_length, data.max_response_length, rollout.max_model_len) == (3800, 2900, 7200)
+        assert (rollout.name, rollout.n, rollout.tensor_model_parallel_size, rollout.temperature) == ("vllm", 8, 4, 0.6)
+        assert (actor.strategy, config.critic.strategy) == ("fsdp2", "fsdp2")
+        for engine in (actor.fsdp_config, config.critic.fsdp):
+            assert engine.param_offload and engine.optimizer_offload
+        assert (config.trainer.critic_warmup, config.trainer.n_gpus_per_node, data.seed) == (20, 8, 7)
+        assert "tensorboard" in config.trainer.logger
+        folder = config.ray_kwargs.ray_init.runtime_env.env_vars.TENSORBOARD_DIR
+        assert folder == f"{tmp_path}/out/tensorboard/{config.gad.stage}"
+    actor = gad.actor_rollout_ref.actor
+    assert (actor.policy_loss.loss_mode, actor.loss_agg_mode) == ("gspo", "seq-mean-token-mean")
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.005, 0.01, 10)
+    assert (actor.use_kl_loss, actor.kl_loss_coef, actor.entropy_coeff) == (True, 0.6, 0.01)
+    assert (warmup.actor_rollout_ref.actor.use_kl_loss, warmup.actor_rollout_ref.actor.entropy_coeff) == (False, 0)
+    assert (gad.gad.task_reward.weight, gad.reward.custom_reward_function.path) == (0.7, str(reward))
+
+
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
+        ("moe_gspo/run.sh", ["--model", "m"], "--reward_model is missing"),
+        ("moe_gspo/run.sh", [*GOOD, "--reward_model", "d", "--reward", "no.py"], "--reward no.py is no file"),
+        ("moe_gspo/tiny.sh", ["--model", "m"], "unknown flag --model"),
         ("smollm2_gpt4/run.sh", ["--output_dir", "nothing"], "run prepare.sh --output_dir nothing"),
         ("smollm2_gpt4/run.sh", ["--model", "x"], "unknown flag --model"),
         ("smollm2_gpt4/prepare.sh", [], "--train and --val are missing"),
@@ -414,7 +448,7 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
         ("smollm2_gpt4/prepare.sh", ["data.seed=1"], "unknown argument data.seed=1"),
     ],
 )
-def test_mistakes_with_the_smollm2_example(fake, script, arguments, message):
+def test_mistakes_with_the_examples(fake, script, arguments, message):
     done, calls = fake(script, *arguments)
     assert done.returncode == 2 and message in done.stderr and calls == []
 
