@@ -67,8 +67,7 @@ class Runner:
         environment = {**os.environ, "PYTHON": sys.executable, "HYDRA_FULL_ERROR": "0", **(env or {})}
         environment.pop("VERL_PLATFORM", None)  # the scripts set it
         environment.update(env or {})
-        if any("main_ppo" in part or "run_" in part for part in command):
-            command = [*command, f"+ray_kwargs.ray_init._temp_dir={ray_dir}"]
+        command = [*command, f"+ray_kwargs.ray_init._temp_dir={ray_dir}"]
         with log.open("w") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ray_dir, start_new_session=True
@@ -267,6 +266,32 @@ def olmo_warmup(runner):
 @in_background
 def olmo_gad(runner, olmo_warmup):
     return runner.stage("gad", "olmo-gad", "--warmup_dir", str(olmo_warmup))
+
+
+@in_background
+def moe(runner):
+    """Both stages of the example with a mixture-of-experts student, two steps each."""
+    out = runner.base / "moe"
+    script = f"{ROOT}/examples/gad/moe_gspo/tiny.sh"
+    few = ["trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=2", "trainer.critic_warmup=1"]
+    result = runner.run(["bash", script, "--output_dir", str(out), "--skip-doctor", *few])
+    assert result.returncode == 0, result.stdout[-4000:]
+    return out
+
+
+@in_background
+def gspo(runner):
+    """GSPO with two optimizer steps a batch, on the quickstart's problem."""
+    from recipe.gad.quickstart.problem import build_problem
+
+    toy = build_problem(runner.base / "toy", n_train=256)
+    keys = [f"data.train_files={toy}/train.parquet", f"data.val_files={toy}/val.parquet", "data.train_batch_size=16"]
+    keys += ["actor_rollout_ref.rollout.temperature=1.0"]
+    start = runner.stage("warmup", "toy-warmup", "--model", f"{toy}/model", *keys)
+    clip = ["clip_ratio_low=0.005", "clip_ratio_high=0.01", "clip_ratio_c=10", "ppo_mini_batch_size=8"]
+    clip += ["policy_loss.loss_mode=gspo", "loss_agg_mode=seq-mean-token-mean"]
+    clip = [f"actor_rollout_ref.actor.{key}" for key in clip]
+    return runner.stage("gad", "gspo", "--warmup_dir", str(start), *keys, *clip)
 
 
 @in_background
@@ -481,6 +506,26 @@ def test_a_discriminator_of_a_built_class_goes_through_both_stages(olmo_warmup, 
     assert warmup_log[STEPS]["critic/d_loss"] < warmup_log[1]["critic/d_loss"]
     assert gad_log[1]["critic/d_loss"] < warmup_log[1]["critic/d_loss"]
     assert all(math.isfinite(gad_log[step]["critic/grad_norm"]) for step in range(1, STEPS + 1))
+
+
+@pytest.mark.long
+def test_gspo_with_two_optimizer_steps_a_batch_clips_a_tenth_to_two_fifths(gspo):
+    fractions = [metrics(gspo)[step]["actor/pg_clipfrac"] for step in range(1, STEPS + 1)]
+    assert all(0.0 < fraction < 0.5 for fraction in fractions), fractions
+    assert 0.1 <= sum(fractions) / STEPS <= 0.4, fractions
+
+
+@pytest.mark.long
+def test_a_mixture_of_experts_student_goes_through_both_stages(moe):
+    warmup_log, gad_log = metrics(moe / "warmup"), metrics(moe / "gad")
+    assert warmup_log[2]["actor/sft_loss"] < warmup_log[1]["actor/sft_loss"]
+    assert gad_log[1]["critic/d_loss"] < warmup_log[1]["critic/d_loss"], "the hand-over brings the discriminator"
+    for log in (gad_log[1], gad_log[2]):
+        # the rollout engine has the policy's experts: its probabilities are the actor's
+        assert log["training/rollout_probs_diff_max"] < 1e-4
+        assert 0.0 < log["actor/pg_clipfrac"] < 0.5 and log["actor/kl_loss"] > 0.0
+        assert log["critic/task_reward_mean"] == pytest.approx(0.0), "a random student writes no JSON"
+    assert all(any((moe / "tensorboard" / stage).iterdir()) for stage in ("warmup", "gad"))
 
 
 def test_two_ranks_do_what_one_does(gad, gad_on_two_ranks):

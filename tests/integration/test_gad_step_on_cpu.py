@@ -552,6 +552,37 @@ def test_gspo_loss_runs_as_the_actor_objective(live):
     )
 
 
+def test_gspo_clips_some_answers_in_the_second_optimizer_step_of_a_batch(live):
+    """The clip range of examples/gad/moe_gspo with a dense student. The first step has the ratio 1, so at most half of
+    a batch is clipped."""
+    from functools import partial
+
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    actor = "actor_rollout_ref__actor__"
+    setting = {
+        f"{actor}policy_loss__loss_mode": "gspo",
+        f"{actor}loss_agg_mode": "seq-mean-token-mean",
+        f"{actor}clip_ratio_low": 0.005,
+        f"{actor}clip_ratio_high": 0.01,
+        f"{actor}clip_ratio_c": 10,
+        f"{actor}ppo_mini_batch_size": 4,
+    }
+    before = {key: OmegaConf.select(live.config, key.replace("__", ".")) for key in setting}
+
+    def set_loss():
+        actor_config = omega_conf_to_dataclass(live.config.actor_rollout_ref.actor)
+        live.trainer.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=actor_config))
+
+    live.set(**setting)
+    set_loss()
+    fractions = [live.step()[0]["actor/pg_clipfrac"] for _ in range(2)]
+    live.set(**before)
+    set_loss()
+    assert all(0.0 < fraction < 0.5 for fraction in fractions), fractions
+
+
 def test_checkpoints_of_both_load_back(live, tmp_path):
     live.set(trainer__default_local_dir=str(tmp_path))
     live.trainer._save_checkpoint()
