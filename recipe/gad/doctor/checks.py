@@ -543,9 +543,10 @@ def check_discriminator_size(config: DictConfig) -> Findings:
     shapes = _role_shape(config, ACTOR, f"{ACTOR_MODEL}.path"), _role_shape(config, "critic", key)
     if shapes[0] is None or shapes[1] is None:
         return
-    # without embedding and language-model head, which only the student has
-    student, discriminator = (shape.parameters - shape.root_parameters for shape in shapes if shape is not None)
-    found = f"{key}: the discriminator's layers have {discriminator:,} parameters, the student's {student:,}"
+    # without embedding and language-model head, which only the student has, and without experts that a token skips
+    student, discriminator = (shape.active_layer_parameters for shape in shapes if shape is not None)
+    active = "active " if any(shape.experts for shape in shapes if shape is not None) else ""
+    found = f"{key}: the discriminator's layers have {discriminator:,} {active}parameters, the student's {student:,}"
     fix = "start the discriminator from a larger model with the same vocabulary: --reward_model of the warmup"
     if discriminator < (1 - SAME_SIZE) * student:
         yield warning(f"{found}: a discriminator weaker than the student cannot lead it", fix=fix)

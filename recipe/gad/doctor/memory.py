@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -39,6 +40,21 @@ FORWARD_LOGITS = 2
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of a mixture-of-experts decoder."""
+
+    parameters: int
+    """Of all experts of all layers."""
+    count: int
+    """Experts of one layer."""
+    active: int
+    """Experts that one token passes in a layer."""
+    intermediate: int
+    shared_intermediate: int
+    """Intermediate size of the expert that every token passes besides; 0: there is none."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder, as its config.json names them."""
 
@@ -46,11 +62,13 @@ class ModelShape:
     layers: int
     hidden: int
     intermediate: int
+    """Of a dense MLP; 0: every layer has experts."""
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     tied: bool
+    experts: Experts | None = None
 
     @property
     def head_parameters(self) -> int:
@@ -66,17 +84,36 @@ class ModelShape:
     def layer_parameters(self) -> int:
         return (self.parameters - self.root_parameters) // self.layers
 
+    @property
+    def active_layer_parameters(self) -> int:
+        """Parameters of all layers that one token passes."""
+        idle = 0
+        if self.experts:
+            idle = self.experts.parameters * (self.experts.count - self.experts.active) // self.experts.count
+        return self.parameters - self.root_parameters - idle
+
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of LoRA matrices on every linear map of every layer."""
+        """Parameters of LoRA matrices on every linear map of every layer; the experts of a layer are none."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
-        return rank * self.layers * (attention + 3 * (self.hidden + self.intermediate))
+        mlp = self.experts.shared_intermediate if self.experts else self.intermediate
+        return rank * self.layers * (attention + (3 * (self.hidden + mlp) if mlp else 0))
 
     def layer_activation_bytes(self, compute_bytes: int) -> int:
-        """Bytes per token that the backward pass of one layer needs: RMS norms in float32, attention, gated MLP."""
+        """Bytes per token that the backward pass of one layer needs: RMS norms in float32, attention, gated MLP.
+
+        A layer with experts needs an MLP for each active one, its input and output, and the router's probabilities.
+        """
         norms = 2 * self.hidden * (FLOAT32_BYTES + 2 * compute_bytes)
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim
-        return norms + compute_bytes * (attention + 4 * self.intermediate)
+        mlp = compute_bytes * 4 * self.intermediate
+        if self.experts:
+            routed = self.experts.active * (4 * self.experts.intermediate + 2 * self.hidden)
+            sparse = (
+                compute_bytes * (routed + 4 * self.experts.shared_intermediate) + FLOAT32_BYTES * self.experts.count
+            )
+            mlp = max(mlp, sparse)
+        return norms + compute_bytes * attention + mlp
 
     def kv_bytes(self, element_bytes: int) -> int:
         """Bytes of the KV cache per token."""
@@ -108,7 +145,6 @@ def model_shape(folder: Path, value_model: bool, trust_remote_code: bool = False
     )
     if any(folder.glob("*.safetensors")):
         shapes = tensor_shapes(folder)
-        parameters = sum(map(prod, shapes.values()))
         has_head = "lm_head.weight" in shapes
     else:
         import torch
@@ -116,13 +152,40 @@ def model_shape(folder: Path, value_model: bool, trust_remote_code: bool = False
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        parameters, has_head = sum(parameter.numel() for parameter in model.parameters()), not shape.tied
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        has_head = not shape.tied
+    parameters = sum(map(prod, shapes.values()))
+    if experts := _experts(text, shapes):
+        shape = replace(shape, intermediate=_mlp_width(shapes, shared=False), experts=experts)
     if has_head and (shape.tied or value_model):  # a tied copy of the embedding, or a head that a critic drops
         parameters -= shape.vocabulary * shape.hidden
     if not value_model:
         return replace(shape, parameters=parameters)
     score_head = 0 if has_score_head(folder) else shape.hidden + 1
     return replace(shape, parameters=parameters + score_head, tied=True)
+
+
+def _experts(config: Any, shapes: dict[str, list[int]]) -> Experts | None:
+    """Experts of a model; None: it has none, or its configuration does not say how many a token passes."""
+    parameters = sum(prod(size) for name, size in shapes.items() if ".experts." in name)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((number for name in names if isinstance(number := getattr(config, name, None), int)), 0)
+    active = getattr(config, "num_experts_per_tok", None)
+    if not (parameters and count and isinstance(active, int)):
+        return None
+    return Experts(
+        parameters=parameters,
+        count=count,
+        active=active,
+        intermediate=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        shared_intermediate=_mlp_width(shapes, shared=True),
+    )
+
+
+def _mlp_width(shapes: dict[str, list[int]], shared: bool) -> int:
+    """Largest intermediate size of the MLPs that every token passes: shared experts or those of dense layers; or 0."""
+    gates = [(name, size) for name, size in shapes.items() if name.endswith(".gate_proj.weight")]
+    return max((size[0] for name, size in gates if ".experts." not in name and ("shared" in name) == shared), default=0)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from recipe.gad.doctor.checks import (
 )
 from recipe.gad.doctor.memory import (
     GIB,
+    Experts,
     ModelShape,
     Training,
     checkpoints_on_disk,
@@ -459,14 +460,69 @@ def test_parameters_are_those_of_the_model(tmp_path, tied):
     assert (shape.kv_heads, shape.head_dim, shape.heads, shape.intermediate) == (2, 8, 4, 24)
 
 
-def test_lora_parameters_are_those_of_peft(tiny_problem):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+MOE = {
+    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 999, "moe_intermediate_size": 6, "num_experts": 5,
+    "num_experts_per_tok": 2, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+"""Qwen3-MoE. Its intermediate_size is for dense layers, of which it has none."""
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_problem / "model")
+
+def test_all_experts_take_memory_and_a_token_passes_some(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(**MOE)
+    expert = 3 * 16 * 6  # gate, up and down
+    attention = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 2 * 8  # queries, keys and values, output, norms of both heads
+    layer = attention + 5 * expert + 5 * 16 + 2 * 16  # router, two norms
+    by_hand = 2 * 50 * 16 + 3 * layer + 16  # embedding and head, last norm
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert by_hand == sum(parameter.numel() for parameter in model.parameters())
+    config.save_pretrained(tmp_path / "meta")
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "disk")  # one tensor for each expert; the model fuses them
+    for folder in (tmp_path / "meta", tmp_path / "disk"):
+        shape = model_shape(folder, value_model=False)
+        assert shape.parameters == by_hand and shape.layer_parameters == (3 * layer + 16) // 3
+        assert shape.experts == Experts(3 * 5 * expert, count=5, active=2, intermediate=6, shared_intermediate=0)
+        assert shape.active_layer_parameters == by_hand - 2 * 50 * 16 - 3 * 3 * expert
+        assert shape.intermediate == 0
+        norms, attended = 2 * 16 * (4 + 2 * 2), 2 * (4 + 2) * 8 * 2
+        assert shape.layer_activation_bytes(2) == norms + attended + 2 * 2 * (4 * 6 + 2 * 16) + 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "dense", "experts"),
+    [
+        # a dense layer, then layers with a shared expert
+        ("deepseek_v3", {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 2}, 999, (4, 2, 6, 12)),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 7}, 0, (5, 2, 6, 7)),
+        ("mixtral", {"moe_intermediate_size": None, "intermediate_size": 24}, 0, (5, 2, 24, 0)),
+    ],
+)
+def test_shared_experts_and_dense_layers_are_found(tmp_path, family, sizes, dense, experts):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, **{**MOE, **sizes})
+    config.save_pretrained(tmp_path)
+    shape = model_shape(tmp_path, value_model=False)
+    found = shape.experts
+    assert (found.count, found.active, found.intermediate, found.shared_intermediate) == experts
+    assert shape.intermediate == dense
+
+
+@pytest.mark.parametrize("with_experts", [False, True])
+def test_lora_parameters_are_those_of_peft(tiny_problem, tmp_path, with_experts):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    folder = tmp_path if with_experts else tiny_problem / "model"
+    if with_experts:
+        AutoModelForCausalLM.from_config(Qwen3MoeConfig(**MOE)).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
     trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
-    assert model_shape(tiny_problem / "model", False).lora_parameters(3) == trained
+    assert model_shape(folder, False).lora_parameters(3) == trained
 
 
 def test_the_formulas_by_hand():
@@ -495,13 +551,18 @@ def test_offload_lora_and_the_reference_by_hand():
     assert reference.states == 0 and reference.logits == 2 * 10 * 20 * 2 and reference.activations == 10 * 304
 
 
-def test_the_activations_that_autograd_keeps():
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [("llama", None), ("mixtral", Experts(0, count=8, active=3, intermediate=160, shared_intermediate=0))],
+)
+def test_the_activations_that_autograd_keeps(family, experts):
     """Bytes that the backward pass of a real layer saves, beside its parameters, against the formula; float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    sparse = {"num_local_experts": experts.count, "num_experts_per_tok": experts.active} if experts else {}
     config = AutoConfig.for_model(
-        "llama", vocab_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
+        family, vocab_size=8, hidden_size=64, intermediate_size=160, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, **sparse,
     )  # fmt: skip
     tokens = 512
 
@@ -522,7 +583,7 @@ def test_the_activations_that_autograd_keeps():
         return sum(size for size, _ in sizes.values())
 
     measured = (saved(3) - saved(1)) / 2 / tokens
-    shape = ModelShape(0, 1, 64, 160, 4, 2, 16, 8, True)
+    shape = ModelShape(0, 1, 64, 0 if experts else 160, 4, 2, 16, 8, True, experts)
     assert measured == pytest.approx(shape.layer_activation_bytes(4), rel=0.02)
 
 
@@ -605,6 +666,14 @@ def test_a_discriminator_that_is_no_stronger_than_the_student(compose_config, ti
     (larger,) = found(4, "ok")
     assert f"have {20_673 + 2 * layer:,} parameters" in larger and "--reward_model" not in larger
     assert "if there is one" in messages(check_discriminator_size, compose_config("gad.stage=seqkd"), "ok")[0]
+
+
+def test_a_student_with_experts_is_as_strong_as_what_a_token_passes(compose_config, tmp_path):
+    from transformers import Qwen3MoeConfig
+
+    Qwen3MoeConfig(**MOE).save_pretrained(tmp_path)
+    (found,) = messages(check_discriminator_size, compose_config(f"{MODEL}.path={tmp_path}", "gad.stage=gad"), "ok")
+    assert found.startswith("critic.model.path: the discriminator's layers have ") and " active parameters" in found
 
 
 # ---------------------------------------------------------------------- disk
