@@ -93,11 +93,18 @@ class ModelShape:
         return self.parameters - self.root_parameters - idle
 
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of LoRA matrices on every linear map of every layer; the experts of a layer are none."""
+        """Parameters of LoRA matrices on every linear map of every layer.
+
+        PEFT gives an expert's gate and up, which transformers keeps in one weight, twice the rank.
+        """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
-        mlp = self.experts.shared_intermediate if self.experts else self.intermediate
-        return rank * self.layers * (attention + (3 * (self.hidden + mlp) if mlp else 0))
+        width = self.experts.shared_intermediate if self.experts else self.intermediate
+        mlp = 3 * (self.hidden + width) if width else 0
+        if experts := self.experts:
+            router = self.hidden + experts.count
+            mlp += router + experts.count * (3 * self.hidden + 5 * experts.intermediate)
+        return rank * self.layers * (attention + mlp)
 
     def layer_activation_bytes(self, compute_bytes: int) -> int:
         """Bytes per token that the backward pass of one layer needs: RMS norms in float32, attention, gated MLP.

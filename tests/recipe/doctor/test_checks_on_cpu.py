@@ -511,14 +511,15 @@ def test_shared_experts_and_dense_layers_are_found(tmp_path, family, sizes, dens
     assert shape.intermediate == dense
 
 
-@pytest.mark.parametrize("with_experts", [False, True])
-def test_lora_parameters_are_those_of_peft(tiny_problem, tmp_path, with_experts):
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mixtral"])
+def test_lora_parameters_are_those_of_peft(tiny_problem, tmp_path, family):
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = tmp_path if with_experts else tiny_problem / "model"
-    if with_experts:
-        AutoModelForCausalLM.from_config(Qwen3MoeConfig(**MOE)).save_pretrained(folder)
+    folder = tiny_problem / "model" if family == "llama" else tmp_path
+    if family != "llama":
+        config = AutoConfig.for_model(family, **{**MOE, "intermediate_size": 6})
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
     trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
