@@ -77,8 +77,9 @@ launch() {
   done
   check_text "the current folder" "$PWD"
   for variable in TRAIN_FILES VAL_FILES; do
-    case "$(absolute "${!variable}")" in *[*?[]*|*::*)
-      fail "--${variable,,} ${!variable}: verl's reader takes *, ?, [ and :: in a path as a pattern; rename the file or its folder" ;;
+    local path; path="$(absolute "${!variable}")"
+    case "$path" in *[*?[]*|*::*)
+      fail "--${variable,,} $path: verl's reader takes *, ?, [ and :: in a path as a pattern; rename the file or its folder" ;;
     esac
   done
   EXP_NAME=${EXP_NAME:-$stage}
