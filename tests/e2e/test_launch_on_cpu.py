@@ -356,7 +356,7 @@ LORA = (
     "actor_rollout_ref.rollout.load_format=auto",
     "critic.model.lora_rank=4",
 )
-FASTER = ("actor_rollout_ref.actor.optim.lr=1e-3", "critic.optim.lr=1e-3")  # so that adapters do something in 5 steps
+FASTER = ("actor_rollout_ref.actor.optim.lr=1e-2", "critic.optim.lr=1e-2")  # so that adapters do something in 5 steps
 
 
 @in_background
@@ -374,6 +374,12 @@ def lora_warmup(runner):
 @in_background
 def lora_gad(runner, lora_warmup):
     return runner.stage("gad", "lora-gad", "--warmup_dir", str(lora_warmup), *LORA, *FASTER)
+
+
+@in_background
+def lora_gad_on_two_ranks(runner, lora_warmup):
+    two = "trainer.n_gpus_per_node=2"
+    return runner.stage("gad", "lora-gad-2", "--warmup_dir", str(lora_warmup), *LORA, *FASTER, two)
 
 
 @in_background
@@ -618,6 +624,13 @@ def test_a_warmup_with_lora_hands_over_its_trained_models(lora_warmup, lora_gad)
 @pytest.mark.long
 def test_a_killed_lora_run_resumes_with_the_same_metrics(lora_gad, killed_lora_gad):
     same_metrics(killed_lora_gad, lora_gad)
+
+
+@pytest.mark.long
+def test_lora_does_the_same_on_two_ranks(lora_gad, lora_gad_on_two_ranks):
+    one_log, two_log = metrics(lora_gad), metrics(lora_gad_on_two_ranks)
+    for name in ("critic/d_loss", "critic/grad_norm", "critic/score_gap", "actor/pg_loss", "actor/grad_norm"):
+        assert two_log[1][name] == pytest.approx(one_log[1][name], rel=2e-3, abs=1e-4), name
 
 
 @pytest.mark.long

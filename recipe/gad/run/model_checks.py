@@ -11,6 +11,7 @@ from recipe.gad.run.checkpoint import has_score_head, weight_problems
 from recipe.gad.run.config import ACTOR, ACTOR_MODEL, LORA_KEYS, get, has_discriminator, lora_rank
 from recipe.gad.run.findings import Finding, Findings, error, note, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
+from recipe.gad.run.lora import adapter_problem
 from recipe.gad.run.score_head import discriminator_problem
 
 FSDP = ("fsdp", "fsdp2")
@@ -84,6 +85,8 @@ def check_lora(config: DictConfig) -> Findings:
                 f"{model}.lora.rank={rank} is Megatron's key, and {role}.strategy={strategy} reads {model}.lora_rank",
                 fix=f"{model}.lora_rank={rank} {model}.lora.rank=0",
             )
+        elif strategy in FSDP and rank and (problem := _adapter_problem(config, role, model)):
+            yield problem
     if not critic:
         return
     if (rank := lora_rank(config, "critic.model")) and (strategy := get(config, "critic.strategy")) not in FSDP:
@@ -103,6 +106,18 @@ def check_lora(config: DictConfig) -> Findings:
             "critic.checkpoint.save_lora_only=True would leave the trained score head out of the checkpoints",
             fix="critic.checkpoint.save_lora_only=False",
         )
+
+
+def _adapter_problem(config: DictConfig, role: str, model: str) -> Finding | None:
+    folder, trust = (
+        Path(str(get(config, f"{model}.path"))).expanduser(),
+        bool(get(config, f"{model}.trust_remote_code")),
+    )
+    if get(config, f"{model}.lora_adapter_path") or not folder.is_dir():
+        return None
+    if _broken_weights(folder) or (role == "critic" and discriminator_problem(folder, trust)):
+        return None  # check_models reports it
+    return adapter_problem(folder, model, get(config, model), role == "critic", trust)
 
 
 def check_tokenizers(config: DictConfig) -> Findings:

@@ -7,7 +7,6 @@ weights of a model with adapters under PEFT's names, which ``from_pretrained`` i
 import json
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.checkpoint import LORA_META, PEFT_PREFIX, weight_map
 from recipe.gad.run.config import ACTOR_MODEL, get, lora_rank
 from recipe.gad.run.findings import InputError
+from recipe.gad.run.lora import lora_config
 from recipe.gad.training.value_head import score_head
-from verl.utils.py_functional import convert_to_regular_types
 
 logger = logging.getLogger(__name__)
 
 PREFIX = f"{PEFT_PREFIX}model."
-FACTORS = (".lora_A.default.weight", ".lora_B.default.weight")
+BASE, FACTORS = ".base_layer.weight", (".lora_A.default.weight", ".lora_B.default.weight")
 
 
 def add_adapters(model: Any, settings: Any, seed: int) -> Any:
@@ -33,8 +32,7 @@ def add_adapters(model: Any, settings: Any, seed: int) -> Any:
 
     Args:
         model: from :func:`recipe.gad.training.value_head.load_discriminator`.
-        settings: ``critic.model``: lora_rank, lora_alpha, target_modules, target_parameters and exclude_modules, as
-            stock verl gives them to ``peft.LoraConfig``.
+        settings: ``critic.model``, see :func:`recipe.gad.run.lora.lora_config`.
         seed: of the new adapters, so that a run repeats itself.
 
     Returns:
@@ -43,26 +41,16 @@ def add_adapters(model: Any, settings: Any, seed: int) -> Any:
     Raises:
         InputError: custom code gave the score head a name that is not known.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     if (head := score_head(model)) is None:
         what = f"critic.model.lora_rank={settings.lora_rank}: {type(model).__name__} has no score head named score"
         raise InputError(what, fix="critic.model.lora_rank=0")
-    exclude = convert_to_regular_types(settings.exclude_modules) or []
-    if isinstance(exclude, list):  # names that a module's name ends with, as PEFT reads a list
-        exclude = "|".join(rf"(.*\.)?{re.escape(name)}" for name in exclude)
     name = next(name for name, module in model.named_modules() if module is head)
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        target_modules=convert_to_regular_types(settings.target_modules),
-        target_parameters=convert_to_regular_types(settings.target_parameters),
-        exclude_modules="|".join(filter(None, [exclude, rf"{name}(\..*)?"])),
-    )
     model.enable_input_require_grads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, lora_config(settings, name), autocast_adapter_dtype=False)
     head.requires_grad_(True)
     return adapted
 
@@ -98,6 +86,9 @@ def merge_adapters(role_folder: Path) -> None:
     new_files: dict[str, str] = {}
     temporary = {folder / f".{file}.merging": folder / file for file in sorted(set(files.values()))}
     try:
+        for name in factors:
+            if not name.endswith(FACTORS) or name.rpartition(".lora_")[0] + BASE not in files:
+                raise _OtherAdapter(name)
         for path, final in temporary.items():
             in_file = {name: file for name, file in files.items() if file == final.name and name not in factors}
             weights = dict(_merge(name, value, factors, scale) for name, value in _read(folder, in_file).items())
@@ -134,11 +125,9 @@ def _read(folder: Path, files: dict[str, str], wanted: Callable[[str], bool] = b
 def _merge(name: str, weight: torch.Tensor, factors: dict[str, torch.Tensor], scale: float) -> tuple[str, torch.Tensor]:
     """Plain name and merged value of a tensor."""
     plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-    if other := next((factor for factor in factors if not factor.endswith(FACTORS)), None):
-        raise _OtherAdapter(other)
-    first, second = (factors.get(name.removesuffix(".base_layer.weight") + end) for end in FACTORS)
+    first, second = (factors.get(name.removesuffix(BASE) + end) for end in FACTORS)
     if first is None or second is None:
         return plain, weight
-    if weight.shape != (len(second), first.shape[1]):  # transposed, or the weights of several experts
+    if weight.shape != (len(second), first.shape[1]):  # stored transposed
         raise _OtherAdapter(name)
     return plain, (weight.float() + scale * (second.float() @ first.float())).to(weight.dtype)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 from recipe.gad.run.checkpoint import LORA_META, has_score_head, verify_hf_folder
+from recipe.gad.run.lora import adapter_problem
 from recipe.gad.training.lora import add_adapters, merge_adapters
 from verl.trainer.ppo.core_algos import compute_grouped_discriminator_loss
 from verl.utils.model import load_valuehead_model
@@ -152,3 +154,34 @@ def test_adapters_of_another_kind_are_left_as_they_are(tiny_problem, tmp_path, c
     assert "lora_embedding_A" in caplog.text and "not merged" in caplog.text
     assert load_file(folder / "model.safetensors").keys() == before.keys()
     assert any("gad export" in problem for problem in verify_hf_folder(folder))
+
+
+MOE = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1,
+}  # fmt: skip
+
+
+def test_adapters_on_fused_experts_are_refused_before_the_run_and_never_merged(tmp_path, caplog):
+    config = AutoConfig.for_model("qwen3_moe", **MOE, num_labels=1)
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(tmp_path)
+    settings = SimpleNamespace(lora_rank=RANK, lora_alpha=ALPHA, **FAMILY)
+    attention = SimpleNamespace(**{**vars(settings), "target_modules": ["q_proj", "v_proj"]})
+    for critic, key in ((True, "critic.model"), (False, "actor_rollout_ref.model")):
+        finding = adapter_problem(tmp_path, key, settings, critic, False)
+        assert re.search(rf"{key}.target_modules=all-linear puts an adapter on model.layers.0.mlp", str(finding))
+        assert f"{key}.target_modules=[q_proj,k_proj,v_proj,o_proj]" in str(finding)
+        assert adapter_problem(tmp_path, key, attention, critic, False) is None
+        attention.target_modules = ["no_such"]
+        assert "no adapters for" in str(adapter_problem(tmp_path, key, attention, critic, False))
+        attention.target_modules = ["q_proj", "v_proj"]
+
+    state = add_adapters(AutoModelForTokenClassification.from_config(config), settings, seed=0).state_dict()
+    role = tmp_path / "critic"
+    (role / "huggingface").mkdir(parents=True)
+    (role / LORA_META).write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA}))
+    save_file({name: value.clone() for name, value in state.items()}, role / "huggingface" / "model.safetensors")
+    merge_adapters(role)
+    assert load_file(role / "huggingface" / "model.safetensors").keys() == state.keys()
+    assert "experts" in caplog.text and "not merged" in caplog.text
