@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from recipe.gad.run.checkpoint import LORA_META, has_score_head, verify_hf_folder
 from recipe.gad.run.lora import adapter_problem
@@ -23,11 +23,21 @@ IDS = torch.tensor([[1, 9, 17, 22, 5, 2], [1, 9, 4, 4, 8, 2], [1, 9, 11, 3, 19, 
 FAMILY = {"target_modules": "all-linear", "target_parameters": None, "exclude_modules": None}
 
 
-def discriminator(tiny_problem):
+MOE = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1,
+}  # fmt: skip
+
+
+def load(folder):
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(tiny_problem / "model", attn_implementation="sdpa", num_labels=1)
+    config = AutoConfig.from_pretrained(folder, attn_implementation="sdpa", num_labels=1)
     config.float32_score_head = True
-    return load_valuehead_model(str(tiny_problem / "model"), torch.float32, config, trust_remote_code=False)
+    return load_valuehead_model(str(folder), torch.float32, config, trust_remote_code=False)
+
+
+def discriminator(tiny_problem):
+    return load(tiny_problem / "model")
 
 
 def adapted(tiny_problem, **settings):
@@ -40,8 +50,11 @@ def loss_of(scores):
 
 
 def with_adapters(tiny_problem):
-    """A discriminator whose adapters are not zero, as after some training."""
-    model = adapted(tiny_problem)
+    return trained(adapted(tiny_problem))
+
+
+def trained(model):
+    """The model with adapters that are not zero, as after some training."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -104,10 +117,10 @@ def test_the_head_gets_no_adapter_whatever_is_excluded(tiny_problem):
     assert adapters(target_modules=["v_proj", "score"]) == {"v_proj"}
 
 
-def save(model, role_folder, problem, shards=1):
+def save(model, role_folder, start, shards=1):
     """What verl saves of a model with adapters: weights under PEFT's names, rank and alpha."""
     folder = role_folder / "huggingface"
-    shutil.copytree(problem / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(start, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (role_folder / LORA_META).write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "task_type": "CAUSAL_LM"}))
     state, names = model.state_dict(), sorted(model.state_dict())
     files = {
@@ -124,7 +137,7 @@ def save(model, role_folder, problem, shards=1):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_merged_folder_gives_the_scores_of_the_model_with_its_adapters(tiny_problem, tmp_path, shards):
     model = with_adapters(tiny_problem).eval()
-    folder = save(model, tmp_path, tiny_problem, shards)
+    folder = save(model, tmp_path, tiny_problem / "model", shards)
     assert any("PEFT" in problem for problem in verify_hf_folder(folder))
     merge_adapters(tmp_path)
     assert verify_hf_folder(folder) == [] and has_score_head(folder)
@@ -146,20 +159,32 @@ def test_a_merged_folder_gives_the_scores_of_the_model_with_its_adapters(tiny_pr
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()}, "merging again changes nothing"
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "qwen3_moe"])
+def test_discriminators_of_other_families_are_merged(family, tmp_path):
+    targets = ["q_proj", "v_proj"] if "moe" in family else "all-linear"
+    start = tmp_path / "start"
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **MOE, pad_token_id=0))
+    lm.save_pretrained(start)
+    settings = SimpleNamespace(lora_rank=RANK, lora_alpha=ALPHA, **{**FAMILY, "target_modules": targets})
+    assert adapter_problem(start, "critic.model", settings, True, False) is None
+    model = trained(add_adapters(load(start), settings, seed=0)).eval()
+    folder = save(model, tmp_path / "critic", start)
+    merge_adapters(tmp_path / "critic")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        torch.testing.assert_close(load(folder).eval()(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
+        assert (load(start).eval()(input_ids=IDS).logits - expected).abs().max() > 1e-3
+
+
 def test_adapters_of_another_kind_are_left_as_they_are(tiny_problem, tmp_path, caplog):
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["embed_tokens", "q_proj"])
-    folder = save(get_peft_model(discriminator(tiny_problem), settings), tmp_path, tiny_problem)
+    folder = save(get_peft_model(discriminator(tiny_problem), settings), tmp_path, tiny_problem / "model")
     before = load_file(folder / "model.safetensors")
     merge_adapters(tmp_path)
     assert "lora_embedding_A" in caplog.text and "not merged" in caplog.text
     assert load_file(folder / "model.safetensors").keys() == before.keys()
     assert any("gad export" in problem for problem in verify_hf_folder(folder))
-
-
-MOE = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1,
-}  # fmt: skip
 
 
 def test_adapters_on_fused_experts_are_refused_before_the_run_and_never_merged(tmp_path, caplog):
