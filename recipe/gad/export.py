@@ -1,8 +1,9 @@
 """``gad export``: turns a checkpoint into a Hugging Face folder and compares the two before the folder appears.
 
-verl's ``huggingface`` folders are not ready for use: the weights are in float32 while config.json says bfloat16, the
-critic's config.json calls it a language model, and with LoRA only PEFT can read the tensor names. If that folder holds
-no usable weights, verl's model merger joins the FSDP shards (in bfloat16).
+verl's ``huggingface`` folders are not ready for use: the weights are in float32 while config.json says bfloat16, and
+the critic's config.json calls it a language model. If that folder holds no usable weights, verl's model merger joins
+the FSDP shards (in bfloat16). With LoRA, the folder holds merged weights (recipe/gad/training/lora.py), and the shards
+hold the adapter.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.gad.run.atomic_io import naming
-from recipe.gad.run.checkpoint import first_usable, role_folders, shard_counts, verify_hf_folder
+from recipe.gad.run.checkpoint import LORA_META, first_usable, role_folders, shard_counts, verify_hf_folder
 from recipe.gad.run.checksums import damage, write_checksums
 from recipe.gad.run.findings import InputError
 from recipe.gad.run.hub import load_tokenizer
@@ -154,6 +155,10 @@ def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | No
 
         adapter: str | None = None
 
+        def _load_lora_train_meta(self):  # stock writes the task of a language model for every adapter
+            meta = super()._load_lora_train_meta()
+            return meta and {**meta, "task_type": meta.get("task_type") if folder.name == "actor" else None}
+
         def save_hf_model_and_tokenizer(self, state_dict):
             self.adapter = self.save_lora_adapter(state_dict)
             with torch.device("meta"):
@@ -174,8 +179,11 @@ def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | No
     return joined, None if merger.adapter is None else Path(merger.adapter)
 
 
-def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | None]:
-    """Load the model of a role folder in float32, without LoRA; return it and the adapter's folder, or None.
+def load_source(folder: Path, role: str, scratch: Path, shards: bool = False) -> tuple[Any, Path | None]:
+    """Load the model of a role folder in float32; return it and the folder of an adapter that it lacks, or None.
+
+    Args:
+        shards: read the FSDP shards, even if the folder holds weights.
 
     Raises:
         ValueError: the weights do not fit the model.
@@ -187,7 +195,7 @@ def load_source(folder: Path, role: str, scratch: Path) -> tuple[Any, Path | Non
     if role == "critic":
         register_discriminator(AutoConfig.from_pretrained(folder / "huggingface"))
     stored, adapter = folder / "huggingface", None
-    if verify_hf_folder(stored):
+    if shards or verify_hf_folder(stored):
         stored, adapter = join_shards(folder, kind, scratch)
     model, info = kind.from_pretrained(stored, dtype=torch.float32, output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -296,7 +304,7 @@ def export_model(
     if verify_hf_folder(folder / "huggingface") and dtype != MERGER_DTYPE:
         raise InputError(
             f"--dtype {dtype}: {folder} has only FSDP shards, and verl's merger writes them in {MERGER_DTYPE}",
-            fix=f"pass --dtype {MERGER_DTYPE}, or train without LoRA and with hf_model in checkpoint.save_contents",
+            fix=f"pass --dtype {MERGER_DTYPE}, or train with hf_model in checkpoint.save_contents",
         )
     tokenizer = load_tokenizer(folder / "huggingface")
     check_embeddings(folder / "huggingface", tokenizer)
@@ -331,12 +339,10 @@ def _naming_disk_errors(target: Path) -> Iterator[None]:
 
 def _write(folders: list[Path], role: str, lora: str, dtype: Any, scratch: Path, result: Path) -> tuple[str, float]:
     """Write the model or its adapter into ``result``: (architecture, the largest change of an output by rounding)."""
-    model, adapter = load_average(folders, role, scratch)
-    architecture = type(model).__name__
     if lora == "adapter":
-        _write_adapter(model, adapter, folders[0], result)
-        return f"LoRA adapter of {architecture}", 0.0
-    return architecture, _write_model(model, adapter, folders[0], result, dtype)
+        return f"LoRA adapter of {_write_adapter(folders, role, scratch, result)}", 0.0
+    model, adapter = load_average(folders, role, scratch)
+    return type(model).__name__, _write_model(model, adapter, folders[0], result, dtype)
 
 
 def check_embeddings(folder: Path, tokenizer: Any) -> None:
@@ -381,11 +387,25 @@ def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, d
     return float((rounded - exact).abs().max())
 
 
-def _write_adapter(model: Any, adapter: Path | None, folder: Path, result: Path) -> None:
-    if adapter is None:
+def _write_adapter(folders: list[Path], role: str, scratch: Path, result: Path) -> str:
+    """Write the adapter, check that it fits the weights it was trained on, and return the model's class."""
+    folder = folders[0]
+    if not (folder / LORA_META).is_file():
         raise InputError(f"--lora adapter: {folder} was trained without LoRA", fix="drop --lora adapter")
+    if role == "critic":
+        what = f"--lora adapter: {folder} is a discriminator, whose score head is trained beside the adapter"
+        raise InputError(what, fix="pass --lora merge")
+    if len(folders) > 1:
+        raise InputError(f"--lora adapter --average {len(folders)}: adapters have no mean", fix="pass --lora merge")
+    found, expected = shard_counts(folder)
+    if not found >= expected > 0:
+        what = f"--lora adapter: {folder} has {found} of {expected or 'its'} model shards, which hold the adapter"
+        raise InputError(what, fix="pass --lora merge, or choose another checkpoint")
+    model, adapter = load_source(folder, role, scratch, shards=True)
+    assert adapter is not None, "the shards of a role with LORA_META hold an adapter"
     shutil.copytree(adapter, result)
     _with_adapter(model, result)
+    return type(model).__name__
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

@@ -375,17 +375,41 @@ def two_ranks_from_two_ranks(runner):
     return runner.stage("gad", "gad-from-2", "--warmup_dir", str(out), "trainer.n_gpus_per_node=2")
 
 
+LORA = (
+    "actor_rollout_ref.model.lora_rank=4",
+    "actor_rollout_ref.model.lora.merge=True",
+    "actor_rollout_ref.rollout.load_format=auto",
+    "critic.model.lora_rank=4",
+)
+FASTER = ("actor_rollout_ref.actor.optim.lr=1e-2", "critic.optim.lr=1e-2")  # so that adapters do something in 5 steps
+
+
 @in_background
 def lora(runner, warmup):
+    return runner.stage("gad", "lora", "--warmup_dir", str(warmup), *LORA)
+
+
+@in_background
+def lora_warmup(runner):
     return runner.stage(
-        "gad",
-        "lora",
-        "--warmup_dir",
-        str(warmup),
-        "actor_rollout_ref.model.lora_rank=4",
-        "actor_rollout_ref.model.lora.merge=True",
-        "actor_rollout_ref.rollout.load_format=auto",
+        "warmup", "lora-warmup", "--model", f"{runner.problem}/model", "trainer.critic_warmup=2", *LORA, *FASTER
     )
+
+
+@in_background
+def lora_gad(runner, lora_warmup):
+    return runner.stage("gad", "lora-gad", "--warmup_dir", str(lora_warmup), *LORA, *FASTER)
+
+
+@in_background
+def lora_gad_on_two_ranks(runner, lora_warmup):
+    two = "trainer.n_gpus_per_node=2"
+    return runner.stage("gad", "lora-gad-2", "--warmup_dir", str(lora_warmup), *LORA, *FASTER, two)
+
+
+@in_background
+def killed_lora_gad(runner, lora_warmup):
+    return runner.killed_and_resumed("gad", "killed-lora-gad", "--warmup_dir", str(lora_warmup), *LORA, *FASTER)
 
 
 @in_background
@@ -602,10 +626,78 @@ def test_a_killed_soda_run_resumes_with_its_stored_answers(soda, killed_soda):
     assert (out / "start_answers.jsonl").read_text() == (soda / "start_answers.jsonl").read_text()
 
 
-def test_lora_actor(lora):
+def hf_weights(out: Path, role: str) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(out / f"global_step_{STEPS}" / role / "huggingface" / "model.safetensors")
+
+
+def frozen_weights(out: Path, role: str) -> dict:
+    """The weights beside the adapters in the shard of a run with one rank, by the names of a plain model."""
+    import torch
+    import torch.distributed.tensor
+
+    shard = torch.load(out / f"global_step_{STEPS}" / role / "model_world_size_1_rank_0.pt", weights_only=True)
+    plain = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): v for name, v in shard.items()}
+    frozen = {name: v for name, v in plain.items() if "lora_" not in name and not name.startswith("score.")}
+    return {name: v.to_local() if hasattr(v, "to_local") else v for name, v in frozen.items()}
+
+
+def check_trained_by_lora(before: dict, after: dict, role: str) -> None:
+    """The linear maps of the layers and D's score head have changed; every other weight is the same, bit for bit."""
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        trained = name.endswith("_proj.weight") or name.startswith("score.")
+        assert before[name].equal(weight) != trained, (role, name)
+
+
+def test_lora_on_both_sides(lora, warmup):
     log = metrics(lora)
     assert log[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)  # adapters start at zero; reference = base weights
     assert log[STEPS]["actor/kl_loss"] > 1e-7
+    assert all(math.isfinite(log[step]["critic/grad_norm"]) for step in range(1, STEPS + 1))
+    for role in ("actor", "critic"):
+        check_trained_by_lora(hf_weights(warmup, role), hf_weights(lora, role), role)
+
+
+@pytest.mark.long
+def test_a_warmup_with_lora_hands_over_its_trained_models(lora_warmup, lora_gad):
+    warmup_log, gad_log = metrics(lora_warmup), metrics(lora_gad)
+    assert warmup_log[STEPS]["critic/d_loss"] < warmup_log[1]["critic/d_loss"]
+    assert warmup_log[STEPS]["actor/sft_loss"] < warmup_log[2]["actor/sft_loss"]
+    assert gad_log[1]["critic/d_loss"] < warmup_log[1]["critic/d_loss"]
+    assert gad_log[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+    assert gad_log[STEPS]["actor/kl_loss"] > 1e-7
+    for role in ("actor", "critic"):
+        merged = hf_weights(lora_warmup, role)
+        check_trained_by_lora(merged, hf_weights(lora_gad, role), role)
+        # without their adapters, the models of the GAD stage are the merged warmup: so is the reference
+        for name, weight in frozen_weights(lora_gad, role).items():
+            assert merged[name].equal(weight), (role, name)
+
+
+@pytest.mark.long
+def test_a_killed_lora_run_resumes_with_the_same_metrics(lora_gad, killed_lora_gad):
+    same_metrics(killed_lora_gad, lora_gad)
+
+
+@pytest.mark.long
+def test_lora_does_the_same_on_two_ranks(lora_gad, lora_gad_on_two_ranks):
+    one_log, two_log = metrics(lora_gad), metrics(lora_gad_on_two_ranks)
+    for name in ("critic/d_loss", "critic/grad_norm", "critic/score_gap", "actor/pg_loss", "actor/grad_norm"):
+        assert two_log[1][name] == pytest.approx(one_log[1][name], rel=2e-3, abs=1e-4), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_lora_roles_are_exported_with_their_adapters_merged(lora_gad, role, tmp_path):
+    from safetensors.torch import load_file
+
+    from recipe.gad.export import export_model
+
+    export_model(lora_gad, tmp_path / role, role, dtype="float32")
+    exported, saved = load_file(tmp_path / role / "model.safetensors"), hf_weights(lora_gad, role)
+    assert all(saved[name].equal(weight) for name, weight in exported.items()) and exported
 
 
 def test_a_gad_run_without_a_trained_score_head_stops_before_anything_is_written(runner):

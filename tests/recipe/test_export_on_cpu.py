@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from recipe.gad.doctor.memory import Training, checkpoint_bytes, model_shape
 from recipe.gad.export import export_model, find_sources
 from recipe.gad.run.checkpoint import actor_folder, handover_problems, shard_counts, verify_hf_folder
 from recipe.gad.run.checksums import write_checksums
+from recipe.gad.training.lora import merge_adapters
 
 pytestmark = pytest.mark.slow  # all read the runs that two processes write first
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE, SHARDS = ["model", "optimizer", "extra", "hf_model"], ["model", "optimizer", "extra"]
-RUNS = {"whole": WHOLE, "shards": SHARDS, "lora": WHOLE}
+RUNS = {"whole": WHOLE, "shards": SHARDS, "lora": WHOLE, "lora-d": WHOLE}
+ROLES = {"lora": ("actor",), "lora-d": ("critic",)}
 LORA_RANK, LORA_ALPHA = 4, 16
 IDS = torch.tensor([[1, 9, 17, 22, 5, 2]])
 
@@ -36,12 +39,13 @@ def write_checkpoints(rank: int, folder: Path, model: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
+    from recipe.gad.training.lora import add_adapters
     from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
     for run, contents in RUNS.items():
-        for role in ("actor", "critic") if run != "lora" else ("actor",):
+        for role in ROLES.get(run, ("actor", "critic")):
             torch.manual_seed(len(run) + len(role))
             config = AutoConfig.from_pretrained(model)
             kind = AutoModelForCausalLM
@@ -55,6 +59,11 @@ def write_checkpoints(rank: int, folder: Path, model: str) -> None:
                     task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear"
                 )
                 network = get_peft_model(network, settings)
+            if run == "lora-d":
+                names = {"target_modules": "all-linear", "target_parameters": None, "exclude_modules": None}
+                settings = SimpleNamespace(lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA, **names)
+                network = add_adapters(network, settings, seed=3)
+            if "lora" in run:
                 for name, parameter in network.named_parameters():
                     if "lora_B" in name:
                         torch.nn.init.normal_(parameter, std=0.05)
@@ -145,10 +154,10 @@ def test_a_critic_gives_its_score_at_the_last_token(runs, run, dtype, tmp_path):
     )
 
 
-def by_hand(runs) -> dict[str, torch.Tensor]:
-    """W + alpha / r B A of the LoRA run, float64, by the names of a plain model; all from bfloat16, as the merger."""
-    trained = weights(runs, "lora-actor").items()
-    stored = {name.removeprefix("base_model.model."): tensor.bfloat16().double() for name, tensor in trained}
+def by_hand(runs, run="lora-actor", dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+    """W + alpha / r B A of a LoRA run, float64, by the names of a plain model; from bfloat16, as the merger."""
+    trained = weights(runs, run).items()
+    stored = {name.removeprefix("base_model.model."): tensor.to(dtype).double() for name, tensor in trained}
     plain = {name.replace(".base_layer", ""): t for name, t in stored.items() if "lora_" not in name}
     for name, value in stored.items():
         if "lora_B" in name:
@@ -181,6 +190,49 @@ def test_the_adapter_alone(runs, tiny_problem, tmp_path):
     torch.testing.assert_close(merged[name].double(), expected[name], atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="trained without LoRA"):
         export_model(runs / "whole", tmp_path / "other", lora="adapter")
+
+
+def merged(runs, run, tmp_path):
+    """A run's folder with merged checkpoints, as the trainer leaves it."""
+    shutil.copytree(runs / run, tmp_path / run)
+    for role in ROLES[run]:
+        merge_adapters(tmp_path / run / "global_step_2" / role)
+    return tmp_path / run
+
+
+@pytest.mark.parametrize(("run", "role"), [("lora", "actor"), ("lora-d", "critic")])
+def test_merged_checkpoints_are_exported_in_float32(runs, run, role, tmp_path):
+    export_model(merged(runs, run, tmp_path), tmp_path / "out", role, dtype="float32")
+    found, expected = (
+        load(tmp_path / "out", role == "critic").state_dict(),
+        by_hand(runs, f"{run}-{role}", torch.float32),
+    )
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_discriminator_of_shards_alone_is_merged(runs, tmp_path):
+    export_model(runs / "lora-d", tmp_path / "out", "critic")
+    found, expected = load(tmp_path / "out", critic=True).state_dict(), by_hand(runs, "lora-d-critic")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=2**-8)
+
+
+def test_the_adapter_of_a_merged_checkpoint_comes_from_its_shards(runs, tmp_path):
+    from safetensors.torch import load_file
+
+    run = merged(runs, "lora", tmp_path)
+    for source, name in ((runs / "lora", "before"), (run, "after")):
+        export_model(source, tmp_path / name, lora="adapter")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    next((run / "global_step_2" / "actor").glob("model_world_size_2_rank_1.pt")).unlink()
+    with pytest.raises(ValueError, match="1 of 2 model shards, which hold the adapter. Fix: pass --lora merge"):
+        export_model(run, tmp_path / "none", lora="adapter")
+    with pytest.raises(ValueError, match="whose score head is trained beside the adapter. Fix: pass --lora merge"):
+        export_model(runs / "lora-d", tmp_path / "none", "critic", lora="adapter")
 
 
 def test_a_folder_of_lora_names_is_no_start_for_the_next_stage(runs):

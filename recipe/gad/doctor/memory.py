@@ -206,7 +206,9 @@ class Training:
     weight_bytes: int = 4
     compute_bytes: int = 2
     trainable: int | None = None
-    """Trained parameters; None: all, 0: forward only (the reference)."""
+    """Trained parameters: those of LoRA; None: all of the model's, 0: forward only (the reference)."""
+    head: int = 0
+    """Parameters of the model itself that are trained beside those of LoRA (a discriminator's score head)."""
     gradient_checkpointing: bool = True
     logits: bool = True
     """Logits of the whole vocabulary are materialized (a language model without fused kernels)."""
@@ -246,6 +248,7 @@ def role_memory(shape: ModelShape, run: Training) -> RoleMemory:
     trained = shape.parameters if run.trainable is None else run.trainable
     share = 0.0 if run.cpu_states else run.weight_bytes / run.shards
     weights = (shape.parameters + (0 if run.trainable is None else trained)) * share
+    trained += run.head
     gradients, optimizer = trained * share, ADAM_MOMENTS * trained * share
     layer = shape.layer_activation_bytes(run.compute_bytes)
     gathered = run.compute_bytes * (shape.root_parameters + 2 * shape.layer_parameters)
@@ -276,7 +279,7 @@ def checkpoint_bytes(shape: ModelShape, run: Training, contents: Sequence[str]) 
     """Bytes on disk of one checkpoint of one role, over all ranks; ``contents`` is checkpoint.save_contents."""
     trained = shape.parameters if run.trainable is None else run.trainable
     whole = shape.parameters + (0 if run.trainable is None else trained)
-    sizes = {"model": whole, "hf_model": whole, "optimizer": ADAM_MOMENTS * trained}
+    sizes = {"model": whole, "hf_model": shape.parameters, "optimizer": ADAM_MOMENTS * (trained + run.head)}
     return run.weight_bytes * sum(size for name, size in sizes.items() if name in contents)
 
 
@@ -327,6 +330,7 @@ def training(config: DictConfig, role: str, shape: ModelShape) -> Training | Non
         weight_bytes=_dtype_bytes(config, f"{engine}.model_dtype", "bf16" if forward_only else "fp32"),
         compute_bytes=_dtype_bytes(config, f"{engine}.mixed_precision.param_dtype", "bf16"),
         trainable=0 if forward_only else shape.lora_parameters(rank) if rank else None,
+        head=shape.hidden + 1 if rank and role == "critic" else 0,
         gradient_checkpointing=bool(get(config, f"{model}.enable_gradient_checkpointing")),
         logits=role != "critic" and not get(config, f"{model}.use_fused_kernels"),
         param_offload=bool(get(config, f"{engine}.param_offload")),
@@ -343,7 +347,8 @@ def trained_roles(config: DictConfig) -> list[tuple[str, str]]:
 
 def roles(config: DictConfig) -> list[tuple[str, str]]:
     """(role, key of its model folder) of every role that runs in the trainer's processes."""
-    return [*trained_roles(config), *([(REF, f"{ACTOR_MODEL}.path")] if needs_reference(config) else [])]
+    apart = needs_reference(config) and not lora_rank(config, ACTOR_MODEL)  # else it is the actor without its adapter
+    return [*trained_roles(config), *([(REF, f"{ACTOR_MODEL}.path")] if apart else [])]
 
 
 def rollout_weight_bytes(config: DictConfig, shape: ModelShape) -> float:

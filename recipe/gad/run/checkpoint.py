@@ -40,6 +40,7 @@ ROLES = ("actor", "critic")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HEAD_NAMES = re.compile(r"(^|\.)(score|classifier)\.weight$|(^|\.)v_head\.")
 PEFT_PREFIX = "base_model."  # what verl saves of a model with LoRA
+LORA_META = "lora_train_meta.json"  # rank and alpha, in the folder of a role with LoRA
 SAMPLED_BLOCKS, SAMPLED_BLOCK = 16, 1 << 16
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 

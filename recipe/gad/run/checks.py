@@ -65,7 +65,7 @@ from recipe.gad.run.findings import (
     one_line,
     warning,
 )
-from recipe.gad.run.model_checks import check_critic_lora, check_models, check_tokenizers
+from recipe.gad.run.model_checks import check_lora, check_models, check_tokenizers
 from recipe.gad.run.refusals import (
     check_agents,
     check_estimator,
@@ -835,7 +835,7 @@ CHECKS: tuple[Check, ...] = (
     check_ray,
     check_output,
     check_models,
-    check_critic_lora,
+    check_lora,
     check_tokenizers,
     check_data,
     check_estimator,

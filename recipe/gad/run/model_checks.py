@@ -8,10 +8,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from recipe.gad.run.checkpoint import has_score_head, weight_problems
-from recipe.gad.run.config import ACTOR_MODEL, LORA_KEYS, get, has_discriminator, lora_rank
+from recipe.gad.run.config import ACTOR, ACTOR_MODEL, LORA_KEYS, get, has_discriminator, lora_rank
 from recipe.gad.run.findings import Finding, Findings, error, note, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
+from recipe.gad.run.lora import adapter_problem
 from recipe.gad.run.score_head import discriminator_problem
+
+FSDP = ("fsdp", "fsdp2")
 
 
 def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[Finding]]:
@@ -72,14 +75,49 @@ def check_models(config: DictConfig) -> Findings:
             )
 
 
-def check_critic_lora(config: DictConfig) -> Findings:
-    """The discriminator is trained whole: verl cannot train a LoRA adapter on it."""
-    if has_discriminator(config) and (rank := lora_rank(config, "critic.model")):
+def check_lora(config: DictConfig) -> Findings:
+    """LoRA is set with the key that the engine reads, and in a way that suits a discriminator."""
+    critic = has_discriminator(config)
+    for role, model in ((ACTOR, ACTOR_MODEL), ("critic", "critic.model")) if critic else ((ACTOR, ACTOR_MODEL),):
+        strategy, rank = get(config, f"{role}.strategy"), lora_rank(config, model)
+        if strategy in FSDP and not get(config, f"{model}.lora_rank") and rank:
+            yield error(
+                f"{model}.lora.rank={rank} is Megatron's key, and {role}.strategy={strategy} reads {model}.lora_rank",
+                fix=f"{model}.lora_rank={rank} {model}.lora.rank=0",
+            )
+        elif strategy in FSDP and rank and (problem := _adapter_problem(config, role, model)):
+            yield problem
+    if not critic:
+        return
+    if (rank := lora_rank(config, "critic.model")) and (strategy := get(config, "critic.strategy")) not in FSDP:
         yield error(
-            f"critic.model: the LoRA rank is {rank}, but verl gives every adapter the task of a language model, which "
-            "PEFT refuses for a discriminator (AttributeError)",
-            fix=" ".join(f"critic.model.{name}=0" for name in LORA_KEYS),
+            f"critic.model: the LoRA rank is {rank}, and only FSDP trains adapters of a discriminator "
+            f"(critic.strategy={strategy})",
+            fix="critic.strategy=fsdp2, or train the whole discriminator: "
+            + " ".join(f"critic.model.{name}=0" for name in LORA_KEYS),
         )
+    if path := get(config, "critic.model.lora_adapter_path"):
+        yield error(
+            f"critic.model.lora_adapter_path={path}: the adapters of a discriminator start new",
+            fix="critic.model.lora_adapter_path=null critic.model.path=FOLDER with the adapter merged",
+        )
+    if rank and get(config, "critic.checkpoint.save_lora_only"):
+        yield error(
+            "critic.checkpoint.save_lora_only=True would leave the trained score head out of the checkpoints",
+            fix="critic.checkpoint.save_lora_only=False",
+        )
+
+
+def _adapter_problem(config: DictConfig, role: str, model: str) -> Finding | None:
+    folder, trust = (
+        Path(str(get(config, f"{model}.path"))).expanduser(),
+        bool(get(config, f"{model}.trust_remote_code")),
+    )
+    if get(config, f"{model}.lora_adapter_path") or not folder.is_dir():
+        return None
+    if _broken_weights(folder) or (role == "critic" and discriminator_problem(folder, trust)):
+        return None  # check_models reports it
+    return adapter_problem(folder, model, get(config, model), role == "critic", trust)
 
 
 def check_tokenizers(config: DictConfig) -> Findings:

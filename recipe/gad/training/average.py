@@ -1,6 +1,7 @@
-"""``gad.discriminator_ema``: the discriminator's worker keeps a running average of its weights, which scores."""
+"""The discriminator's worker: ``gad.discriminator_ema`` (an average of its weights, which scores), and LoRA."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
 
+from recipe.gad.training.lora import add_adapters
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.workers.engine_workers import TrainingWorker
 
@@ -17,11 +19,15 @@ logger = logging.getLogger(__name__)
 class DiscriminatorWorker(TrainingWorker):
     """The stock worker. After :meth:`start_average` it averages the weights of every optimizer step (FSDP2 only).
 
+    With ``critic.model.lora_rank`` it builds adapters that fit a discriminator.
     average <- decay * average + (1 - decay) * weights. Every rank averages its own shards, in float32.
     """
 
     def __init__(self, config: Any):
         super().__init__(config)
+        if self.model_config.lora_rank > 0:  # stock's adapters have the task of a language model
+            seed = self.engine_config.seed
+            self.engine._build_lora_module = partial(add_adapters, settings=self.model_config, seed=seed)
         self._decay = 0.0
         self._average: list[torch.Tensor] = []  # in the order of _shards; empty: there is no average
         self._own: list[torch.Tensor] = []  # D's own weights while the average is in their place

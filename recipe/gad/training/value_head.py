@@ -41,7 +41,12 @@ def load_discriminator(
         output_loading_info=True,
     )
     check_loaded(info, path)
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    head = score_head(model)
     if getattr(config, "float32_score_head", False) and isinstance(head, torch.nn.Linear):
         head.__class__ = Float32Linear  # not a new module: its weights, name and place in the model stay
     return model
+
+
+def score_head(model: PreTrainedModel) -> torch.nn.Module | None:
+    """The module that turns the last hidden state into a score; None if custom code gave it another name."""
+    return getattr(model, "score", None) or getattr(model, "classifier", None)

@@ -35,6 +35,7 @@ from recipe.gad.doctor.memory import (
     Experts,
     ModelShape,
     Training,
+    checkpoint_bytes,
     checkpoints_on_disk,
     kv_tokens,
     model_shape,
@@ -548,6 +549,11 @@ def test_offload_lora_and_the_reference_by_hand():
     assert (cpu.states, cpu.step, cpu.resident) == (0, 0, 0)
     lora = role_memory(SHAPE, Training(shards=1, tokens=1, trainable=100))
     assert (lora.weights, lora.gradients, lora.optimizer) == (4400, 400, 800)
+    discriminator = role_memory(SHAPE, Training(shards=1, tokens=1, trainable=100, head=9))  # the head is in the 1000
+    assert (discriminator.weights, discriminator.gradients, discriminator.optimizer) == (4400, 436, 872)
+    contents = ["model", "optimizer", "hf_model"]
+    run = Training(shards=2, tokens=1, trainable=100, head=9)  # hf_model holds merged weights
+    assert checkpoint_bytes(SHAPE, run, contents) == 4 * (1100 + 2 * 109 + 1000)
     reference = role_memory(SHAPE, Training(shards=1, tokens=10, trainable=0, cpu_states=True))
     assert reference.states == 0 and reference.logits == 2 * 10 * 20 * 2 and reference.activations == 10 * 304
 
@@ -605,6 +611,11 @@ def test_settings_come_from_the_configuration(compose_config):
     )  # fmt: skip
     assert training(fixed, "critic", SHAPE).tokens == 5 * 28 // 2
     assert training(fixed, ACTOR, SHAPE).trainable == SHAPE.lora_parameters(4)
+    assert (training(fixed, "critic", SHAPE).trainable, training(fixed, "critic", SHAPE).head) == (None, 0)
+    assert [role for role, _ in roles(fixed)] == [ACTOR, "critic"]  # the reference is the actor without its adapter
+    both = compose_config("critic.model.lora_rank=3")
+    critic = training(both, "critic", SHAPE)
+    assert (critic.trainable, critic.head) == (SHAPE.lora_parameters(3), SHAPE.hidden + 1)
     # 2 kv heads on 2 GPUs: 2 x 2 layers x 1 head x 2 x 8 bytes (float64) per token; half of the weights on each GPU
     assert kv_tokens(config, SHAPE, 4000 + 640) == 640 // 64
 

@@ -474,10 +474,22 @@ def test_tokenizer_paths(config, tmp_path):
     )
 
 
-@pytest.mark.parametrize("key", ["lora_rank", "lora.rank"])
-def test_lora_on_the_discriminator(config, key):
-    expect(config({f"critic.model.{key}": 8}), "the LoRA rank is 8", f"critic.model.{key}=0")
-    assert errors_of(config({f"critic.model.{key}": 8, "gad.stage": "seqkd", "critic.enable": False})) == []
+def test_lora_on_the_discriminator(config):
+    rank = {"critic.model.lora_rank": 8}
+    assert errors_of(config(rank)) == []
+    expect(
+        config({"critic.model.lora.rank": 8}),
+        "critic.model.lora.rank=8 is Megatron's key, and critic.strategy=fsdp2 reads critic.model.lora_rank",
+        "Fix: critic.model.lora_rank=8 critic.model.lora.rank=0",
+    )
+    text = "\n".join(errors_of(config({**rank, "critic.strategy": "megatron"})))
+    assert (
+        "critic.model: the LoRA rank is 8, and only FSDP trains adapters" in text and "critic.model.lora_rank=0" in text
+    )
+    expect(config({**rank, "critic.checkpoint.save_lora_only": True}), "save_lora_only=True would leave the trained")
+    expect(config({**rank, "critic.model.lora_adapter_path": "/a"}), "critic.model.lora_adapter_path=/a: the adapters")
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False}
+    assert errors_of(config({"critic.model.lora.rank": 8, **seqkd})) == []
 
 
 # ---------------------------------------------------------------------- stage and sampling
@@ -861,7 +873,9 @@ def test_cpu_runs(config, changes, parts):
 
 
 def test_lora_that_is_merged(config):
-    assert errors_of(config({f"{MODEL}.lora.rank": 8, f"{MODEL}.lora.merge": True})) == []
+    assert errors_of(config({f"{MODEL}.lora_rank": 8, f"{MODEL}.lora.merge": True})) == []
+    changes = {f"{MODEL}.lora.rank": 8, f"{MODEL}.lora.merge": True}
+    expect(config(changes), f"{MODEL}.lora.rank=8 is Megatron's key", f"Fix: {MODEL}.lora_rank=8 {MODEL}.lora.rank=0")
 
 
 def test_environment(config, monkeypatch):

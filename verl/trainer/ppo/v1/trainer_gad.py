@@ -39,6 +39,7 @@ from recipe.gad.training.bad_steps import BadSteps, texts
 from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
+from recipe.gad.training.lora import merge_checkpoint
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.shortcuts import ShortcutProbe, canonical_ids, canonical_rows, read_as
@@ -208,12 +209,13 @@ class PPOTrainerGAD(PPOTrainerSync):
             super().on_step_end()
 
     def _save_checkpoint(self) -> None:
-        """Stock, which marks the checkpoint as complete, after our state and before the checksums of what it wrote,
-        unless it still writes (async_save)."""
+        """Stock, which marks the checkpoint as complete, after our state and before merged adapters and the checksums
+        of what it wrote, unless it still writes (async_save)."""
         folder = self._step_folder()
         forget_checksums(folder)
         self._save_state()
         super()._save_checkpoint()
+        merge_checkpoint(self.config, folder)
         if not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
             write_checksums(folder)
 

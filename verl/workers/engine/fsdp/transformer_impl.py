@@ -21,6 +21,11 @@ class _CPUEngineMixin(FSDPEngine):
             torch.manual_seed(self.engine_config.seed)
             return super()._build_module()
 
+    def _build_lora_module(self, module):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.engine_config.seed)
+            return super()._build_lora_module(module)
+
     def _build_fsdp_module(self, module):
         forward_only = self.engine_config.forward_only
         object.__setattr__(self.engine_config, "forward_only", False)
