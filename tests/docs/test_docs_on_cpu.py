@@ -24,6 +24,7 @@ DOCS = [
     ROOT / "AGENTS.md",
     ROOT / "CHANGELOG.md",
     ROOT / "DELTA.md",
+    ROOT / "SECURITY.md",
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("examples/**/README.md")),
 ]

