@@ -88,6 +88,9 @@ launch() {
   local environment=(VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" VERL_FILE_LOGGER_APPEND=1)
   if [ "$DEVICE" = cpu ]; then
     environment+=(VERL_PLATFORM=cpu)
+    if [ "$NNODES" = 1 ] && [ -z "${RAY_ADDRESS:-}" ]; then # Ray's services listen on the loopback address alone
+      environment+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="${RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER:-0}")
+    fi
   else # verl disables the cache, see docs/troubleshooting.md
     environment+=(VLLM_DISABLE_COMPILE_CACHE="${VLLM_DISABLE_COMPILE_CACHE:-0}")
   fi

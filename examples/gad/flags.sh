@@ -28,15 +28,19 @@ no_arguments() { # for scripts that take flags only
 }
 
 # stoppable COMMAND...: runs it, and passes SIGINT, SIGTERM and SIGUSR1 on to it. After one, the script ends with the
-# command's exit code: a stage that was stopped has exit code 0, but the next one must not start.
+# command's exit code: a stage that was stopped has exit code 0, but the next one must not start. STOPPED_BY names the
+# signal, or is empty.
 stoppable() {
-  local pid="" status=0 stopped=""
-  trap 'stopped=1; [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null' INT TERM USR1
+  local pid="" status=0 name
+  STOPPED_BY=""
+  for name in INT TERM USR1; do
+    trap "STOPPED_BY=$name; "'[ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null' "$name"
+  done
   "$@" & pid=$!
-  [ -z "$stopped" ] || kill -TERM "$pid" 2>/dev/null # it came before pid was known
+  [ -z "$STOPPED_BY" ] || kill -TERM "$pid" 2>/dev/null # it came before pid was known
   wait "$pid" || status=$?
   while kill -0 "$pid" 2>/dev/null; do status=0; wait "$pid" || status=$?; done # a signal interrupts wait
   trap - INT TERM USR1
-  [ -z "$stopped" ] || exit "$status"
+  [ -z "$STOPPED_BY" ] || exit "$status"
   return "$status"
 }

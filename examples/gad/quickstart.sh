@@ -43,7 +43,7 @@ if [ -n "$VENV" ]; then
     echo "== installing (a few minutes the first time)"
     "$VENV/bin/python" -m pip install -q --upgrade pip
     "$VENV/bin/python" -m pip install -q -c "$root/scripts/constraints-cpu.txt" torch
-    "$VENV/bin/python" -m pip install -q -c "$root/scripts/constraints-cpu.txt" -e "$root[cpu]"
+    "$VENV/bin/python" -m pip install -q -c "$root/scripts/constraints-cpu.txt" -e "${root}[cpu]"
     cp "$root/pyproject.toml" "$VENV/verl-gad.installed"
   fi
   PATH="$VENV/bin:$PATH"

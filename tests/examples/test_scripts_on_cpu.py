@@ -188,6 +188,15 @@ def test_the_printed_command_composes(stage, device):
     assert all(isinstance(value, str) for value in config.ray_kwargs.ray_init.runtime_env.env_vars.values())
 
 
+def test_a_run_on_one_cpu_node_keeps_ray_on_the_loopback_address():
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray takes 127.0.0.1 as the address of the node
+    (command,) = dry_run("run_gad.sh", "--device", "cpu")
+    assert command.environment[name] == "0"
+    (joining,) = dry_run("run_gad.sh", "--device", "cpu", RAY_ADDRESS="10.0.0.1:6379")
+    (gpu,) = dry_run("run_gad.sh")
+    assert name not in {**joining.environment, **gpu.environment}
+
+
 def test_the_cache_of_compiled_graphs_can_be_disabled_again():
     (command,) = dry_run("run_gad.sh", VLLM_DISABLE_COMPILE_CACHE="1")
     assert command.environment["VLLM_DISABLE_COMPILE_CACHE"] == "1"

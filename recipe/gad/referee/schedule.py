@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.gad.run.atomic_io import read_object, write_atomically
+from recipe.gad.run.findings import visible
 from recipe.gad.run.log import MetricLog
 
 LOOK_SECONDS = 0.2
@@ -93,10 +94,10 @@ def end_group(pid: int, is_running: Callable[[], bool], patience: float = STOP_S
 
 
 def error_of(log: Path) -> str:
-    """The last line of a log that names an error, else its last line."""
+    """The last line of a log that names an error, else its last line, without control characters."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     named = [line for line in lines if re.match(r"(error: |\w*(\.\w+)*Error\b)", line)]
-    return next(iter((named or [line for line in lines if line.strip()])[::-1]), "the log is empty")
+    return visible(next(iter((named or [line for line in lines if line.strip()])[::-1]), "the log is empty"))
 
 
 class Progress:

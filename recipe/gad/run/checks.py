@@ -78,6 +78,7 @@ from recipe.gad.run.refusals import (
     check_router_replay,
     check_task_reward,
 )
+from recipe.gad.run.safety import check_remote_code, check_secrets
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
@@ -815,6 +816,7 @@ def _cpu_findings(config: DictConfig, rollout: str, platform: str, in_worker: bo
 
 CHECKS: tuple[Check, ...] = (
     check_plugin,
+    check_secrets,
     check_stage,
     check_objective,
     check_teacher_terms,
@@ -835,6 +837,7 @@ CHECKS: tuple[Check, ...] = (
     check_ray,
     check_output,
     check_models,
+    check_remote_code,
     check_lora,
     check_tokenizers,
     check_data,

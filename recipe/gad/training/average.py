@@ -78,7 +78,7 @@ class DiscriminatorWorker(TrainingWorker):
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
         """Stock, and the average. Without a saved one, it begins with the loaded weights."""
         file = self._average_file(local_path)
-        saved = torch.load(file) if self._average and file.is_file() else []
+        saved = torch.load(file, weights_only=True) if self._average and file.is_file() else []
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
         if not self._average:
             return

@@ -126,6 +126,7 @@ def test_an_exit_code_of_0_without_the_result_is_a_failure(tmp_path):
         ("ValueError: bad\n\n", "ValueError: bad"),
         ("ray.exceptions.RayTaskError: bad\n  at line 3\n", "ray.exceptions.RayTaskError: bad"),
         ("done\n\n", "done"),
+        ("error: \x1b[2Jno memory\n", "error: \\x1b[2Jno memory"),
         ("", "the log is empty"),
     ],
 )

@@ -30,6 +30,7 @@ from recipe.gad.run.checks import check_config, claim_output, resumed_checkpoint
 from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts, validates
 from recipe.gad.run.log import VAL_D_ACC
+from recipe.gad.run.nodes import check_nodes
 from recipe.gad.run.refusals import GROUP_ESTIMATORS, OLD_LOG_PROB_ESTIMATORS
 from recipe.gad.run.stop import take_request
 from recipe.gad.run.watchdog import Watchdog
@@ -96,6 +97,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     def __init__(self, config):
         for warning in check_config(config):
             logger.warning("%s", warning)
+        check_nodes(config)
         claim_output(config)
         super().__init__(config)
         self.rollout_n = config.actor_rollout_ref.rollout.n
