@@ -76,6 +76,7 @@ from recipe.gad.run.refusals import (
     check_reward_model,
     check_task_reward,
 )
+from recipe.gad.run.thinking import check_score_span
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
@@ -823,6 +824,7 @@ CHECKS: tuple[Check, ...] = (
     check_average,
     check_replay,
     check_shortcuts,
+    check_score_span,
     check_unlabelled,
     check_stopping,
     check_sampling,

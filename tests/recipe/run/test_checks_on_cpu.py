@@ -956,6 +956,33 @@ def test_what_the_discriminator_reads_needs_one_that_judges_whole_answers(gad, c
     assert errors_of(gad({**token, "gad.shortcut_probe": True})) == []
 
 
+def test_an_answer_after_thinking_needs_an_end_of_the_thinking(gad, config, tiny_problem, tmp_path):
+    span, end = "gad.score_span", "gad.think_end"
+    answer = {span: "answer", end: "then"}
+    assert errors_of(gad(answer)) == []
+    expect(gad({span: "thinking"}), f"{span}=thinking", "all or answer")
+    expect(gad({**answer, end: " "}), f"{end}=' '", f"{end}=null")
+    expect(gad({end: "then"}), f"{end}=then", f"{span}=all would not read it")
+    expect(gad({span: "answer"}), f"{tiny_problem}/model names no end", "</think> or <|channel|>", f"set {end}")
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, **answer}
+    expect(config(seqkd), f"{span}=answer", "stage seqkd trains no discriminator", f"Fix: {span}=all")
+    token = {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False}
+    expect(gad({**answer, **token}), "gad.credit=token", f"{span}=answer")
+    expect(gad({**answer, "gad.shortcut_probe": True}), "gad.shortcut_probe=True", f"{span}=answer")
+
+    folder = tmp_path / "thinking"
+    shutil.copytree(tiny_problem / "model", folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt and off %}<think></think>{% endif %}"
+    )
+    own = {span: "answer", f"{MODEL}.tokenizer_path": str(folder)}
+    assert errors_of(gad(own)) == []
+    expect(gad({**own, "data.apply_chat_template_kwargs": {"off": True}}), "already ends the thinking with </think>")
+    custom = {span: "answer", f"{MODEL}.custom_chat_template": template + "{# <|channel|>final<|message|> #}"}
+    assert errors_of(gad(custom)) == []
+
+
 def test_unlabelled_files_that_cannot_work_are_refused(gad, tmp_path):
     file, bad = tmp_path / "prompts.parquet", tmp_path / "bad.parquet"
     pq.write_table(pa.Table.from_pylist([{"content": USER}] * 4), file)

@@ -39,9 +39,10 @@ from recipe.gad.training.bad_steps import BadSteps, texts
 from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
+from recipe.gad.training.reading import Reading
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
-from recipe.gad.training.shortcuts import ShortcutProbe, canonical_ids, canonical_rows, read_as
+from recipe.gad.training.shortcuts import ShortcutProbe, read_as, replaced_rows
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
@@ -268,11 +269,13 @@ class PPOTrainerGAD(PPOTrainerSync):
         known = {*rows, *batch.keys}
         missing = [row.key for group in self._groups for row in group.rows() if row.key not in known]
         rows |= {key: gad_rows.filler(self.tokenizer.eos_token_id) for key in missing}
-        if self.config.gad.retokenize:
+        if reading := Reading.of(self.config, self.tokenizer):
             data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["prompts", "responses"])
-            columns = (data[name].unbind() for name in ("prompts", "responses"))
-            self._read_as, canonical = canonical_rows(self.tokenizer, batch.keys, *columns)
-            rows |= canonical
+            prompts, responses = (data[name].unbind() for name in ("prompts", "responses"))
+            read, lengths = reading.read(response.tolist() for response in responses)
+            self._read_as, replaced = replaced_rows(batch.keys, prompts, responses, read)
+            rows |= replaced
+            metrics.update(lengths)
         self._put_rows(batch.partition_id, rows)
         self._extra_keys.extend(rows)
 
@@ -484,8 +487,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         view = copy.copy(self)  # this trainer with a replay buffer that notes what it hands out
         view.replay_buffer = seen = SeenRows(self.replay_buffer)
         metrics = super(PPOTrainerGAD, view)._validate()
-        if self.config.gad.retokenize:
-            seen.pairs = [pair._replace(student=canonical_ids(self.tokenizer, pair.student)) for pair in seen.pairs]
+        if seen.pairs and (reading := Reading.of(self.config, self.tokenizer)):
+            read, _ = reading.read(pair.student for pair in seen.pairs)
+            seen.pairs = [pair._replace(student=ids) for pair, ids in zip(seen.pairs, read, strict=True)]
         if seen.pairs:
             metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
             self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
