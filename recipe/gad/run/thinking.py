@@ -14,6 +14,9 @@ SPANS = ("all", "answer")
 THINK_ENDS = ("</think>", "<|channel|>final<|message|>")
 """Ends of the thinking that a chat template names: of most families, and of gpt-oss."""
 
+SWITCHES = ("enable_thinking", "thinking")
+"""Arguments of chat templates with which, at False, a student does not think."""
+
 _PROBE = "xyzzy"
 
 
@@ -58,6 +61,27 @@ class Turn(NamedTuple):
     def only_in_prompt(self) -> str:
         """What the prompt of a rollout has, and the template does not write before an answer."""
         return self.prompt.removeprefix(os.path.commonprefix([self.prompt, self.answer]))
+
+    def opens_thinking(self, end: str | None) -> bool:
+        """Does the generation prompt begin thinking that it does not end, while an answer comes without?"""
+        return end is not None and self.only_in_prompt().strip() != "" and end not in self.only_in_prompt()
+
+    def thinks(self, end: str | None) -> bool:
+        """Does a rollout begin with thinking, which ends with ``end``?"""
+        return self.opens_thinking(end) or (end is not None and end in self.only_in_answer())
+
+    def agrees(self, end: str | None) -> bool:
+        """Do rollouts begin where the template begins an answer? A teacher's row starts with the rollouts' prompt, so
+        thinking that the generation prompt begins and ends is on both sides."""
+        return not self.only_in_answer().strip() and not self.opens_thinking(end)
+
+
+def switch_off(tokenizer: Any, template_kwargs: dict, end: str | None) -> str | None:
+    """The one of :data:`SWITCHES` with which rollouts begin where the template begins an answer, or None."""
+    for name in SWITCHES:
+        if Turn.of(tokenizer, {**template_kwargs, name: False}).agrees(end):
+            return name
+    return None
 
 
 def check_score_span(config: DictConfig) -> Findings:
