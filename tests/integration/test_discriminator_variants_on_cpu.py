@@ -311,6 +311,46 @@ def test_d_reads_the_answer_after_the_thinking_and_the_actor_follows_on_all_toke
     monkeypatch.setattr(trainer, "_read_as", {})
 
 
+# ---------------------------------------------------------------------- several teachers
+
+
+@pytest.fixture
+def two_teachers(live, tiny_problem, tmp_path):
+    """The training data with one more column: what a second teacher, "other", says to every second prompt."""
+    table = pq.read_table(tiny_problem / "train.parquet")
+    other = [None if row % 2 else ["um um", "so see"] for row in range(len(table))]
+    pq.write_table(table.append_column("other", [other]), tmp_path / "two.parquet")
+    files = live.config.data.train_files
+    live.set(data__train_files=[f"{tmp_path}/two.parquet"], data__teacher_key=["teacher_response", "other"])
+    live.set(data__val_files=[f"{tmp_path}/two.parquet"])
+    live.trainer._init_dataloader()
+    yield
+    live.set(data__train_files=files, data__val_files=f"{tiny_problem}/val.parquet")
+    live.set(data__teacher_key="teacher_response")
+    live.trainer._init_dataloader()
+
+
+def test_a_step_compares_with_the_answer_that_was_drawn_and_logs_the_accuracy_of_each_teacher(live, two_teachers):
+    trainer, tokenizer = live.trainer, live.trainer.tokenizer
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(batch, metrics=metrics)
+    critic, groups = hf_model(live, "critic"), live_groups(live)
+    said = [tokenizer.decode(teacher[1], skip_special_tokens=True) for teacher, _ in groups]
+    loss, accuracy, _ = pairwise_reference(critic, groups)
+    trainer._compute_values(batch, metrics=metrics)
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    for teacher, is_other in (("teacher_response", False), ("other", True)):
+        of_it = [group for group, text in zip(groups, said, strict=True) if (text in ("um um", "so see")) == is_other]
+        expected = pairwise_reference(critic, of_it)[1]
+        assert metrics[f"critic/d_acc/{teacher}"] == pytest.approx(expected, abs=1e-6)
+    live.finish(batch)
+    fields = live.step()[1]
+    truths = [reward["ground_truth"] for reward in fields["reward_model"]]
+    assert truths == list(fields["teacher_response"]), "a task reward compares with the answer that was drawn"
+
+
 # ---------------------------------------------------------------------- prompts without teacher answers
 
 

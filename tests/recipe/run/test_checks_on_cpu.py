@@ -293,6 +293,40 @@ def test_teacher_answers_as_chat_messages(data):
     expect(data(rows), "row 5: column 'teacher_response' is null")
 
 
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_several_teacher_answers(data, name):
+    def rows(*answers):
+        return [{"content": USER, "teacher_response": ["a", "b"]} for _ in range(8 - len(answers))] + [
+            {"content": USER, "teacher_response": answer} for answer in answers
+        ]
+
+    assert errors_of(data(rows(["a"]), name)) == []
+    expect(data(rows([]), name), "row 7: column 'teacher_response' is an empty list", "or a list of such answers")
+    expect(data(rows(["a", ""], ["a", ""]), name), "row 6", "has an answer (number 1) that is empty (2 such rows)")
+    expect(data(rows(["a", None]), name), "row 7", "(number 1) that is null")
+    if name == "train.jsonl":
+        expect(data(rows("a"), name), "row 7: column 'teacher_response' is no list, unlike those before it")
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_a_column_for_each_teacher(data, name):
+    def columns(teachers, *bad):
+        rows = [{"content": USER, "gpt": "a", "claude": None if i else "b"} for i in range(8 - len(bad))]
+        changed = data([*rows, *bad], name)
+        OmegaConf.update(changed, "data.teacher_key", teachers)
+        OmegaConf.update(changed, "data.val_files", changed.data.train_files)
+        return changed
+
+    assert errors_of(columns(["gpt", "claude"])) == errors_of(columns(["gpt"])) == []
+    expect(columns(["claude"]), "data.train_files", "row 1: column 'claude' is null")
+    none, blank = ({"content": USER, "gpt": gpt, "claude": None} for gpt in (None, " "))
+    expect(columns(["gpt", "claude"], none), "row 7: column 'gpt' is null, as are the other teachers' columns")
+    expect(columns(["gpt", "claude"], blank), "row 7: column 'gpt' holds only whitespace")
+    expect(columns(["gpt", "gold"]), "has no column 'gold'; it has 'content', 'gpt', 'claude'")
+    for teachers in ([], ["gpt", "gpt"], ["gpt", ""]):
+        expect(columns(teachers), f"data.teacher_key={teachers}", "a list of different columns")
+
+
 def test_teacher_answers_that_are_no_text(data):
     rows = [{"content": USER, "teacher_response": 5} for _ in range(8)]
     expect(data(rows), "row 0: column 'teacher_response' is of type int, not text (8 such rows)")

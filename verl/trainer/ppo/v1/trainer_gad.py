@@ -46,6 +46,7 @@ from recipe.gad.training.shortcuts import ShortcutProbe, read_as, replaced_rows
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
+from recipe.gad.training.teachers import Teachers
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
@@ -141,15 +142,17 @@ class PPOTrainerGAD(PPOTrainerSync):
                 config.data.gen_batch_size = config.data.train_batch_size - count
         super()._init_dataloader()
         self._probe = ShortcutProbe(self.tokenizer)
+        self._teachers = Teachers.of(config, self.train_dataset)
         self._prompts = UnlabelledPrompts(config, count, self.tokenizer, self.processor) if count else None
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
-        """Stock; with ``gad.unlabelled_files`` a part of the prompts has no teacher answer."""
+        """Stock, with one teacher answer per prompt; with ``gad.unlabelled_files`` a part of the prompts has none."""
         if self._prompts is None:
-            return super()._next_train_batch(num_prompts)
+            return self._teachers.draw(super()._next_train_batch(num_prompts), self.global_steps)
         unlabelled = self._prompts.next()
         self._unlabelled = set(unlabelled["uid"])
-        batch = join(super()._next_train_batch(self.config.data.gen_batch_size), unlabelled)
+        labelled = super()._next_train_batch(self.config.data.gen_batch_size)
+        batch = join(self._teachers.draw(labelled, self.global_steps), unlabelled)
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
 
@@ -458,6 +461,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         metrics.update(update_metrics)
         score_of = dict(zip(keys, scores.tolist(), strict=True))
         score_of |= {key: score_of[row.key] for key, row in self._read_as.items() if row.key in score_of}
+        metrics.update(self._teachers.metrics(self._groups, score_of))
         if self.config.gad.shortcut_probe:
             metrics.update(self._probe.note(fresh_groups(self._groups, partition_id)))
         if past:  # the metrics are about fresh pairs
