@@ -255,6 +255,102 @@ def test_d_reads_answers_as_the_tokens_of_their_text_and_the_actor_as_sampled(li
     monkeypatch.setattr(trainer, "_read_as", {})
 
 
+@pytest.mark.parametrize("in_update", [True, False])
+def test_d_reads_the_answer_after_the_thinking_and_the_actor_follows_on_all_tokens(live, monkeypatch, in_update):
+    trainer = live.trainer
+    then, eos = trainer.tokenizer.convert_tokens_to_ids("then"), trainer.tokenizer.eos_token_id
+
+    def answer(ids):
+        """What follows the first "then"; an empty turn if nothing does."""
+        ids = ids.tolist()
+        return torch.tensor((ids[ids.index(then) + 1 :] if then in ids else []) or [eos])
+
+    live.set(gad__score_span="answer", gad__think_end="then", gad__score_in_update=in_update)
+    batch, metrics = live.sample()
+    sampled = dict(zip(batch.keys, live.fields(batch.keys)["responses"].unbind(), strict=True))
+    batch = trainer._balance_batch(batch, metrics=metrics)
+    critic, groups = hf_model(live, "critic"), live_groups(live)
+    spoken = [ids.tolist() for ids in sampled.values()]
+    thinking = [ids.index(then) + 1 if then in ids else len(ids) for ids in spoken]
+    assert any(then in ids for ids in spoken) and not all(then in ids for ids in spoken)
+    assert metrics["thinking_length/mean"] == pytest.approx(sum(thinking) / len(thinking))
+    lengths = [len(ids) - n for ids, n in zip(spoken, thinking, strict=True)]
+    assert metrics["answer_length/mean"] == pytest.approx(sum(lengths) / len(lengths))
+    assert metrics["answer_length/empty_ratio"] == pytest.approx(lengths.count(0) / len(lengths))
+    read = [(teacher, [(prompt, answer(ids)) for prompt, ids in students]) for teacher, students in groups]
+    loss, accuracy, norm = pairwise_reference(critic, read)
+    trainer._compute_old_log_prob(batch, metrics=metrics)
+    trainer._compute_ref_log_prob(batch, metrics=metrics)
+    trainer._compute_values(batch, metrics=metrics)
+    trainer._compute_advantage(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    columns = zip(batch.keys, rows(fields), fields["rm_scores"].unbind(), fields["advantages"].unbind(), strict=True)
+    for key, (prompt, response), scores, advantages in columns:
+        assert torch.equal(response, sampled[key]), "the policy trains on what was sampled"
+        assert scores[-1].item() == pytest.approx(score(critic, prompt, answer(response)).item(), abs=2e-5)
+        assert len(advantages) == len(response) and (advantages == advantages[0]).all(), "thinking tokens included"
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    live.finish(batch)
+    if in_update:
+        spy, wins = Spy(trainer.replay_buffer), []
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "replay_buffer", spy)
+            got, critic = trainer._validate()[VAL_D_ACC], hf_model(live, "critic")
+        for prompt, student, text in spy.rows:
+            teacher = torch.tensor([*trainer.tokenizer(text, add_special_tokens=False)["input_ids"], eos])
+            gap = score(critic, prompt, teacher) - score(critic, prompt, answer(student))
+            wins.append(0.5 if abs(gap) < 1e-6 else float(gap > 0))
+        assert got == pytest.approx(sum(wins) / len(wins))
+        metrics, _ = live.step()
+        assert "actor/pg_loss" in metrics
+    assert not any((tq.kv_list() or {}).values()), "rows stay in the queue"
+    live.set(gad__score_span="all", gad__think_end=None, gad__score_in_update=False)
+    monkeypatch.setattr(trainer, "_read_as", {})
+
+
+# ---------------------------------------------------------------------- several teachers
+
+
+@pytest.fixture
+def two_teachers(live, tiny_problem, tmp_path):
+    """The training data with one more column: what a second teacher, "other", says to every second prompt."""
+    table = pq.read_table(tiny_problem / "train.parquet")
+    other = [None if row % 2 else ["um um", "so see"] for row in range(len(table))]
+    pq.write_table(table.append_column("other", [other]), tmp_path / "two.parquet")
+    files = live.config.data.train_files
+    live.set(data__train_files=[f"{tmp_path}/two.parquet"], data__teacher_key=["teacher_response", "other"])
+    live.set(data__val_files=[f"{tmp_path}/two.parquet"])
+    live.trainer._init_dataloader()
+    yield
+    live.set(data__train_files=files, data__val_files=f"{tiny_problem}/val.parquet")
+    live.set(data__teacher_key="teacher_response")
+    live.trainer._init_dataloader()
+
+
+def test_a_step_compares_with_the_answer_that_was_drawn_and_logs_the_accuracy_of_each_teacher(live, two_teachers):
+    trainer, tokenizer = live.trainer, live.trainer.tokenizer
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(batch, metrics=metrics)
+    critic, groups = hf_model(live, "critic"), live_groups(live)
+    said = [tokenizer.decode(teacher[1], skip_special_tokens=True) for teacher, _ in groups]
+    loss, accuracy, _ = pairwise_reference(critic, groups)
+    trainer._compute_values(batch, metrics=metrics)
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(accuracy, abs=1e-6)
+    for teacher, is_other in (("teacher_response", False), ("other", True)):
+        of_it = [group for group, text in zip(groups, said, strict=True) if (text in ("um um", "so see")) == is_other]
+        expected = pairwise_reference(critic, of_it)[1]
+        assert metrics[f"critic/d_acc/{teacher}"] == pytest.approx(expected, abs=1e-6)
+    live.finish(batch)
+    fields = live.step()[1]
+    truths = [reward["ground_truth"] for reward in fields["reward_model"]]
+    assert truths == list(fields["teacher_response"]), "a task reward compares with the answer that was drawn"
+
+
 # ---------------------------------------------------------------------- prompts without teacher answers
 
 

@@ -5,16 +5,21 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
+from scipy.stats import chisquare
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from recipe.gad.quickstart.problem import build_tokenizer
+from recipe.gad.training.teachers import Teachers
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, get_dataset_class
+from verl.utils.tensordict_utils import get_tensordict
 
 PROMPTS = ["c a f", "b d e", "a b c d e f g h i j a b c d e f", "j i h", "d d d"]
 ANSWERS = ["well um c then a then f right", "so b and d and e see", "okay", "sure j i h done", "well d d d bye"]
@@ -94,6 +99,78 @@ def test_another_teacher_column_is_read(tokenizer, parquet, tmp_path):
     row = RLHFDataset(path, tokenizer, config(tmp_path, teacher_key="gold"))[0]
     assert row["teacher_response"] == ANSWERS[-1]
     assert row["teacher_response_ids"] == ids_of(tokenizer, ANSWERS[-1])
+
+
+def test_rows_with_several_answers_carry_the_first_and_keep_the_others(tokenizer, parquet, tmp_path, capsys):
+    path = parquet(teacher=lambda text: [text, "okay", text])
+    dataset = RLHFDataset(path, tokenizer, config(tmp_path, max_response_length=6, truncation="right"))
+    for i, answer in enumerate(ANSWERS):
+        row, ids = dataset[i], ids_of(tokenizer, answer)[:6]
+        assert row["teacher_response"] == row["reward_model"]["ground_truth"] == answer
+        assert row["teacher_response_ids"] == ids and "teacher_answers" not in row
+        assert dataset.dataframe[i]["teacher_answers"] == [
+            {"teacher": "teacher_response", "text": text, "ids": expected}
+            for text, expected in ((answer, ids), ("okay", ids_of(tokenizer, "okay")), (answer, ids))
+        ]
+    # twice 9, 8, 2, 6 and 6 tokens, and five times 2
+    assert "teacher answers: 15, mean 4.8 tokens, longest 9; 4 longer than" in capsys.readouterr().out
+
+
+def test_a_column_for_each_teacher(tokenizer, parquet, tmp_path):
+    path = parquet(gpt=lambda i: None if i == 2 else ANSWERS[i], claude=lambda i: ANSWERS[4 - i] if i > 1 else None)
+    dataset = RLHFDataset(path, tokenizer, config(tmp_path, teacher_key=["gpt", "claude"]))
+    found = [[(a["teacher"], a["text"]) for a in answers] for answers in dataset.dataframe["teacher_answers"]]
+    assert found == [
+        [("gpt", ANSWERS[0])],
+        [("gpt", ANSWERS[1])],
+        [("claude", ANSWERS[2])],
+        [("gpt", ANSWERS[3]), ("claude", ANSWERS[1])],
+        [("gpt", ANSWERS[4]), ("claude", ANSWERS[0])],
+    ]
+    assert [row["teacher_response"] for row in dataset] == ANSWERS
+    other = parquet("long.parquet", gpt=lambda i: "okay", claude=lambda i: ANSWERS[0] if i == 3 else None)
+    with pytest.raises(ValueError, match=r"long\.parquet, row 3: .* 9 tokens .*max_response_length=8"):
+        RLHFDataset(other, tokenizer, config(tmp_path, teacher_key=["gpt", "claude"], max_response_length=8))
+
+
+def test_a_step_draws_one_answer_per_prompt_by_seed_step_and_row(tokenizer, parquet, tmp_path):
+    path = parquet(
+        gpt=lambda i: ANSWERS[i],
+        claude=lambda i: ["okay", "sure"] if i else None,
+        reward_model=lambda i: {"style": "rule", "ground_truth": "42"} if i == 4 else None,
+    )
+    dataset = RLHFDataset(path, tokenizer, config(tmp_path, teacher_key=["gpt", "claude"], max_response_length=20))
+    words = {row: [ANSWERS[row], *(["okay", "sure"] if row else [])] for row in range(5)}
+
+    def draw(step, order=(0, 1, 2, 3, 4), seed=7):
+        teachers = Teachers(dataset, seed, named=True)
+        batch = collate_fn([dataset[i] for i in order])
+        batch["uid"] = np.array([f"u{i}" for i in order], dtype=object)
+        batch = teachers.draw(get_tensordict(batch), step)
+        texts, ids = list(batch["teacher_response"]), list(batch["teacher_response_ids"])
+        assert [list(of_it) for of_it in ids] == [ids_of(tokenizer, text) for text in texts]
+        truths = [reward["ground_truth"] for reward in batch["reward_model"]]
+        assert truths == ["42" if i == 4 else text for i, text in zip(order, texts, strict=True)]
+        rows = list(zip(order, texts, strict=True))
+        # "okay" of row 2 is both teachers'
+        assert all(text in words[i] for i, text in rows)
+        assert {uid: who for uid, who in teachers.drawn.items() if uid != "u2"} == {
+            f"u{i}": "gpt" if text == ANSWERS[i] else "claude" for i, text in rows if i != 2
+        }
+        return dict(rows)
+
+    steps = [draw(step) for step in range(90)]
+    assert draw(17) == steps[17] and draw(17, (3, 1)) == {i: steps[17][i] for i in (3, 1)}
+    assert [draw(step, seed=8) for step in range(9)] != steps[:9]
+    assert {step[0] for step in steps} == {ANSWERS[0]}
+    for i in (1, 4):
+        counts = Counter(step[i] for step in steps)
+        assert set(counts) == set(words[i]) and chisquare(list(counts.values())).pvalue > 0.01
+
+
+def test_a_file_of_single_answers_is_left_alone_by_the_draw(tokenizer, parquet, tmp_path):
+    dataset, batch = RLHFDataset(parquet(), tokenizer, config(tmp_path)), object()
+    assert Teachers(dataset, 7, named=False).draw(batch, 1) is batch
 
 
 def test_long_prompts_are_dropped_and_rows_stay_aligned(tokenizer, parquet, tmp_path):

@@ -11,6 +11,7 @@ prompt and response   one of PROMPT_KEYS + one of TEACHER_KEYS; text, or message
 ====================  ===================================================================================
 
 - A ``system`` column goes before the messages, unless they start with a system message.
+- A teacher's column may hold a list of answers; all of them are kept.
 - If a conversation ends with an assistant turn, that turn is the answer. A column named ``teacher_response``, or named
   by ``teacher_key``, replaces it.
 - Otherwise the first of TEACHER_KEYS that the row has is the answer to all of the messages.
@@ -88,7 +89,8 @@ class Row(NamedTuple):
 class Example(NamedTuple):
     prompt: list[Message]
     """Messages with the keys role and content; the last one is the user's or a tool's."""
-    teacher: str
+    answers: list[str]
+    """The teacher's, at least one."""
     dropped_turns: int
     """Turns of the conversation that are in neither prompt nor answer."""
 
@@ -283,12 +285,12 @@ def read_example(row: Row, prompt_key: str | None = None, teacher_key: str | Non
     if ends_with_answer and teacher_key is None and column != OWN_TEACHER_KEY:
         column = None
     if column is not None:
-        prompt, teacher = messages[:-1] if ends_with_answer else messages, _answer_of_column(column, columns[column])
+        prompt, teacher = messages[:-1] if ends_with_answer else messages, _answers_of_column(column, columns[column])
     else:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise ValueError(f"has no teacher's answer: no assistant turn and none of the columns {TEACHER_KEYS}")
-        prompt, teacher = messages[: answers[-1]], _checked_answer("the assistant's turn", messages[answers[-1]])
+        prompt, teacher = messages[: answers[-1]], [_checked_answer("the assistant's turn", messages[answers[-1]])]
     dropped = len(messages) - len(prompt) - (column is None)
     return Example(_checked_prompt(prompt), teacher, dropped)
 
@@ -391,11 +393,18 @@ def _alpaca_messages(messages: list[Message], columns: dict[str, Any]) -> list[M
     return turns + messages
 
 
-def _answer_of_column(column: str, value: Any) -> str:
-    """Answer in a column that holds text, one message, or a list of one message."""
+def _answers_of_column(column: str, value: Any) -> list[str]:
+    """Answers in a column that holds text, one message, or a list of texts or messages."""
+    where = f"column {column!r}"
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return _checked_answer(f"column {column!r}", value)
+    if not isinstance(value, list) or not value:
+        return [_checked_answer(where, value)]
+    for number, message in enumerate(value):
+        role = message.get("role", "assistant") if isinstance(message, dict) else "assistant"
+        if not isinstance(role, str) or ROLES.get(role) != "assistant":
+            raise ValueError(f"{where}, answer {number} has the role {role!r}, not assistant")
+    return [_checked_answer(f"{where}, answer {number}", answer) for number, answer in enumerate(value)]
 
 
 def _checked_answer(where: str, value: Any) -> str:

@@ -97,8 +97,9 @@ def prepare_files(
 ) -> Prepared:
     """Write ``train.parquet``, ``val.parquet`` and, if there are bad rows, ``rejects.jsonl`` to ``out_dir``.
 
-    The parquet files have the columns content (list of {role, content}), teacher_response, data_source and extra_info
-    ({index}: row in the file). All files are renamed into place at the end.
+    The parquet files have the columns content (list of {role, content}), teacher_response (text, or lists of texts if a
+    row of the file has several answers), data_source and extra_info ({index}: row in the file). All files are renamed
+    into place at the end.
 
     Args:
         inputs: sources for :func:`recipe.gad.data.layouts.read_rows`.
@@ -143,12 +144,18 @@ def prepare_files(
                 result.rows += 1
                 try:
                     example = read_example(row, prompt_key, teacher_key)
-                    lengths = count_tokens(example.prompt, example.teacher) if count_tokens else None
+                    lengths = (
+                        [count_tokens(example.prompt, answer) for answer in example.answers] if count_tokens else []
+                    )
                 except ValueError as error:
                     rejects.add(row, str(error))
                     continue
                 prompt = prompt_hash(example.prompt)
-                identity = _hash(f"{prompt} {example.teacher}") if keep_answers else prompt
+                identity = (
+                    _hash("\0".join([f"{prompt} {example.answers[0]}", *example.answers[1:]]))
+                    if keep_answers
+                    else prompt
+                )
                 if identity in seen or (prompt in held_out and not is_val):
                     result.duplicates += 1
                     continue
@@ -214,31 +221,50 @@ class _RowWriter:
     """Writes examples to a parquet file, a batch at a time, and counts them in ``stats``."""
 
     def __init__(self, path: Path, stats: OutputStats):
-        self._stats = stats
+        self._path, self._stats = path, stats
+        self._schema = SCHEMA
         self._parquet = pq.ParquetWriter(path, SCHEMA)
         self._batch: list[dict[str, Any]] = []
         self._chars = 0
 
-    def add(self, example: Example, data_source: str, lengths: tuple[int, int] | None) -> None:
+    def add(self, example: Example, data_source: str, lengths: list[tuple[int, int]]) -> None:
+        """``lengths``: of prompt and answer, for each answer; none without a tokenizer."""
+        if len(example.answers) > 1 and self._schema is SCHEMA:
+            self._begin_lists()
         self._batch.append(
             {
                 "content": example.prompt,
-                "teacher_response": example.teacher,
+                "teacher_response": example.answers[0] if self._schema is SCHEMA else example.answers,
                 "data_source": data_source,
                 "extra_info": {"index": self._stats.rows},
             }
         )
         self._stats.rows += 1
-        if lengths is not None:
-            self._stats.prompt_lengths.append(lengths[0])
-            self._stats.response_lengths.append(lengths[1])
-        self._chars += len(example.teacher) + sum(len(message["content"]) for message in example.prompt)
+        self._stats.prompt_lengths.extend(prompt for prompt, _ in lengths[:1])
+        self._stats.response_lengths.extend(answer for _, answer in lengths)
+        self._chars += sum(map(len, example.answers)) + sum(len(message["content"]) for message in example.prompt)
         if len(self._batch) == BATCH_ROWS or self._chars >= BATCH_CHARS:
             self._write_batch()
 
     def _write_batch(self) -> None:
-        self._parquet.write_table(pa.Table.from_pylist(self._batch, schema=SCHEMA))
+        self._parquet.write_table(pa.Table.from_pylist(self._batch, schema=self._schema))
         self._batch, self._chars = [], 0
+
+    def _begin_lists(self) -> None:
+        """From the first row with several answers on, every row of the file has a list, those before it included."""
+        self._write_batch()
+        self._parquet.close()
+        single = self._path.rename(self._path.with_suffix(".single"))
+        place = SCHEMA.get_field_index("teacher_response")
+        self._schema = SCHEMA.set(place, pa.field("teacher_response", pa.list_(pa.string())))
+        self._parquet = pq.ParquetWriter(self._path, self._schema)
+        with pq.ParquetFile(single) as rows:
+            for batch in rows.iter_batches(BATCH_ROWS):
+                answers = batch.column(place)
+                lists = pa.ListArray.from_arrays(pa.array(range(len(answers) + 1), pa.int32()), answers)
+                columns = [lists if i == place else column for i, column in enumerate(batch.columns)]
+                self._parquet.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+        single.unlink()
 
     def __enter__(self) -> "_RowWriter":
         return self

@@ -62,6 +62,7 @@ from recipe.gad.run.findings import (
 )
 from recipe.gad.run.hold import WRITER
 from recipe.gad.run.hub import load_tokenizer, local_model
+from recipe.gad.run.thinking import Turn, switch_off, think_end
 
 SAMPLE_ROWS = 1000
 """Rows per data key whose lengths are counted. This takes a second and gives shares to about 3 percentage points."""
@@ -164,6 +165,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_positions, frozenset({"models"})),
         Prerequisites(check_vocabulary, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_end_token, frozenset({"plugin", "models", "tokenizers"})),
+        Prerequisites(check_generation_prompt, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_chat_ids, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_lengths, frozenset({"plugin", "models", "tokenizers", "data"})),
         Prerequisites(check_rollout_heads, frozenset({"models"})),
@@ -413,6 +415,50 @@ def _agreeing_end(tokenizer: Any, end: TurnEnd) -> Findings:
             fix=f"add {end.common} in {folder}/generation_config.json",
         )
     yield note(f"teacher answers end with {shown} ({end.common}), at which a rollout stops")
+
+
+def check_generation_prompt(config: DictConfig) -> Findings:
+    """Rollouts begin where the chat template begins an answer, as teacher answers do."""
+    from jinja2 import TemplateError
+
+    tokenizer, kwargs, span = _student_tokenizer(config), _template_kwargs(config), get(config, "gad.score_span")
+    if tokenizer is None or not tokenizer.chat_template:
+        return  # check_end_token says so
+    end = think_end(get(config, "gad.think_end"), tokenizer)
+    try:
+        turn = Turn.of(tokenizer, kwargs)
+        switch = None if turn.agrees(end) else switch_off(tokenizer, kwargs, end)
+    except (ValueError, TemplateError):
+        return  # check_end_token says so
+    if turn.agrees(end):
+        return
+    what = (
+        f"the chat template of {tokenizer.name_or_path} begins an answer with {turn.only_in_answer()!r} after "
+        f"{turn.prompt!r}"
+        if turn.only_in_answer().strip()
+        else f"the generation prompt of {tokenizer.name_or_path} begins with {turn.only_in_prompt()!r} what an answer "
+        "does not have"
+    )
+    fix = f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
+    if switch is not None:
+        fix = f"++data.apply_chat_template_kwargs.{switch}=False"
+    if not turn.thinks(end):
+        yield warning(f"{what}; rollouts may write it, and teacher answers do not", fix)
+    elif span != "answer":
+        think = "; if the student is to think, gad.score_span=answer" if has_discriminator(config) else ""
+        yield error(f"{what}: the student thinks before it answers, and teacher answers do not", fix + think)
+    elif _imitates(config):
+        yield warning(
+            f"{what}: the student thinks before it answers, and imitation of the teacher teaches it not to",
+            fix="in stage warmup, set trainer.critic_warmup above the number of steps, so that only the discriminator "
+            "trains; in stage gad, gad.imitation_coef=0 gad.teacher_in_group=False",
+        )
+
+
+def _imitates(config: DictConfig) -> bool:
+    """Do teacher answers train the actor?"""
+    terms = ("gad.imitation_coef", "gad.teacher_in_group")
+    return get(config, "gad.actor_objective") == "imitation" or any(get(config, term) for term in terms)
 
 
 def check_chat_ids(config: DictConfig) -> Findings:

@@ -52,7 +52,7 @@ from recipe.gad.run.config import (
     unlabelled_prompts,
     world_size,
 )
-from recipe.gad.run.data_file import data_file_problems
+from recipe.gad.run.data_file import data_file_problems, teacher_columns
 from recipe.gad.run.findings import (
     Check,
     ConfigError,
@@ -79,6 +79,7 @@ from recipe.gad.run.refusals import (
     check_task_reward,
 )
 from recipe.gad.run.safety import check_remote_code, check_secrets
+from recipe.gad.run.thinking import check_score_span
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
@@ -518,6 +519,13 @@ def check_data(config: DictConfig) -> Findings:
     prompt_key, teacher_key = get(config, "data.prompt_key"), get(config, "data.teacher_key")
     if teacher_key is None:
         yield error("data.teacher_key=null: GAD needs the teacher's answers", fix="data.teacher_key=teacher_response")
+    teachers = teacher_columns(teacher_key)
+    if teacher_key is not None and (not teachers or not all(teachers) or len(set(teachers)) < len(teachers)):
+        yield error(
+            f"data.teacher_key={teacher_key}: expected a column, or a list of different columns",
+            fix="data.teacher_key=teacher_response",
+        )
+        return
     if (truncation := get(config, "data.truncation")) not in ("error", "left", "right"):
         yield error(f"data.truncation={truncation}: expected error, left or right", fix="data.truncation=right")
     checked: dict[str, int | None] = {}
@@ -827,6 +835,7 @@ CHECKS: tuple[Check, ...] = (
     check_average,
     check_replay,
     check_shortcuts,
+    check_score_span,
     check_unlabelled,
     check_stopping,
     check_sampling,

@@ -5,7 +5,7 @@ Files are streamed: parquet by row group, reading two columns only; .json and .j
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ LIST_EMPTY, LIST_START, LIST_NEXT, LIST_END = map(re.compile, (r"\s*\[\s*\]", r"
 NO_SOURCE, UNLABELLED = "gad", "unlabelled"
 """data_source of rows that name none, and of all prompts of ``gad.unlabelled_files``."""
 PROMPT_FORM = "a list of chat messages [{role, content}, ...] that ends with the user's (or a tool's) message"
-TEACHER_FORM = "the teacher's answer: text, or one chat message {role, content}"
+TEACHER_FORM = "the teacher's answer: text, or one chat message {role, content}, or a list of such answers"
+
+TeacherKey = str | Iterable[str] | None
+"""data.teacher_key: the column with the teacher's answers, or one for each teacher; None: answers are not read."""
 
 
 def teacher_text(value: Any) -> str:
@@ -55,6 +58,37 @@ def teacher_problem(value: Any) -> str | None:
     return None
 
 
+def teacher_columns(teacher_key: TeacherKey) -> list[str]:
+    """Columns that ``data.teacher_key`` names."""
+    return [teacher_key] if isinstance(teacher_key, str) else list(teacher_key or ())
+
+
+def teacher_answers(cells: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(column, text) of every answer in the teachers' cells of a row that has passed :func:`teacher_problems`.
+
+    Args:
+        cells: column -> an answer, a list of them, or None where another column has one.
+    """
+    listed = ((key, cell if isinstance(cell, list) else [cell]) for key, cell in cells.items() if cell is not None)
+    return [(key, teacher_text(value)) for key, values in listed for value in values]
+
+
+def teacher_problems(cells: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the teachers' cells of a row, as (column, "is null")."""
+    filled = {key: cell for key, cell in cells.items() if cell is not None}
+    for key, cell in (filled or dict(list(cells.items())[:1])).items():
+        if not isinstance(cell, list):
+            problem = teacher_problem(cell)
+        elif not cell:
+            problem = "is an empty list"
+        else:
+            problems = ((number, teacher_problem(value)) for number, value in enumerate(cell))
+            bad = next(((number, problem) for number, problem in problems if problem is not None), None)
+            problem = None if bad is None else f"has an answer (number {bad[0]}) that {bad[1]}"
+        if problem is not None:
+            yield key, problem if filled or len(cells) == 1 else f"{problem}, as are the other teachers' columns"
+
+
 def prompt_problem(messages: Any) -> str | None:
     """What is wrong with the messages of a prompt, or None."""
     if messages is None:
@@ -73,13 +107,13 @@ def prompt_problem(messages: Any) -> str | None:
     return None if last in ("user", "tool") else f"ends with a message of role {last!r}"
 
 
-def check_data_file(path: str | Path, prompt_key: str, teacher_key: str | None) -> int:
+def check_data_file(path: str | Path, prompt_key: str, teacher_key: TeacherKey) -> int:
     """Number of rows of a data file, all of which must be usable.
 
     Args:
         path: .parquet, .json or .jsonl; ``~`` is the home folder.
         prompt_key: column with the prompt's messages.
-        teacher_key: column with the teacher's answer; None: teacher answers are not checked.
+        teacher_key: column or columns with the teachers' answers; None: teacher answers are not checked.
 
     Raises:
         ValueError: a row or the file is not usable; names file, row (counted from 0), value and fix.
@@ -90,14 +124,13 @@ def check_data_file(path: str | Path, prompt_key: str, teacher_key: str | None) 
     return rows
 
 
-def find_teacher(paths: Iterable[str | Path], teacher_key: str, text: str) -> str:
-    """The first row whose teacher answer is ``text``, as "FILE, row N" (counted from 0) for an error message."""
+def find_teacher(paths: Iterable[str | Path], teacher_key: TeacherKey, text: str) -> str:
+    """The first row that has the teacher answer ``text``, as "FILE, row N" (counted from 0) for an error message."""
     for file in map(Path, paths):
-        batches = (
-            _parquet_columns(file, [teacher_key]) if file.suffix == ".parquet" else _json_columns(file, [teacher_key])
-        )
-        for row, value in enumerate(value for _, values in batches for value in values):
-            if teacher_problem(value) is None and teacher_text(value) == text:
+        keys = teacher_columns(teacher_key)
+        batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
+        for row, values in enumerate(values for columns in batches for values in zip(*columns, strict=True)):
+            if text in (answer for _, answer in teacher_answers(dict(zip(keys, values, strict=True)))):
                 return f"{file}, row {row}"
     raise AssertionError("the text was read from one of these files")
 
@@ -111,10 +144,10 @@ def column_values(path: str | Path, key: str) -> set[str]:
     """
     file = Path(path).expanduser()
     batches = _parquet_columns(file, [key]) if file.suffix == ".parquet" else _json_columns(file, [key])
-    return {str(value) for values, _ in batches for value in values}
+    return {str(value) for (values,) in batches for value in values}
 
 
-def data_file_problems(path: str | Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[Finding]]:
+def data_file_problems(path: str | Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, list[Finding]]:
     """Number of rows of a data file, and errors: one about the file, or one for each kind of bad row."""
     file = Path(path).expanduser()
     try:
@@ -125,8 +158,9 @@ def data_file_problems(path: str | Path, prompt_key: str, teacher_key: str | Non
         return 0, [error(f"{file}: {problem}")]
 
 
-def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, list[Finding]]:
-    keys = [prompt_key] if teacher_key is None else [prompt_key, teacher_key]
+def _scan(file: Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, list[Finding]]:
+    teachers = teacher_columns(teacher_key)
+    keys = [prompt_key, *teachers]
     if not file.exists():
         raise InputError("no such file", fix="correct the path")
     if not file.is_file():
@@ -140,36 +174,43 @@ def _scan(file: Path, prompt_key: str, teacher_key: str | None) -> tuple[int, li
     if file.stat().st_size == 0:
         raise InputError("the file is empty (0 bytes; download or conversion cut off?)", fix="write it again")
     batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
-    rows, found = 0, _BadRows()
-    for prompts, teachers in batches:
+    rows, found, lists = 0, _BadRows(), dict[str, bool]()
+    for prompts, *answers in batches:
         for row, value in enumerate(prompts, start=rows):
             if (problem := prompt_problem(value)) is not None:
                 found.add(prompt_key, problem, row)
-        for row, value in enumerate(teachers if teacher_key is not None else (), start=rows):
-            if (problem := teacher_problem(value)) is not None:
-                found.add(str(teacher_key), problem, row)
+        for row, cells in enumerate(zip(*answers, strict=True), start=rows):
+            of_row = dict(zip(teachers, cells, strict=True))
+            for key, problem in teacher_problems(of_row):
+                found.add(key, problem, row)
+            for key, cell in of_row.items():
+                if cell is not None and lists.setdefault(key, isinstance(cell, list)) != isinstance(cell, list):
+                    found.add(key, f"is {'a' if isinstance(cell, list) else 'no'} list, unlike those before it", row)
         rows += len(prompts)
     if rows == 0:
         raise InputError("holds 0 rows, expected at least one", fix="write it again with data")
-    forms = {prompt_key: PROMPT_FORM, teacher_key: TEACHER_FORM}
+    forms = {prompt_key: PROMPT_FORM}
     return rows, [
-        error(f"{file}, {line}; expected {forms[key]}", fix="repair or drop the row") for key, line in found.lines()
+        error(f"{file}, {line}; expected {forms.get(key, TEACHER_FORM)}", fix="repair or drop the row")
+        for key, line in found.lines()
     ]
 
 
-def sample_rows(path: str | Path, prompt_key: str, teacher_key: str, size: int) -> tuple[int, list, list]:
+def sample_rows(path: str | Path, prompt_key: str, teacher_key: TeacherKey, size: int) -> tuple[int, list, list]:
     """Evenly spaced rows of a data file that has passed :func:`check_data_file`.
 
     Args:
         path: .parquet, .json or .jsonl.
         prompt_key: column with the prompt's messages.
-        teacher_key: column with the teacher's answer.
+        teacher_key: column or columns with the teachers' answers.
         size: rows to take; all rows of a smaller file are taken.
 
     Returns:
-        Number of rows of the file; prompts of the sample; its teacher answers as text.
+        Number of rows of the file; prompts of the sample; its teacher answers as text. A row with several answers gives
+        its prompt as often.
     """
-    file, keys = Path(path).expanduser(), [prompt_key, teacher_key]
+    file, teachers = Path(path).expanduser(), teacher_columns(teacher_key)
+    keys = [prompt_key, *teachers]
     if file.suffix == ".parquet":
         with pq.ParquetFile(file, memory_map=True) as parquet:
             total, start = parquet.metadata.num_rows, 0
@@ -182,7 +223,8 @@ def sample_rows(path: str | Path, prompt_key: str, teacher_key: str, size: int) 
     else:
         rows = [row for row, _ in json_rows(file)]
         total, table = len(rows), [rows[row] for row in _evenly_spaced(len(rows), size)]
-    return total, [row[prompt_key] for row in table], [teacher_text(row[teacher_key]) for row in table]
+    pairs = [(row[prompt_key], text) for row in table for _, text in teacher_answers({k: row.get(k) for k in teachers})]
+    return total, [prompt for prompt, _ in pairs], [text for _, text in pairs]
 
 
 def _evenly_spaced(total: int, size: int) -> list[int]:
@@ -214,24 +256,23 @@ def _missing_columns(keys: Iterable[str], columns: Iterable[str]) -> InputError:
     )
 
 
-def _parquet_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
-    """The first and the last column of ``keys`` as lists, ``BATCH_ROWS`` rows at a time."""
+def _parquet_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
+    """The columns ``keys`` as lists, ``BATCH_ROWS`` rows at a time."""
     try:
         with pq.ParquetFile(file, memory_map=True) as parquet:
             columns = parquet.schema_arrow.names
             if not set(keys) <= set(columns):
                 raise _missing_columns(keys, columns)
             for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
-                yield batch.column(keys[0]).to_pylist(), batch.column(keys[-1]).to_pylist()
+                yield [batch.column(key).to_pylist() for key in keys]
     except (pa.ArrowException, OSError) as problem:
         raise InputError(f"is not a readable parquet file ({problem})", fix="write it again") from None
 
 
-def _json_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
+def _json_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
     """The same for JSON: one object per line, or one list of objects. The first row names the columns."""
     columns: list[str] = []
-    first: list[Any] = []
-    last: list[Any] = []
+    found: list[list[Any]] = [[] for _ in keys]
     for number, (row, problem) in enumerate(json_rows(file)):
         if problem is not None:
             raise InputError(f"row {number} {problem}", fix="repair or drop the line")
@@ -240,12 +281,12 @@ def _json_columns(file: Path, keys: list[str]) -> Iterator[tuple[list, list]]:
         columns = columns or list(row)
         if not set(keys) <= set(columns):
             raise _missing_columns(keys, columns)
-        first.append(row.get(keys[0]))
-        last.append(row.get(keys[-1]))
-        if len(first) == BATCH_ROWS:
-            yield first, last
-            first, last = [], []
-    yield first, last
+        for key, values in zip(keys, found, strict=True):
+            values.append(row.get(key))
+        if len(found[0]) == BATCH_ROWS:
+            yield found
+            found = [[] for _ in keys]
+    yield found
 
 
 def json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:

@@ -43,35 +43,36 @@ def canonical_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
             run.append(token)
             continue
         if run:
-            canonical += tokenize_teacher(tokenizer, [_text(tokenizer, run)], [])[0]
+            canonical += tokenize_teacher(tokenizer, [text_of(tokenizer, run)], [])[0]
             run = []
         if token is not None:
             canonical.append(token)
-    text = _text(tokenizer, ids)
-    return canonical if BROKEN not in text and _text(tokenizer, canonical) == text else list(ids)
+    text = text_of(tokenizer, ids)
+    return canonical if BROKEN not in text and text_of(tokenizer, canonical) == text else list(ids)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of token ids, special tokens and spaces included."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def canonical_rows(
-    tokenizer: PreTrainedTokenizerBase, keys: Sequence[str], prompts: Sequence, responses: Sequence
+def replaced_rows(
+    keys: Sequence[str], prompts: Sequence, responses: Sequence, read: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Row], dict[str, Trajectory]]:
-    """What D reads in place of answers whose tokens are not those of their text.
+    """Rows that D reads in place of those of the students.
 
     Args:
-        keys, prompts, responses: of the students' rows; ids as 1-D tensors, an empty response stays as it is.
+        keys, prompts, responses: of the students' rows; ids as 1-D tensors.
+        read: the ids that D reads in place of each response; a row whose ids are the same is not replaced.
 
     Returns:
         key of an answer -> the row that replaces it, and key of that row -> its trajectory.
     """
     replaced, rows = {}, {}
-    for key, prompt, response in zip(keys, prompts, responses, strict=True):
-        ids = response.tolist()
-        if (canonical := canonical_ids(tokenizer, ids)) != ids:
-            replaced[key] = Row(f"{key}_canonical", len(prompt) + len(canonical))
-            rows[replaced[key].key] = build_teacher_trajectory(prompt, torch.tensor(canonical))
+    for key, prompt, response, ids in zip(keys, prompts, responses, read, strict=True):
+        if list(ids) != response.tolist():
+            replaced[key] = Row(f"{key}_read", len(prompt) + len(ids))
+            rows[replaced[key].key] = build_teacher_trajectory(prompt, torch.tensor(ids))
     return replaced, rows
 
 

@@ -469,6 +469,27 @@ def test_duplicates(write, tmp_path, capsys):
     assert [row["teacher_response"] for row in table(tmp_path / "all")] == [f"answer {i}" for i in range(5)]
 
 
+def test_several_answers_to_a_prompt_are_kept_and_every_row_of_the_file_has_a_list(
+    write, tmp_path, tiny_problem, capsys
+):
+    answers = ["a", [assistant("b")], ["c d", assistant("e")], "f", ["g", " "], ["h", user("i")]]
+    path = write([{"content": f"{'a ' * i}b", "teacher_response": answer} for i, answer in enumerate(answers)])
+    options = ("--val_fraction", 0, "--tokenizer", tiny_problem / "model")
+    assert run(path, "--output_dir", tmp_path / "out", *options) == 0
+    rows = table(tmp_path / "out")
+    assert [row["teacher_response"] for row in rows] == [["a"], ["b"], ["c d", "e"], ["f"]]
+    assert [(row["content"][0]["content"], row["extra_info"]["index"]) for row in rows] == [
+        (f"{'a ' * i}b", i) for i in range(4)
+    ]
+    assert [bad["reason"] for bad in rejects(tmp_path / "out")] == [
+        "column 'teacher_response', answer 1 holds only whitespace",
+        "column 'teacher_response', answer 1 has the role 'user', not assistant",
+    ]
+    assert not list((tmp_path / "out").glob("*.single"))
+    assert check_data_file(tmp_path / "out/train.parquet", "content", "teacher_response") == 4
+    assert re.search(rf"train answers +{(2 + 2 + 3 + 2 + 2) / 5:.1f} ", capsys.readouterr().out)
+
+
 def test_the_hash_tells_roles_and_borders_of_messages_apart():
     prompts = [[user("a b")], [user("a"), user("b")], [{"role": "tool", "content": "a b"}], [user("ab")], [user("A b")]]
     assert len({prompt_hash(prompt) for prompt in prompts}) == len(prompts)

@@ -23,6 +23,7 @@ from recipe.gad.doctor.checks import (
     check_discriminator_size,
     check_disk,
     check_end_token,
+    check_generation_prompt,
     check_lengths,
     check_numbers,
     check_rollout_heads,
@@ -329,6 +330,56 @@ def test_turns_without_an_end(compose_config, model):
     config = compose_config(*WARMUP, f"{MODEL}.path={none}")
     OmegaConf.update(config, f"{MODEL}.custom_chat_template", custom.partition("=")[2].strip("'"))
     assert messages(check_end_token, config, "error") == []
+
+
+QUESTION = "<bos>{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} <end>"
+TEMPLATES = {
+    # thinks unless it is told not to: an answer, or a generation prompt without thinking, has it empty
+    "hybrid": QUESTION + "{% else %}<assistant> <think></think> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% if enable_thinking is false %}<think></think> {% endif %}{% endif %}",
+    # the empty thinking is in the generation prompt alone
+    "empty": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> <think></think> {% endif %}",
+    # the generation prompt begins to think, and there is no way around
+    "always": QUESTION + "{% else %}<assistant> {{ m.content.split('</think>')[-1] }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> <think> {% endif %}",
+    # gpt-oss: a channel for each part
+    "channels": QUESTION + "{% else %}<assistant><|channel|>final<|message|>{{ m.content }} <end>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+    # nothing about thinking, but rollouts have to write a name
+    "name": QUESTION + "{% else %}<assistant> um: {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+}
+
+
+def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_config, model):
+    switch = "++data.apply_chat_template_kwargs.enable_thinking=False"
+    answer, policy = "gad.score_span=answer", "gad.actor_objective=policy_gradient"
+
+    def found(name, *overrides, level="error"):
+        folder = model(f"{name}-{len(seen)}")
+        seen.append(folder)
+        (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+        config = compose_config(*WARMUP, f"{MODEL}.path={folder}", *overrides)
+        findings = run_checks(config, [check_generation_prompt])
+        return [str(finding) for finding in findings if finding.level == level]
+
+    seen = []
+    (error,) = found("hybrid")
+    assert "begins an answer with '<think></think> ' after '<bos><user> question <end><assistant> '" in error
+    assert f"Fix: {switch}; if the student is to think, {answer}" in error
+    assert found("hybrid", switch) == found("empty") == []
+    (error,) = found("hybrid", "gad.stage=seqkd", "critic.enable=False")
+    assert error.endswith(f"Fix: {switch}")
+    for name, part in (("always", "begins with '<think> '"), ("channels", "with '<|channel|>final<|message|>'")):
+        (error,) = found(name)
+        assert part in error and "custom_chat_template" in error and answer in error
+        assert found(name, answer) == found(name, answer, policy, level="warning") == []
+        (warning,) = found(name, answer, level="warning")
+        assert "imitation of the teacher teaches it not to" in warning and "Fix: in stage warmup" in warning
+    assert found("name") == []
+    (warning,) = found("name", level="warning")
+    assert "begins an answer with ' um: '" in warning and "custom_chat_template" in warning
 
 
 def test_a_broken_tokenizer(compose_config, model):

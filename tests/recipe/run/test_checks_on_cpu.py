@@ -293,6 +293,40 @@ def test_teacher_answers_as_chat_messages(data):
     expect(data(rows), "row 5: column 'teacher_response' is null")
 
 
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_several_teacher_answers(data, name):
+    def rows(*answers):
+        return [{"content": USER, "teacher_response": ["a", "b"]} for _ in range(8 - len(answers))] + [
+            {"content": USER, "teacher_response": answer} for answer in answers
+        ]
+
+    assert errors_of(data(rows(["a"]), name)) == []
+    expect(data(rows([]), name), "row 7: column 'teacher_response' is an empty list", "or a list of such answers")
+    expect(data(rows(["a", ""], ["a", ""]), name), "row 6", "has an answer (number 1) that is empty (2 such rows)")
+    expect(data(rows(["a", None]), name), "row 7", "(number 1) that is null")
+    if name == "train.jsonl":
+        expect(data(rows("a"), name), "row 7: column 'teacher_response' is no list, unlike those before it")
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_a_column_for_each_teacher(data, name):
+    def columns(teachers, *bad):
+        rows = [{"content": USER, "gpt": "a", "claude": None if i else "b"} for i in range(8 - len(bad))]
+        changed = data([*rows, *bad], name)
+        OmegaConf.update(changed, "data.teacher_key", teachers)
+        OmegaConf.update(changed, "data.val_files", changed.data.train_files)
+        return changed
+
+    assert errors_of(columns(["gpt", "claude"])) == errors_of(columns(["gpt"])) == []
+    expect(columns(["claude"]), "data.train_files", "row 1: column 'claude' is null")
+    none, blank = ({"content": USER, "gpt": gpt, "claude": None} for gpt in (None, " "))
+    expect(columns(["gpt", "claude"], none), "row 7: column 'gpt' is null, as are the other teachers' columns")
+    expect(columns(["gpt", "claude"], blank), "row 7: column 'gpt' holds only whitespace")
+    expect(columns(["gpt", "gold"]), "has no column 'gold'; it has 'content', 'gpt', 'claude'")
+    for teachers in ([], ["gpt", "gpt"], ["gpt", ""]):
+        expect(columns(teachers), f"data.teacher_key={teachers}", "a list of different columns")
+
+
 def test_teacher_answers_that_are_no_text(data):
     rows = [{"content": USER, "teacher_response": 5} for _ in range(8)]
     expect(data(rows), "row 0: column 'teacher_response' is of type int, not text (8 such rows)")
@@ -968,6 +1002,33 @@ def test_what_the_discriminator_reads_needs_one_that_judges_whole_answers(gad, c
         expect(config(seqkd), f"{key}=True", "stage seqkd trains no discriminator", f"Fix: {key}=False")
     expect(gad({**token, "gad.retokenize": True}), "gad.credit=token", "gad.retokenize=True", "gad.credit=sequence")
     assert errors_of(gad({**token, "gad.shortcut_probe": True})) == []
+
+
+def test_an_answer_after_thinking_needs_an_end_of_the_thinking(gad, config, tiny_problem, tmp_path):
+    span, end = "gad.score_span", "gad.think_end"
+    answer = {span: "answer", end: "then"}
+    assert errors_of(gad(answer)) == []
+    expect(gad({span: "thinking"}), f"{span}=thinking", "all or answer")
+    expect(gad({**answer, end: " "}), f"{end}=' '", f"{end}=null")
+    expect(gad({end: "then"}), f"{end}=then", f"{span}=all would not read it")
+    expect(gad({span: "answer"}), f"{tiny_problem}/model names no end", "</think> or <|channel|>", f"set {end}")
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, **answer}
+    expect(config(seqkd), f"{span}=answer", "stage seqkd trains no discriminator", f"Fix: {span}=all")
+    token = {"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False}
+    expect(gad({**answer, **token}), "gad.credit=token", f"{span}=answer")
+    expect(gad({**answer, "gad.shortcut_probe": True}), "gad.shortcut_probe=True", f"{span}=answer")
+
+    folder = tmp_path / "thinking"
+    shutil.copytree(tiny_problem / "model", folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt and off %}<think></think>{% endif %}"
+    )
+    own = {span: "answer", f"{MODEL}.tokenizer_path": str(folder)}
+    assert errors_of(gad(own)) == []
+    expect(gad({**own, "data.apply_chat_template_kwargs": {"off": True}}), "already ends the thinking with </think>")
+    custom = {span: "answer", f"{MODEL}.custom_chat_template": template + "{# <|channel|>final<|message|> #}"}
+    assert errors_of(gad(custom)) == []
 
 
 def test_unlabelled_files_that_cannot_work_are_refused(gad, tmp_path):

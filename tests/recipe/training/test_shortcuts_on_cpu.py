@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipe.gad.training.replay import PastGroup
 from recipe.gad.training.rows import Group, Row
-from recipe.gad.training.shortcuts import ShortcutProbe, canonical_ids, canonical_rows, fit_probe, read_as
+from recipe.gad.training.shortcuts import ShortcutProbe, canonical_ids, fit_probe, read_as, replaced_rows
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.trajectory import tokenize_teacher
 
@@ -57,12 +57,13 @@ def test_d_reads_the_replaced_rows_and_the_others_as_they_are(tokenizer):
     texts = ids(tokenizer, *"the"), ids(tokenizer, "the"), []
     answers = [torch.tensor(text, dtype=torch.int64) for text in texts]
     keys = ["u_0_0", "u_1_0", "u_2_0"]
-    replaced, rows = canonical_rows(tokenizer, keys, [prompt] * 3, answers)
-    assert replaced == {"u_0_0": Row("u_0_0_canonical", 4)} and list(rows) == ["u_0_0_canonical"]
-    assert rows["u_0_0_canonical"]["input_ids"].tolist() == [5, 6, 7, *ids(tokenizer, "the")]
+    read = [canonical_ids(tokenizer, text) for text in texts]
+    replaced, rows = replaced_rows(keys, [prompt] * 3, answers, read)
+    assert replaced == {"u_0_0": Row("u_0_0_read", 4)} and list(rows) == ["u_0_0_read"]
+    assert rows["u_0_0_read"]["input_ids"].tolist() == [5, 6, 7, *ids(tokenizer, "the")]
     group = Group("u", 3, [Row("u_0_0", 6), Row("u_1_0", 4)], teacher_tokens=9)
     assert [row.key for row in read_as([group], replaced)[0].rows()] == [
-        "u_teacher_0", "u_0_0_canonical", "u_1_0", "u_filler_0"
+        "u_teacher_0", "u_0_0_read", "u_1_0", "u_filler_0"
     ]  # fmt: skip
     assert read_as([group], replaced)[0].tokens == 9 + 4 + 4 + 2
     assert read_as([group], {}) == [group]

@@ -8,8 +8,9 @@ Goes when: ``data.custom_cls`` is enough for the users of this project.
 import datasets
 import torch
 
-from recipe.gad.run.data_file import NO_SOURCE, check_data_file, find_teacher, teacher_text
+from recipe.gad.run.data_file import NO_SOURCE, check_data_file, find_teacher
 from recipe.gad.training import trajectory as teacher
+from recipe.gad.training.answers import ANSWERS, answer_columns, answers_of_rows, has_several
 from recipe.gad.training.trajectory import TEACHER_IDS, TEACHER_TEXT
 from verl.utils.dataset.rl_dataset import RLHFDataset as _StockRLHFDataset
 
@@ -19,7 +20,8 @@ LENGTH = "teacher_response_length"  # uncut; a column while answers are tokenize
 
 
 class RLHFDataset(_StockRLHFDataset):
-    """Stock dataset plus, in every row, ``teacher_response`` (text) and ``teacher_response_ids`` (token ids).
+    """Stock dataset plus, in every row, ``teacher_response`` (text) and ``teacher_response_ids`` (token ids): of the
+    first answer, if rows have several (recipe/gad/training/answers.py).
 
     The ids end the way a rollout ends: with the end-of-turn token, unless cut at ``data.max_response_length``, which
     follows ``data.truncation`` (error | left | right). Rows without reward data get the teacher's text as
@@ -52,9 +54,11 @@ class RLHFDataset(_StockRLHFDataset):
         stop_ids = teacher.stop_token_ids(self.tokenizer)
         end_ids = teacher.end_of_turn_ids(self.tokenizer, stop_ids, self.apply_chat_template_kwargs)
         tokenizer, key, files, truncation = self.tokenizer, self.teacher_key, list(self.data_files), self.truncation
+        several = has_several(dataframe, key)
 
         def tokenize(rows: dict[str, list]) -> dict[str, list]:
-            texts = [teacher_text(value) for value in rows[key]]
+            answers = answers_of_rows(rows, key)
+            texts = [text for row in answers for _, text in row]
             uncut = teacher.tokenize_teacher(tokenizer, texts, end_ids)
             ids = []
             for text, answer in zip(texts, uncut, strict=True):
@@ -62,12 +66,15 @@ class RLHFDataset(_StockRLHFDataset):
                     ids.append(teacher.cut_teacher(answer, max_length, truncation))
                 except ValueError as error:
                     raise ValueError(f"{find_teacher(files, key, text)}: {error}") from None
+            if several:
+                return answer_columns(answers, ids, LENGTH, uncut)
             return {TEACHER_TEXT: texts, TEACHER_IDS: ids, LENGTH: [len(answer) for answer in uncut]}
 
         num_proc = self.num_workers if len(dataframe) > 10_000 else None
         options = {"batched": True, "load_from_cache_file": False, "desc": "Tokenizing teacher answers"}
         dataframe = dataframe.map(tokenize, num_proc=num_proc, **options)
-        lengths = torch.tensor(dataframe[LENGTH][:])
+        found = dataframe[LENGTH][:]
+        lengths = torch.tensor([n for row in found for n in row] if several else found)
         n_cut = int((lengths > max_length).sum())
         print(
             f"teacher answers: {len(lengths)}, mean {lengths.float().mean():.1f} tokens, longest {int(lengths.max())}; "
@@ -78,6 +85,7 @@ class RLHFDataset(_StockRLHFDataset):
     def __getitem__(self, item):
         row = super().__getitem__(item)
         if self.teacher_key is not None:
+            row.pop(ANSWERS, None)
             row["index"] = item  # stock verl takes it from extra_info, where it may be missing or the same for all rows
             if row.get("reward_model") is None:
                 row["reward_model"] = {"style": "teacher", "ground_truth": row[TEACHER_TEXT]}

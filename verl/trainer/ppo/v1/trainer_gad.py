@@ -41,12 +41,14 @@ from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.lora import merge_checkpoint
+from recipe.gad.training.reading import Reading
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
-from recipe.gad.training.shortcuts import ShortcutProbe, canonical_ids, canonical_rows, read_as
+from recipe.gad.training.shortcuts import ShortcutProbe, read_as, replaced_rows
 from recipe.gad.training.state import load_state, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
+from recipe.gad.training.teachers import Teachers
 from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
@@ -143,15 +145,17 @@ class PPOTrainerGAD(PPOTrainerSync):
                 config.data.gen_batch_size = config.data.train_batch_size - count
         super()._init_dataloader()
         self._probe = ShortcutProbe(self.tokenizer)
+        self._teachers = Teachers.of(config, self.train_dataset)
         self._prompts = UnlabelledPrompts(config, count, self.tokenizer, self.processor) if count else None
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
-        """Stock; with ``gad.unlabelled_files`` a part of the prompts has no teacher answer."""
+        """Stock, with one teacher answer per prompt; with ``gad.unlabelled_files`` a part of the prompts has none."""
         if self._prompts is None:
-            return super()._next_train_batch(num_prompts)
+            return self._teachers.draw(super()._next_train_batch(num_prompts), self.global_steps)
         unlabelled = self._prompts.next()
         self._unlabelled = set(unlabelled["uid"])
-        batch = join(super()._next_train_batch(self.config.data.gen_batch_size), unlabelled)
+        labelled = super()._next_train_batch(self.config.data.gen_batch_size)
+        batch = join(self._teachers.draw(labelled, self.global_steps), unlabelled)
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
 
@@ -272,11 +276,13 @@ class PPOTrainerGAD(PPOTrainerSync):
         known = {*rows, *batch.keys}
         missing = [row.key for group in self._groups for row in group.rows() if row.key not in known]
         rows |= {key: gad_rows.filler(self.tokenizer.eos_token_id) for key in missing}
-        if self.config.gad.retokenize:
+        if reading := Reading.of(self.config, self.tokenizer):
             data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["prompts", "responses"])
-            columns = (data[name].unbind() for name in ("prompts", "responses"))
-            self._read_as, canonical = canonical_rows(self.tokenizer, batch.keys, *columns)
-            rows |= canonical
+            prompts, responses = (data[name].unbind() for name in ("prompts", "responses"))
+            read, lengths = reading.read(response.tolist() for response in responses)
+            self._read_as, replaced = replaced_rows(batch.keys, prompts, responses, read)
+            rows |= replaced
+            metrics.update(lengths)
         self._put_rows(batch.partition_id, rows)
         self._extra_keys.extend(rows)
 
@@ -459,6 +465,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         metrics.update(update_metrics)
         score_of = dict(zip(keys, scores.tolist(), strict=True))
         score_of |= {key: score_of[row.key] for key, row in self._read_as.items() if row.key in score_of}
+        metrics.update(self._teachers.metrics(self._groups, score_of))
         if self.config.gad.shortcut_probe:
             metrics.update(self._probe.note(fresh_groups(self._groups, partition_id)))
         if past:  # the metrics are about fresh pairs
@@ -488,8 +495,9 @@ class PPOTrainerGAD(PPOTrainerSync):
         view = copy.copy(self)  # this trainer with a replay buffer that notes what it hands out
         view.replay_buffer = seen = SeenRows(self.replay_buffer)
         metrics = super(PPOTrainerGAD, view)._validate()
-        if self.config.gad.retokenize:
-            seen.pairs = [pair._replace(student=canonical_ids(self.tokenizer, pair.student)) for pair in seen.pairs]
+        if seen.pairs and (reading := Reading.of(self.config, self.tokenizer)):
+            read, _ = reading.read(pair.student for pair in seen.pairs)
+            seen.pairs = [pair._replace(student=ids) for pair, ids in zip(seen.pairs, read, strict=True)]
         if seen.pairs:
             metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
             self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])

@@ -1,0 +1,153 @@
+"""Students that think before they answer: the text that ends the thinking, and the chat template's part in it."""
+
+import os
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from recipe.gad.run.config import ACTOR_MODEL, get, has_discriminator
+from recipe.gad.run.findings import Findings, either, error
+from recipe.gad.run.hub import load_tokenizer, local_model
+
+SPANS = ("all", "answer")
+"""Values of gad.score_span."""
+THINK_ENDS = ("</think>", "<|channel|>final<|message|>")
+"""Ends of the thinking that a chat template names: of most families, and of gpt-oss."""
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Arguments of chat templates with which, at False, a student does not think."""
+
+_PROBE = "xyzzy"
+
+
+def think_end(configured: str | None, tokenizer: Any) -> str | None:
+    """Text that ends a student's thinking: ``gad.think_end``, or what the chat template names; None: neither."""
+    if configured is not None:
+        return configured
+    template = str(tokenizer.chat_template or "")
+    return next((end for end in THINK_ENDS if end in template), None)
+
+
+class Turn(NamedTuple):
+    """What the chat template writes before an assistant's text."""
+
+    prompt: str
+    """Before a rollout: question and generation prompt."""
+    answer: str
+    """Before the answer in a finished conversation: the question and the beginning of its turn."""
+    bare: str
+    """Of the question alone."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, template_kwargs: dict) -> "Turn":
+        """Raises jinja2.TemplateError if the template refuses the turn, ValueError if it drops its text."""
+        question = [{"role": "user", "content": "question"}]
+        kwargs = {**template_kwargs, "tokenize": False}
+        turn = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": _PROBE}], **kwargs)
+        return cls(
+            prompt=tokenizer.apply_chat_template(question, add_generation_prompt=True, **kwargs),
+            answer=turn[: turn.rindex(_PROBE)],
+            bare=tokenizer.apply_chat_template(question, add_generation_prompt=False, **kwargs),
+        )
+
+    def opening(self) -> str:
+        """The generation prompt."""
+        return self.prompt.removeprefix(os.path.commonprefix([self.prompt, self.bare]))
+
+    def only_in_answer(self) -> str:
+        """What the template writes before an answer, and the prompt of a rollout lacks."""
+        return self.answer.removeprefix(os.path.commonprefix([self.prompt, self.answer]))
+
+    def only_in_prompt(self) -> str:
+        """What the prompt of a rollout has, and the template does not write before an answer."""
+        return self.prompt.removeprefix(os.path.commonprefix([self.prompt, self.answer]))
+
+    def opens_thinking(self, end: str | None) -> bool:
+        """Does the generation prompt begin thinking that it does not end, while an answer comes without?"""
+        return end is not None and self.only_in_prompt().strip() != "" and end not in self.only_in_prompt()
+
+    def thinks(self, end: str | None) -> bool:
+        """Does a rollout begin with thinking, which ends with ``end``?"""
+        return self.opens_thinking(end) or (end is not None and end in self.only_in_answer())
+
+    def agrees(self, end: str | None) -> bool:
+        """Do rollouts begin where the template begins an answer? A teacher's row starts with the rollouts' prompt, so
+        thinking that the generation prompt begins and ends is on both sides."""
+        return not self.only_in_answer().strip() and not self.opens_thinking(end)
+
+
+def switch_off(tokenizer: Any, template_kwargs: dict, end: str | None) -> str | None:
+    """The one of :data:`SWITCHES` with which rollouts begin where the template begins an answer, or None."""
+    for name in SWITCHES:
+        if Turn.of(tokenizer, {**template_kwargs, name: False}).agrees(end):
+            return name
+    return None
+
+
+def check_score_span(config: DictConfig) -> Findings:
+    """The discriminator reads whole answers, or students think in a way that can be cut out."""
+    span, end = get(config, "gad.score_span"), get(config, "gad.think_end")
+    if span not in SPANS:
+        yield error(f"gad.score_span={span}: expected {either(SPANS)}", fix="gad.score_span=all")
+        return
+    if end is not None and (not isinstance(end, str) or not end.strip()):
+        yield error(f"gad.think_end={end!r}: expected the text that ends the thinking", fix="gad.think_end=null")
+        return
+    if span == "all":
+        if end is not None:
+            yield error(
+                f"gad.think_end={end}: gad.score_span=all would not read it",
+                fix="gad.think_end=null, or gad.score_span=answer",
+            )
+        return
+    if not has_discriminator(config):
+        yield error(
+            f"gad.score_span=answer: stage {get(config, 'gad.stage')} trains no discriminator", fix="gad.score_span=all"
+        )
+        return
+    if get(config, "gad.credit") == "token":
+        yield error(
+            "gad.credit=token credits every token that was sampled, and gad.score_span=answer scores the answer alone",
+            fix="gad.score_span=all, or gad.credit=sequence",
+        )
+    if get(config, "gad.shortcut_probe") is True:
+        yield error(
+            "gad.shortcut_probe=True looks at whole answers, and gad.score_span=answer hides the thinking from the "
+            "discriminator",
+            fix="gad.shortcut_probe=False, or gad.score_span=all",
+        )
+    yield from _template_findings(config, end)
+
+
+def _template_findings(config: DictConfig, configured: str | None) -> Findings:
+    """Does the student think, and where does that end?"""
+    key = f"{ACTOR_MODEL}.tokenizer_path"
+    path = get(config, key) or get(config, f"{ACTOR_MODEL}.path")
+    folder = local_model(path)
+    if folder is None and configured is not None:
+        return
+    tokenizer = load_tokenizer(folder or str(path), bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
+    if (custom := get(config, f"{ACTOR_MODEL}.custom_chat_template")) is not None:
+        tokenizer.chat_template = custom
+    end = think_end(configured, tokenizer)
+    if end is None:
+        yield error(
+            f"gad.score_span=answer: the chat template of {path} names no end of the thinking ({either(THINK_ENDS)})",
+            fix="set gad.think_end to the text after which the student's answer begins, or gad.score_span=all",
+        )
+        return
+    if not tokenizer.chat_template:
+        return  # the doctor says so
+    from jinja2 import TemplateError
+
+    kwargs = dict(get(config, "data.apply_chat_template_kwargs", {}))
+    try:
+        opening = Turn.of(tokenizer, kwargs).opening()
+    except (ValueError, TemplateError):
+        return  # the doctor says so
+    if end in opening:
+        yield error(
+            f"gad.score_span=answer: the generation prompt {opening!r} already ends the thinking with {end}, so no "
+            "answer would contain it, and all would count as empty",
+            fix="gad.score_span=all, or change data.apply_chat_template_kwargs so that the student thinks",
+        )
