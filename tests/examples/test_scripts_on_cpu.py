@@ -481,7 +481,8 @@ ODD += ["a\\", "a\\'b", "'", "a!?*", "a%20b", "null", "1e5", "010", "true", "-x"
 
 def check_quoting(script, odd, tmp_path):
     """Every path and name that a script passes on is, for Hydra's parser, the text that the user gave."""
-    model, data, out = f"{tmp_path}/m{odd}", f"{tmp_path}/{odd}/t.parquet", f"{tmp_path}/o{odd}"
+    model, out = f"{tmp_path}/m{odd}", f"{tmp_path}/o{odd}"
+    data = f"{tmp_path}/{re.sub('[*?[]', '', odd)}/t.parquet"  # a pattern is refused in a data file's path
     flags = ["--model", model, "--train_files", data, "--val_files", f"{data}2", "--exp_name", odd]
     for command in dry_run(script, "--output_dir", out, flags=flags):
         values = command.values()
