@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# SeqKD (the baseline), warmup, then GAD from the warmup's checkpoint. Rerun the same command to resume.
+# SeqKD, a warmup from SeqKD's student in which an untrained model becomes the discriminator, then GAD with an imitation
+# term: the order that beat further SeqKD (docs/experiments.md). Rerun the same command to resume.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/common.sh"
 
 usage() {
   echo "usage: run_pipeline.sh --model PATH --train_files PATH [flags] [hydra.key=value ...]"
-  echo "  It writes OUTPUT_DIR/{seqkd,warmup,gad}. Every stage gets the Hydra overrides."
+  echo "  It writes OUTPUT_DIR/{seqkd,warmup,gad}. Every stage gets the Hydra overrides. SeqKD starts from --model, the"
+  echo "  warmup from SeqKD's student, and its discriminator from --reward_model (default: --model)."
   flags_help
 }
 
@@ -19,16 +21,19 @@ flags=(${TRAIN_FILES:+--train_files "$TRAIN_FILES"} ${VAL_FILES:+--val_files "$V
 [ -z "$SKIP_DOCTOR" ] || flags+=(--skip-doctor)
 [ -z "$RAW_LOG" ] || flags+=(--raw-log)
 start=(${MODEL:+--model "$MODEL"} ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"})
-run() { # run STAGE [flags ...]
-  local stage=$1; shift
-  stoppable bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" --output_dir "$base/$stage" \
-    ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
+run() { # run STAGE [flags ...] [-- hydra.key=value ...]
+  local stage=$1 start=(); shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do start+=("$1"); shift; done
+  stoppable bash "$here/run_$stage.sh" "${start[@]}" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" \
+    --output_dir "$base/$stage" "${@:2}" ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
 }
 run seqkd "${start[@]}"
-run warmup "${start[@]}"
-if [ -n "$DRY_RUN" ]; then # the warmup's checkpoint does not exist yet
-  checkpoint="$base/warmup/global_step_N"
-  run gad --model "$checkpoint/actor/huggingface" --reward_model "$checkpoint/critic/huggingface"
+if [ -n "$DRY_RUN" ]; then # the checkpoints do not exist yet
+  student="$base/seqkd/global_step_N/actor/huggingface" warmup="$base/warmup/global_step_N"
+  gad=(--model "$warmup/actor/huggingface" --reward_model "$warmup/critic/huggingface")
 else
-  run gad --warmup_dir "$base/warmup"
+  student=$("$PYTHON" -m recipe.gad.run.checkpoint student "$base/seqkd")
+  gad=(--warmup_dir "$base/warmup")
 fi
+run warmup --model "$student" --reward_model "${REWARD_MODEL:-$MODEL}"
+run gad "${gad[@]}" -- algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2

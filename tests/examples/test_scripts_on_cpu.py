@@ -298,7 +298,11 @@ def test_the_pipeline_prints_its_three_stages(device):
     assert [config.trainer.default_local_dir for config in configs] == [f"/out/{stage}" for stage in STAGES]
     assert [config.trainer.experiment_name for config in configs] == [f"try-{stage}" for stage in STAGES]
     assert {config.data.seed for config in configs} == {5}
-    assert [config.actor_rollout_ref.model.path for config in configs[:2]] == ["org/student"] * 2
+    seqkd, warmup, gad = configs
+    assert seqkd.actor_rollout_ref.model.path == warmup.critic.model.path == "org/student"
+    assert warmup.actor_rollout_ref.model.path == "/out/seqkd/global_step_N/actor/huggingface"
+    assert (gad.gad.imitation_coef, gad.algorithm.norm_adv_by_std_in_grpo) == (0.2, False)
+    assert (warmup.gad.imitation_coef, warmup.algorithm.norm_adv_by_std_in_grpo) == (0, True)
     assert configs[2].actor_rollout_ref.model.path == "/out/warmup/global_step_N/actor/huggingface"
     assert configs[2].critic.model.path == "/out/warmup/global_step_N/critic/huggingface"
 
@@ -315,8 +319,8 @@ def test_scripts_work_from_any_folder_and_make_paths_absolute(script, tmp_path):
     flags = ["--model", "student", "--train_files", "train.parquet", "--val_files", "s3://bucket/val.parquet"]
     for command in dry_run(script, "--output_dir", "out", flags=flags, cwd=tmp_path):
         config = command.compose()
-        if "global_step_N" not in config.critic.model.path:
-            assert config.actor_rollout_ref.model.path == config.critic.model.path == f"{tmp_path}/student"
+        for model in (config.actor_rollout_ref.model.path, config.critic.model.path):
+            assert "global_step_N" in model or model == f"{tmp_path}/student"
         assert config.data.train_files == f"{tmp_path}/train.parquet"
         assert config.data.val_files == "s3://bucket/val.parquet"
         assert config.trainer.default_local_dir.startswith(f"{tmp_path}/out")
@@ -329,6 +333,7 @@ def test_scripts_work_from_any_folder_and_make_paths_absolute(script, tmp_path):
 FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$FAKE_LOG"
 case "$*" in
+  *"recipe.gad.run.checkpoint student"*) echo "$FAKE_CHECKPOINT/actor/huggingface" ;;
   *recipe.gad.run.checkpoint*) echo "$FAKE_CHECKPOINT" ;;
   *"recipe.gad.cli doctor"*) exit "${FAKE_CHECK:-0}" ;;
   *main_ppo*) echo "platform ${VERL_PLATFORM:-unset}, devices ${CUDA_VISIBLE_DEVICES-unset}" ;;
@@ -384,7 +389,7 @@ def test_gad_starts_from_the_checkpoint_of_the_warmup(fake, step):
 def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake, tmp_path):
     out = tmp_path / "out"
     (out / "data").mkdir(parents=True)
-    for name in ("student", "warmup"):
+    for name in ("student", "gad"):
         (out / name).mkdir()
     (out / "data/train.parquet").touch()
     done, calls = fake("smollm2_gpt4/run.sh", "--output_dir", out, "--skip-doctor", "trainer.seed_of_mine=1")
@@ -396,18 +401,27 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
         assert words[-1] == "trainer.seed_of_mine=1"
         with initialize_config_module(config_module="recipe.gad.config", version_base=None):
             configs.append(compose("gad_trainer", overrides=words[words.index("gad_trainer") + 1 : -1]))
-    assert [config.gad.stage for config in configs] == STAGES
-    seqkd_steps, warmup_steps, gad_steps = [config.trainer.total_training_steps for config in configs]
-    assert gad_steps == 100 and seqkd_steps == warmup_steps + gad_steps, "as many batches of teacher answers"
+    assert [config.gad.stage for config in configs] == ["seqkd", "seqkd", "warmup", "gad"]
+    plateau, seqkd, warmup, gad = configs
+    assert gad.trainer.total_training_steps == seqkd.trainer.total_training_steps == 200, "as many teacher batches"
+    assert gad.data.train_batch_size == seqkd.data.train_batch_size == 32
+    assert warmup.trainer.critic_warmup > warmup.trainer.total_training_steps == 60, "the discriminator trains alone"
+    student = f"{out}/plateau/global_step_{plateau.trainer.total_training_steps}/actor/huggingface"
+    assert warmup.actor_rollout_ref.model.path == seqkd.actor_rollout_ref.model.path == student
+    assert warmup.critic.model.path == plateau.actor_rollout_ref.model.path == f"{out}/student"
+    assert (gad.gad.imitation_coef, gad.algorithm.norm_adv_by_std_in_grpo) == (0.2, False)
+    for config, samples in zip(configs, (8, 8, 4, 8), strict=True):
+        assert config.actor_rollout_ref.rollout.n == samples
     for config in configs:
         rollout, data = config.actor_rollout_ref.rollout, config.data
-        assert (rollout.name, rollout.n, rollout.temperature, rollout.max_model_len) == ("vllm", 8, 0.8, 768)
+        assert (rollout.name, rollout.temperature, rollout.max_model_len) == ("vllm", 0.8, 768)
         assert (data.max_prompt_length, data.max_response_length) == (512, 256)
         assert config.trainer.n_gpus_per_node == 1
-        assert config.trainer.default_local_dir == f"{out}/{config.gad.stage}"
-    assert configs[2].critic.model.path == "/w/global_step_7/critic/huggingface"
+    folders = [config.trainer.default_local_dir for config in configs]
+    assert folders == [f"{out}/{name}" for name in ("plateau", "seqkd", "warmup", "gad")]
+    assert configs[3].critic.model.path == "/w/global_step_7/critic/huggingface"
     evaluations = [call for call in calls if "recipe.gad.cli eval --model" in call]
-    assert [re.search(r"--model (\S+)", call)[1] for call in evaluations] == [f"{out}/student", f"{out}/warmup"]
+    assert [re.search(r"--model (\S+)", call)[1] for call in evaluations] == [f"{out}/student", f"{out}/gad"]
     assert all(f"--two_sample_model {out}/student" in call for call in evaluations), "one base for all models"
     assert calls[-1] == f"-m recipe.gad.cli report {out} --output {out}/report.html"
 
@@ -489,7 +503,8 @@ def check_quoting(script, odd, tmp_path):
         stage, here, name, start = values["gad.stage"], out, odd, model
         if script == "run_pipeline.sh":
             here, name = f"{out}/{stage}", f"{odd}-{stage}"
-            start = f"{out}/warmup/global_step_N/actor/huggingface" if stage == "gad" else model
+            before = {"gad": "warmup", "warmup": "seqkd"}.get(stage)
+            start = f"{out}/{before}/global_step_N/actor/huggingface" if before else model
         expected = {
             "actor_rollout_ref.model.path": start,
             "data.train_files": data,

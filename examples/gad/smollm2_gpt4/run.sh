@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SeqKD, warmup, GAD and their evaluation for SmolLM2-135M with GPT-4's answers, on one GPU. Run prepare.sh first.
+# SmolLM2-135M with GPT-4's answers, on one GPU: SeqKD to its plateau, then GAD against more SeqKD. Run prepare.sh first.
 # It calls the scripts of examples/gad with the sizes of this example.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -8,7 +8,8 @@ export PYTHON=${PYTHON:-python3}
 
 usage() {
   cat <<'HELP'
-usage: run.sh [--output_dir DIR] [--stages "seqkd warmup gad eval report"] [--skip-doctor] [hydra.key=value ...]
+usage: run.sh [--output_dir DIR] [--stages "plateau seqkd warmup gad eval report"] [--skip-doctor]
+              [hydra.key=value ...]
   --output_dir DIR  output folder of prepare.sh; every stage adds a folder (default: outputs/smollm2_gpt4)
   --stages LIST     stages to run, in this order (default: all); a stage that was stopped resumes
   --skip-doctor     do not run `gad doctor` before a stage
@@ -17,16 +18,15 @@ Hydra overrides go to every training stage. Without flash-attn, add:
 HELP
 }
 
-OUTPUT_DIR="$PWD/outputs/smollm2_gpt4" STAGES="seqkd warmup gad eval report" SKIP_DOCTOR=""
+OUTPUT_DIR="$PWD/outputs/smollm2_gpt4" STAGES="plateau seqkd warmup gad eval report" SKIP_DOCTOR=""
 read_flags "output_dir stages" "skip_doctor" "$@"
 set -- ${REST[@]+"${REST[@]}"}
 out=$OUTPUT_DIR
 [ -d "$out/student" ] && [ -f "$out/data/train.parquet" ] ||
   fail "$out holds no student and data; run prepare.sh --output_dir $out"
 
-# SeqKD gets as many batches of teacher answers as warmup and GAD together
-warmup_steps=50 gad_steps=100
-seqkd_steps=$((warmup_steps + gad_steps))
+# From the plateau, SeqKD and GAD take as many batches of teacher answers. The student stands still in the warmup.
+plateau_steps=240 lead_steps=60 steps=200
 flags=(${SKIP_DOCTOR:+--skip-doctor} --train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
 sizes=(
   data.train_batch_size=32
@@ -43,12 +43,17 @@ sizes=(
   trainer.total_epochs=10
   trainer.test_freq=20
 )
-# D learns several times faster than the policy; at equal rates the two chase each other (docs/experiments.md)
-imitation_lr=2e-5 policy_lr=5e-6 discriminator_lr=3e-5
+# the policy's rate falls to zero; the discriminator's does not (docs/experiments.md)
+policy_lr=(actor_rollout_ref.actor.optim.lr=1e-5 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine)
+discriminator_lr=critic.optim.lr=3e-5
 
-train() { # train STAGE STEPS START_FLAG START_FOLDER [hydra.key=value ...]
-  local stage=$1 steps=$2 start=("$3" "$4"); shift 4
-  stoppable bash "$here/../run_$stage.sh" "${flags[@]}" --output_dir "$out/$stage" "${start[@]}" "${sizes[@]}" \
+plateau="$out/plateau/global_step_$plateau_steps/actor/huggingface"
+
+train() { # train FOLDER STAGE STEPS START_FLAGS -- [hydra.key=value ...]
+  local folder=$1 stage=$2 steps=$3 start=(); shift 3
+  while [ "$1" != -- ]; do start+=("$1"); shift; done
+  shift
+  stoppable bash "$here/../run_$stage.sh" "${flags[@]}" --output_dir "$out/$folder" "${start[@]}" "${sizes[@]}" \
     trainer.total_training_steps="$steps" trainer.save_freq="$steps" "$@"
 }
 
@@ -61,18 +66,22 @@ evaluate() { # evaluate NAME MODEL: the two-sample test's discriminators always 
 for stage in $STAGES; do
   echo "== $stage"
   case "$stage" in
-    seqkd)
-      train seqkd "$seqkd_steps" --model "$out/student" \
-        actor_rollout_ref.actor.optim.lr="$imitation_lr" "$@" ;;
-    warmup)
-      train warmup "$warmup_steps" --model "$out/student" \
-        actor_rollout_ref.actor.optim.lr="$imitation_lr" critic.optim.lr="$discriminator_lr" "$@" ;;
+    plateau)
+      train plateau seqkd "$plateau_steps" --model "$out/student" -- \
+        actor_rollout_ref.actor.optim.lr=2e-5 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine "$@" ;;
+    seqkd) # the control
+      train seqkd seqkd "$steps" --model "$plateau" -- "${policy_lr[@]}" "$@" ;;
+    warmup) # the discriminator's lead: it trains alone, on more prompts and fewer answers
+      train warmup warmup "$lead_steps" --model "$plateau" --reward_model "$out/student" -- \
+        trainer.critic_warmup=$((lead_steps + 1)) data.train_batch_size=64 actor_rollout_ref.rollout.n=4 \
+        "$discriminator_lr" "$@" ;;
     gad)
-      train gad "$gad_steps" --warmup_dir "$out/warmup" \
-        actor_rollout_ref.actor.optim.lr="$policy_lr" critic.optim.lr="$discriminator_lr" "$@" ;;
+      train gad gad "$steps" --warmup_dir "$out/warmup" -- \
+        "${policy_lr[@]}" "$discriminator_lr" actor_rollout_ref.actor.use_kl_loss=False \
+        algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 "$@" ;;
     eval)
       evaluate base "$out/student"
-      for name in seqkd warmup gad; do
+      for name in plateau seqkd gad; do
         [ ! -d "$out/$name" ] || evaluate "$name" "$out/$name"
       done
       "$PYTHON" -m recipe.gad.cli eval compare "$out"/eval/* --output "$out/eval/compare.json" ;;

@@ -14,6 +14,7 @@ verl writes all but gad_* and checksums.json. Names, sizes and safetensors heade
 to compare checksums, before a hand-over and before a run resumes.
 
     python -m recipe.gad.run.checkpoint resolve DIR [--step N]     prints the checkpoint that the next stage starts from
+    python -m recipe.gad.run.checkpoint student DIR                prints the folder of a run's newest complete student
 """
 
 import argparse
@@ -516,9 +517,14 @@ def main(arguments: list[str] | None = None) -> int:
     resolve = commands.add_parser("resolve", help="print the checkpoint that the next stage starts from")
     resolve.add_argument("folder", metavar="DIR", help="output folder of a warmup run")
     resolve.add_argument("--step", type=int, help="take global_step_N (default: the newest complete one)")
+    student = commands.add_parser("student", help="print the folder of the newest complete student")
+    student.add_argument("folder", metavar="DIR", help="output folder of a run")
     options = parser.parse_args(arguments)
     try:
-        print(latest_complete_checkpoint(options.folder, options.step))
+        if options.command == "student":
+            print(actor_folder(options.folder))
+        else:
+            print(latest_complete_checkpoint(options.folder, options.step))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
