@@ -21,11 +21,10 @@ flags=(${TRAIN_FILES:+--train_files "$TRAIN_FILES"} ${VAL_FILES:+--val_files "$V
 [ -z "$SKIP_DOCTOR" ] || flags+=(--skip-doctor)
 [ -z "$RAW_LOG" ] || flags+=(--raw-log)
 start=(${MODEL:+--model "$MODEL"} ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"})
-run() { # run STAGE [flags ...] [-- hydra.key=value ...]
-  local stage=$1 start=(); shift
-  while [ $# -gt 0 ] && [ "$1" != -- ]; do start+=("$1"); shift; done
-  stoppable bash "$here/run_$stage.sh" "${start[@]}" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" \
-    --output_dir "$base/$stage" "${@:2}" ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
+run() { # run STAGE [flags ...]
+  local stage=$1; shift
+  stoppable bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" \
+    --output_dir "$base/$stage" ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
 }
 run seqkd "${start[@]}"
 if [ -n "$DRY_RUN" ]; then # the checkpoints do not exist yet
@@ -36,4 +35,7 @@ else
   gad=(--warmup_dir "$base/warmup")
 fi
 run warmup --model "$student" --reward_model "${REWARD_MODEL:-$MODEL}"
-run gad "${gad[@]}" -- algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2
+HYDRA_OVERRIDES=(
+  algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
+)
+run gad "${gad[@]}"

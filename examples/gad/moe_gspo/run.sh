@@ -54,8 +54,9 @@ run() { # run STAGE ARGUMENT...
 }
 
 run warmup --model "$MODEL" --reward_model "$REWARD_MODEL" actor_rollout_ref.actor.optim.lr=1e-6
+gad_models=(--warmup_dir "$out/warmup")
 [ -z "$DRY_RUN" ] || gad_models=(--model "$MODEL" --reward_model "$REWARD_MODEL") # no checkpoint exists yet
-run gad ${gad_models[@]-"--warmup_dir" "$out/warmup"} actor_rollout_ref.actor.optim.lr=3e-6 \
+run gad "${gad_models[@]}" actor_rollout_ref.actor.optim.lr=3e-6 \
   actor_rollout_ref.actor.policy_loss.loss_mode=gspo actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean \
   actor_rollout_ref.actor.clip_ratio_low=0.005 actor_rollout_ref.actor.clip_ratio_high=0.01 \
   actor_rollout_ref.actor.clip_ratio_c=10 actor_rollout_ref.actor.kl_loss_coef=0.6 \

@@ -49,10 +49,9 @@ discriminator_lr=critic.optim.lr=3e-5
 
 plateau="$out/plateau/global_step_$plateau_steps/actor/huggingface"
 
-train() { # train FOLDER STAGE STEPS START_FLAGS -- [hydra.key=value ...]
+train() { # train FOLDER STAGE STEPS [--FLAG FOLDER ...] [hydra.key=value ...]
   local folder=$1 stage=$2 steps=$3 start=(); shift 3
-  while [ "$1" != -- ]; do start+=("$1"); shift; done
-  shift
+  while [[ "${1-}" == --* ]]; do start+=("$1" "$2"); shift 2; done
   stoppable bash "$here/../run_$stage.sh" "${flags[@]}" --output_dir "$out/$folder" "${start[@]}" "${sizes[@]}" \
     trainer.total_training_steps="$steps" trainer.save_freq="$steps" "$@"
 }
@@ -67,16 +66,16 @@ for stage in $STAGES; do
   echo "== $stage"
   case "$stage" in
     plateau)
-      train plateau seqkd "$plateau_steps" --model "$out/student" -- \
+      train plateau seqkd "$plateau_steps" --model "$out/student" \
         actor_rollout_ref.actor.optim.lr=2e-5 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine "$@" ;;
     seqkd) # the control
-      train seqkd seqkd "$steps" --model "$plateau" -- "${policy_lr[@]}" "$@" ;;
+      train seqkd seqkd "$steps" --model "$plateau" "${policy_lr[@]}" "$@" ;;
     warmup) # the discriminator's lead: it trains alone, on more prompts and fewer answers
-      train warmup warmup "$lead_steps" --model "$plateau" --reward_model "$out/student" -- \
+      train warmup warmup "$lead_steps" --model "$plateau" --reward_model "$out/student" \
         trainer.critic_warmup=$((lead_steps + 1)) data.train_batch_size=64 actor_rollout_ref.rollout.n=4 \
         "$discriminator_lr" "$@" ;;
     gad)
-      train gad gad "$steps" --warmup_dir "$out/warmup" -- \
+      train gad gad "$steps" --warmup_dir "$out/warmup" \
         "${policy_lr[@]}" "$discriminator_lr" actor_rollout_ref.actor.use_kl_loss=False \
         algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 "$@" ;;
     eval)

@@ -44,6 +44,7 @@ from recipe.gad.run.config import (
     has_discriminator,
     integer,
     is_number,
+    tokenizer_key,
     validates,
 )
 from recipe.gad.run.data_file import sample_rows
@@ -249,7 +250,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool, template: str | None) -> A
 
 def _student_tokenizer(config: DictConfig) -> Any:
     """The student's tokenizer; None if it is not on this machine."""
-    folder = local_model(get(config, f"{ACTOR_MODEL}.tokenizer_path") or get(config, f"{ACTOR_MODEL}.path"))
+    folder = local_model(get(config, tokenizer_key(config)))
     trust, template = (get(config, f"{ACTOR_MODEL}.{key}") for key in ("trust_remote_code", "custom_chat_template"))
     return None if folder is None else _tokenizer(folder, bool(trust), template)
 
@@ -464,8 +465,7 @@ def _imitates(config: DictConfig) -> bool:
 def check_chat_ids(config: DictConfig) -> Findings:
     """The chat templates of actor and critic give the same token ids."""
     student = _student_tokenizer(config)
-    path = get(config, "critic.model.tokenizer_path") or get(config, "critic.model.path")
-    critic = local_model(path) if has_discriminator(config) else None
+    critic = local_model(get(config, tokenizer_key(config, "critic.model"))) if has_discriminator(config) else None
     if student is None or (critic is None and has_discriminator(config)):
         yield warning("not checked: a model is not on this machine", fix="download the models first")
         return

@@ -89,6 +89,11 @@ def start_models(config: DictConfig) -> dict[str, str]:
     return {role: str(get(config, key)) for role, key in keys.items() if role == "actor" or has_discriminator(config)}
 
 
+def tokenizer_key(config: DictConfig, model: str = ACTOR_MODEL) -> str:
+    """Key whose value names the tokenizer of a model (ACTOR_MODEL or "critic.model")."""
+    return f"{model}.tokenizer_path" if get(config, f"{model}.tokenizer_path") else f"{model}.path"
+
+
 def needs_reference(config: DictConfig) -> bool:
     return bool(get(config, f"{ACTOR}.use_kl_loss")) or bool(get(config, "algorithm.use_kl_in_reward"))
 

@@ -109,10 +109,8 @@ def check_lora(config: DictConfig) -> Findings:
 
 
 def _adapter_problem(config: DictConfig, role: str, model: str) -> Finding | None:
-    folder, trust = (
-        Path(str(get(config, f"{model}.path"))).expanduser(),
-        bool(get(config, f"{model}.trust_remote_code")),
-    )
+    folder = Path(str(get(config, f"{model}.path"))).expanduser()
+    trust = bool(get(config, f"{model}.trust_remote_code"))
     if get(config, f"{model}.lora_adapter_path") or not folder.is_dir():
         return None
     if _broken_weights(folder) or (role == "critic" and discriminator_problem(folder, trust)):

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.gad.run.config import ACTOR_MODEL, get
+from recipe.gad.run.config import ACTOR_MODEL, get, tokenizer_key
 from recipe.gad.run.findings import Findings, error
 from recipe.gad.run.hub import local_model
 
@@ -42,7 +42,7 @@ def check_remote_code(config: DictConfig) -> Findings:
 
     verl's reward workers load the tokenizer with ``trust_remote_code=True``, whatever the configuration says.
     """
-    key = f"{ACTOR_MODEL}.tokenizer_path" if get(config, f"{ACTOR_MODEL}.tokenizer_path") else f"{ACTOR_MODEL}.path"
+    key = tokenizer_key(config)
     try:
         folder = local_model(get(config, key))
     except ValueError:  # neither a folder nor a hub id; check_models reports it

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from recipe.gad.run.config import ACTOR_MODEL, get, has_discriminator
+from recipe.gad.run.config import ACTOR_MODEL, get, has_discriminator, tokenizer_key
 from recipe.gad.run.findings import Findings, either, error
 from recipe.gad.run.hub import load_tokenizer, local_model
 
@@ -121,8 +121,7 @@ def check_score_span(config: DictConfig) -> Findings:
 
 def _template_findings(config: DictConfig, configured: str | None) -> Findings:
     """Does the student think, and where does that end?"""
-    key = f"{ACTOR_MODEL}.tokenizer_path"
-    path = get(config, key) or get(config, f"{ACTOR_MODEL}.path")
+    path = get(config, tokenizer_key(config))
     folder = local_model(path)
     if folder is None and configured is not None:
         return
