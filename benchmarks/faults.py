@@ -32,7 +32,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -180,8 +180,9 @@ class Skip(Exception):
 class Bench:
     """Problem, warmup and reference run, which all faults share, and their folder."""
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path, timeout: float = TIMEOUT):
         self.base = base
+        self.timeout = timeout
         self.problem = base / "problem"
         self.warmup = base / "warmup"
 
@@ -197,6 +198,11 @@ class Bench:
                     raise SystemExit(f"the run without a fault failed:\n{ended.text}")
             (self.base / "ready").touch()
         self.expected = metrics(self.base / "reference")
+
+    def rows(self) -> list[dict]:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.problem / "train.parquet").to_pylist()
 
     def command(self, stage: str, out: Path, *extra: str, data: Path | None = None) -> list[str]:
         data = data or self.problem / "train.parquet"
@@ -216,7 +222,9 @@ class Bench:
     def gad(self, out: Path, *extra: str, warmup: Path | None = None, data: Path | None = None) -> list[str]:
         return self.command("gad", out, "--warmup_dir", str(warmup or self.warmup), *extra, data=data)
 
-    def run(self, command: list[str], plan: dict | None = None, outside: Callable | None = None) -> Ended:
+    def run(
+        self, command: list[str], plan: dict | None = None, outside: Callable | None = None, hook: str = "faults.inside"
+    ) -> Ended:
         """Run a command to its end, with a strike inside or a call ``outside(process)`` in parallel."""
         tmp = Path(tempfile.mkdtemp(prefix="gad-fault-", dir="/tmp"))
         mark, temporary = uuid.uuid4().hex, tmp / "tmp"
@@ -229,6 +237,7 @@ class Bench:
             "HYDRA_FULL_ERROR": "0",
             "GAD_FAULTS_ID": mark,
             "TMPDIR": str(temporary),
+            "RAY_prestart_worker_first_driver": "0",  # no idle workers: a run starts faster
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -239,7 +248,7 @@ class Bench:
         record = tmp / "struck"
         if plan:
             environment["GAD_FAULT"] = json.dumps({"record": str(record), **plan})
-            command.append("+ray_kwargs.ray_init.runtime_env.worker_process_setup_hook=faults.inside")
+            command.append(f"+ray_kwargs.ray_init.runtime_env.worker_process_setup_hook={hook}")
         before = shared_memory()
         with (tmp / "console").open("w") as output:
             process = subprocess.Popen(
@@ -248,7 +257,7 @@ class Bench:
             if outside is not None:
                 outside(process)
             try:
-                code: int | None = process.wait(TIMEOUT)
+                code: int | None = process.wait(self.timeout)
             except subprocess.TimeoutExpired:
                 code = None
         left = leftover_processes(mark, 0 if code is None else GRACE)
@@ -342,10 +351,10 @@ class Fault:
 
 
 def last_words(text: str) -> str:
-    """The line of the console that tells the user most: the last error, else the last line."""
+    """The line of the console that tells the user most: the last error with a remedy, the last error, the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
-    return (errors or lines or [""])[-1]
+    return ([line for line in errors if "Fix: " in line] or errors or lines or [""])[-1]
 
 
 def judged(
@@ -368,7 +377,7 @@ def strike(
     """A fault inside a GAD run, and the same command afterwards."""
 
     def inject(bench: Bench, out: Path) -> Result:
-        with small_disk(out) if disk else made(out):
+        with small_disk(out) if disk else nullcontext(clean(out)):
             command = bench.gad(out, *extra)
             first = bench.run(command, {"folder": str(out), **plan})
             if not first.struck:
@@ -387,10 +396,11 @@ def send(part: str, step: int, phase: str, number: int = signal.SIGKILL, extra: 
     return Fault(name, f"{signal.Signals(number).name} to the {part}, step {step}, {phase}", inject)
 
 
-@contextmanager
-def made(out: Path) -> Iterator[None]:
-    shutil.rmtree(out, ignore_errors=True)
-    yield
+def clean(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 @contextmanager
@@ -471,16 +481,14 @@ def broken_side(key: str) -> Callable:
     """An absurd learning rate; with the usual one, the error's advice gives the usual run."""
 
     def inject(bench: Bench, out: Path) -> Result:
-        shutil.rmtree(out, ignore_errors=True)
-        first = bench.run(bench.gad(out, f"{key}=1e30"))
+        first = bench.run(bench.gad(clean(out), f"{key}=1e30"))
         return judged(bench, out, first, bench.gad(out, "trainer.resume_mode=disable"), "NaN or infinite")
 
     return inject
 
 
 def two_runs(bench: Bench, out: Path) -> Result:
-    shutil.rmtree(out, ignore_errors=True)
-    command, second = bench.gad(out), []
+    command, second = bench.gad(clean(out)), []
 
     def start_another(process: subprocess.Popen) -> None:
         deadline = time.monotonic() + TIMEOUT
@@ -501,11 +509,10 @@ def clock(seconds: float) -> Callable:
     """The clock jumps in every process; the run must not notice."""
 
     def inject(bench: Bench, out: Path) -> Result:
-        shutil.rmtree(out, ignore_errors=True)
         flag = bench.base / f"{out.name}.flag"
         flag.unlink(missing_ok=True)
         plan = {"do": "shift_clock", "step": 2, "phase": ROLLOUT, "seconds": seconds, "flag": str(flag)}
-        ended = bench.run(bench.gad(out), plan)
+        ended = bench.run(bench.gad(clean(out)), plan)
         equal = ended.code == 0 and bool(ended.struck) and metrics(out) == bench.expected
         again = "equal (the same run)" if equal else "NOT equal"
         return Result("", "", ended.code, last_words(ended.text), again, ended.left, equal and not ended.left)
@@ -513,32 +520,44 @@ def clock(seconds: float) -> Callable:
     return inject
 
 
-def poisoned(text: str, says: str, code: int = 0) -> Callable:
-    """A teacher's answer in JSON Lines goes through ``gad prepare`` and trains; ``says``: what prepare must say."""
+def poisoned(text: str, says: str) -> Callable:
+    """A teacher's answer in JSON Lines goes through ``gad prepare`` and trains; ``says``: what prepare must print."""
 
     def inject(bench: Bench, out: Path) -> Result:
+        rows = bench.rows()
+        rows[3]["teacher_response"] = text
+        data = clean(bench.base / f"{out.name}-data")
+        turns = [[*row["content"], {"role": "assistant", "content": row["teacher_response"]}] for row in rows]
+        (data / "rows.jsonl").write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+        prepare = [sys.executable, "-m", "recipe.gad.cli", "prepare", f"{data}/rows.jsonl", "--output_dir", str(data)]
+        limits = ["--val_fraction", "0", "--max_response_length", "12"]
+        prepared = bench.run([*prepare, "--tokenizer", f"{bench.problem}/model", *limits])
+        ended = bench.run(bench.gad(clean(out), data=data / "train.parquet"))
+        trained = ended.code == 0 and max(metrics(out)) == STEPS
+        lines = [line.strip() for line in prepared.text.splitlines() if re.search(says, line)]
+        saw = lines[-1] if lines else "NOTHING about the row: " + last_words(prepared.text)
+        left = [*prepared.left, *ended.left]
+        again = f"all {STEPS} steps train" if trained else f"NOT trained: {last_words(ended.text)}"
+        passed = bool(lines) and prepared.code == 0 and trained and not left
+        return Result("", "", prepared.code, saw, again, left, passed)
+
+    return inject
+
+
+def unprepared(text: str | None, says: str) -> Callable:
+    """The same in a parquet file that no ``gad prepare`` has seen; the file is then replaced by the good one."""
+
+    def inject(bench: Bench, out: Path) -> Result:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        shutil.rmtree(out, ignore_errors=True)
-        data = bench.base / f"{out.name}-data"
-        shutil.rmtree(data, ignore_errors=True)
-        data.mkdir()
-        rows = pq.read_table(bench.problem / "train.parquet", columns=["content", "teacher_response"]).to_pylist()
+        rows = bench.rows()
         rows[3]["teacher_response"] = text
-        lines = [json.dumps({"messages": [*r["content"], {"role": "assistant", "content": r["teacher_response"]}]})
-                 for r in rows]  # fmt: skip
-        (data / "rows.jsonl").write_text("\n".join(lines))
-        command = [sys.executable, "-m", "recipe.gad.cli", "prepare", str(data / "rows.jsonl"), "--output_dir",
-                   str(data), "--tokenizer", f"{bench.problem}/model", "--val_size", "8"]  # fmt: skip
-        prepared = bench.run(command)
-        ended = bench.run(bench.gad(out, data=data / "train.parquet"))
-        trained = ended.code == 0 and max(metrics(out)) == STEPS
-        lines = [line for line in prepared.text.splitlines() if re.search(says, line)]
-        saw = lines[0].strip() if lines else "NOTHING about the row: " + last_words(prepared.text)
-        left = [*prepared.left, *ended.left]
-        passed = bool(lines) and prepared.code == code and trained and not left
-        again = f"{STEPS} steps trained on the rest" if trained else f"NOT trained: {last_words(ended.text)}"
-        return Result("", "", prepared.code, saw, again, left, passed)
+        file = clean(bench.base / f"{out.name}-data") / "train.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        command = bench.gad(clean(out), data=file)
+        first = bench.run(command)
+        return judged(bench, out, first, command, says, lambda: shutil.copy(bench.problem / "train.parquet", file))
 
     return inject
 
@@ -579,10 +598,12 @@ FAULTS = (
     Fault("two-runs", "a second run in the folder of a living one", two_runs),
     Fault("clock-forward", "clock + 10 hours, step 2", clock(36000.0)),
     Fault("clock-back", "clock - 10 hours, step 2", clock(-36000.0)),
-    Fault("row-long", "teacher answer of a million characters", poisoned("um " * 333_333, "too long|longer|cut")),
-    Fault("row-nul", "teacher answer with a NUL", poisoned("well \0 a", "NUL|control|prepared|rows")),
-    Fault("row-surrogate", "teacher answer with half a surrogate pair", poisoned("well \ud800 a", "surrogate")),
-    Fault("row-blank", "teacher answer of white space", poisoned(" \n\t ", "empty|blank")),
+    Fault("row-long", "teacher answer of a million characters", poisoned("um " * 333_333, "longer than 12")),
+    Fault("row-nul", "teacher answer with a NUL", poisoned("well \0 a", "64 rows in")),
+    Fault("row-surrogate", "teacher answer with half a surrogate pair", poisoned("well \ud800 a", "rejected: .*row 3")),
+    Fault("row-blank", "teacher answer of white space", poisoned(" \n\t ", "rejected: .*row 3")),
+    Fault("row-blank-parquet", "the same in an unprepared file", unprepared(" \n\t ", "row 3")),
+    Fault("row-null-parquet", "no teacher answer in an unprepared file", unprepared(None, "row 3")),
 )
 
 

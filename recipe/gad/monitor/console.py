@@ -87,7 +87,10 @@ class ShortConsole(Callback):
             self._close(f"error: {cause}")
         else:
             text = str(cause).strip().splitlines() or [""]
-            self._close(f"error: the run failed: {type(cause).__name__}: {text[0]}", last_lines=True)
+            of_ray = [line.strip() for line in text if line.strip().startswith("class_name: ")]  # which actor died
+            self._close(
+                f"error: the run failed: {type(cause).__name__}: {' '.join(text[:1] + of_ray)}", last_lines=True
+            )
 
     def _say(self, *lines: str) -> None:
         for text in lines:

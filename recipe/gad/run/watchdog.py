@@ -1,5 +1,7 @@
 """Ends a run that hangs: says which phase and which processes are silent, writes down all stacks, and exits.
 
+It also names the processes that have died when a run fails.
+
 verl waits without a limit for rollout servers, workers and queues. If one of them stops without dying, so does the run.
 """
 
@@ -80,6 +82,13 @@ def silent_processes() -> list[str]:
     return silent
 
 
+def named_actors() -> set[str]:
+    """Names of the Ray actors that live; none without Ray."""
+    import ray
+
+    return set(ray.util.list_named_actors()) if ray.is_initialized() else set()
+
+
 def write_stacks(file: Path) -> None:
     """Stacks of this process, and with py-spy those of the other Ray processes on this node."""
     import subprocess
@@ -122,6 +131,7 @@ class Watchdog:
         self._last = 0.0
         self._watched = 0
         self._ended = threading.Event()
+        self._actors: set[str] = set()
 
     def beat(self, step: int) -> None:
         """A step begins."""
@@ -129,6 +139,7 @@ class Watchdog:
         if self.step:
             self._seconds.append(now - self._last)
         self.step, self._last = step, now
+        self._actors = self._actors or named_actors()
 
     def limit(self) -> float:
         """Seconds that the step now running may take."""
@@ -144,8 +155,12 @@ class Watchdog:
             threading.Thread(target=self._watch, name="gad-watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._ended.set()
+        if kind is not None and (dead := self._actors - named_actors()):
+            what = f"step {self.step} has failed because processes of the run have died: {', '.join(sorted(dead))}"
+            fix = "look for their last words in the run's log, and rerun the same command to resume"
+            print(f"error: {error(what, fix)}", flush=True)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.limit() / 10)):

@@ -217,8 +217,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             super().on_step_end()
 
     def _save_checkpoint(self) -> None:
-        """Stock, which marks the checkpoint as complete, after our state and before merged adapters and the checksums
-        of what it wrote, unless it still writes (async_save)."""
+        """Stock, after our state and before merged adapters and checksums, of which async_save, still writing, gets none."""
         folder = self._step_folder()
         with self._disk.save(folder):
             forget_checksums(folder)
