@@ -30,6 +30,8 @@ def main(config):
     print("\x1b[36m(TaskRunner pid=1)\x1b[0m SIGTERM: the run stopped after step 3 of 9", flush=True)
     if config.action == "fail":
         raise RuntimeError("broken \x1b[2J thing")
+    if config.action == "actor dies":
+        raise RuntimeError("The actor died.\n\tclass_name: TaskRunnerV1\n\tactor_id: 0f1e")
     if config.action == "refuse":
         raise ConfigError([error("gad.stage=x", fix="gad.stage=gad")])
     if config.action == "exit":
@@ -101,6 +103,11 @@ def test_of_a_failed_run_the_console_shows_the_end_of_the_log(start, tmp_path):
     assert "  noise 999" in lines and lines[-1] == f"the whole log: {tmp_path}/out/train.log"
     assert lines[-2] == "error: the run failed: RuntimeError: broken \\x1b[2J thing"
     assert "Traceback" in (tmp_path / "out/train.log").read_text()
+
+
+def test_a_run_whose_actor_dies_names_it(start):
+    _, lines, _ = end(start("action='actor dies'"))
+    assert lines[-2] == "error: the run failed: RuntimeError: The actor died. class_name: TaskRunnerV1"
 
 
 def test_a_run_that_is_refused_says_why_and_no_more(start):

@@ -87,6 +87,20 @@ def test_a_step_in_time_and_a_watchdog_that_is_off_do_nothing(tmp_path, timeout)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_failed_run_names_the_processes_that_have_died(tmp_path, monkeypatch, capsys, dies):
+    living = {"worker", "hf_server_0"}
+    monkeypatch.setattr(watchdog, "named_actors", lambda: set(living))
+    with pytest.raises(RuntimeError), Watchdog(0, tmp_path) as dog:
+        dog.beat(3)
+        if dies:
+            living.remove("hf_server_0")
+        raise RuntimeError("no answers")
+    said = "error: step 3 has failed because processes of the run have died: hf_server_0. Fix: look for"
+    printed = capsys.readouterr().out
+    assert printed.startswith(said) if dies else printed == ""
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_stopped_server_is_named_with_the_phase_and_all_stacks(tmp_path):

@@ -217,7 +217,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             super().on_step_end()
 
     def _save_checkpoint(self) -> None:
-        """Stock, after our state and before merged adapters and checksums, of which async_save, still writing, gets none."""
+        """Stock, after our state and before merged adapters and checksums, which a save that still writes lacks."""
         folder = self._step_folder()
         with self._disk.save(folder):
             forget_checksums(folder)
