@@ -342,12 +342,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Fault:
-    """``inject(bench, folder)`` gives the result; ``cheap``: a test runs it."""
+    """``inject(bench, folder)`` gives the result."""
 
     name: str
     where: str
     inject: Callable[[Bench, Path], Result]
-    cheap: bool = False
 
 
 def last_words(text: str) -> str:
@@ -644,7 +643,6 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to run (default: all)")
     parser.add_argument("--list", action="store_true", help="print the faults")
     parser.add_argument("--table", action="store_true", help="print the table of the folder's results")
-    parser.add_argument("--cheap", action="store_true", help="run the faults that the test runs")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/gad-faults"), help="runs and results")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
     options = parser.parse_args()
@@ -659,7 +657,7 @@ def main() -> int:
         return 0
     bench = Bench(base)
     bench.prepare()
-    chosen = [f for f in FAULTS if (not options.names or f.name in options.names) and (f.cheap or not options.cheap)]
+    chosen = [fault for fault in FAULTS if not options.names or fault.name in options.names]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda fault: inject(bench, fault), chosen))
     print(table(base))
