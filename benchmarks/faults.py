@@ -1,8 +1,8 @@
 """Faults injected into real runs of the launch scripts: what the user sees, and what the same command then gives.
 
     python benchmarks/faults.py --list
-    python benchmarks/faults.py [--folder DIR] [--jobs N] [NAME ...]   runs these faults (default: all)
-    python benchmarks/faults.py [--folder DIR] --table                 prints what the folder's faults have given
+    python benchmarks/faults.py [--folder DIR] [--jobs N] [--row N] [NAME ...]   runs these faults (default: all)
+    python benchmarks/faults.py [--folder DIR] --table                            prints what these faults have given
 
 Every fault hits a GAD run of four steps on the quickstart's problem (CPU, real Ray) that saves and validates every
 second step. After it, the same command is started again. A fault passes if
@@ -93,6 +93,7 @@ def _strike(plan: dict, thread: int) -> None:
 
     while phase_of(sys._current_frames().get(thread)) != PHASE.get(plan["phase"], plan["phase"]):
         time.sleep(0.001)
+    Path(plan["record"]).write_text(plan["do"])  # the strike may end this process
     done = STRIKES[plan["do"]](plan)
     Path(plan["record"]).write_text(done)
 
@@ -342,11 +343,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Fault:
-    """``inject(bench, folder)`` gives the result."""
+    """``inject(bench, folder)`` gives the result; ``plan``: the strike, of a fault that may follow another one."""
 
     name: str
     where: str
     inject: Callable[[Bench, Path], Result]
+    plan: dict | None = None
 
 
 def last_words(text: str) -> str:
@@ -391,8 +393,26 @@ def send(part: str, step: int, phase: str, number: int = signal.SIGKILL, extra: 
     """A signal to a part of the run in a phase of a step."""
     verb = {signal.SIGKILL: "kill", signal.SIGSTOP: "stop"}[signal.Signals(number)]
     name = f"{verb}-{part}-{phase}".replace("the ", "").replace("'s", "").replace(" ", "-")
-    inject = strike(says or "error", do="send", part=part, signal=int(number), step=step, phase=phase, extra=extra)
-    return Fault(name, f"{signal.Signals(number).name} to the {part}, step {step}, {phase}", inject)
+    plan = {"do": "send", "part": part, "signal": int(number), "step": step, "phase": phase}
+    follows = plan if step > EVERY and not extra else None  # it strikes in a resumed run too
+    where = f"{signal.Signals(number).name} to the {part}, step {step}, {phase}"
+    return Fault(name, where, strike(says or "error", extra=extra, **plan), follows)
+
+
+def in_a_row(bench: Bench, faults: list[Fault]) -> list[Result]:
+    """Each fault hits the run that the same command has started after the one before; the last rerun is compared."""
+    out = clean(bench.base / faults[0].name)
+    command = bench.gad(out)
+    ended = [bench.run(command, fault.plan) for fault in faults]
+    last = judged(bench, out, ended[-1], command)
+    results = []
+    for number, run in enumerate(ended, 1):
+        again = last.again + ("" if number == len(ended) else f", after {len(ended) - number} more of these faults")
+        clear = run.code == -signal.SIGKILL or "error" in run.text
+        left = last.left if number == len(ended) else run.left
+        passed = last.again == "equal" and clear and bool(run.struck) and not left and run.code not in (0, None)
+        results.append(Result("", "", run.code, last_words(run.text), again, left, passed, struck=run.struck))
+    return results
 
 
 def clean(folder: Path) -> Path:
@@ -606,22 +626,29 @@ FAULTS = (
 )
 
 
-def inject(bench: Bench, fault: Fault) -> Result:
-    """Run one fault; an exception of the bench is a failed fault."""
+def inject(bench: Bench, faults: list[Fault]) -> list[Result]:
+    """Run one fault, or several in a row; an exception of the bench is a failed fault."""
     start = time.monotonic()
     try:
-        result = fault.inject(bench, bench.base / fault.name)
+        results = in_a_row(bench, faults) if len(faults) > 1 else [faults[0].inject(bench, bench.base / faults[0].name)]
     except Skip as reason:
-        result = Result("", "", None, f"skipped: {reason}", "-", [], True)
+        results = [Result("", "", None, f"skipped: {reason}", "-", [], True) for _ in faults]
     except Exception as problem:
-        result = Result("", "", None, f"{type(problem).__name__}: {problem}", "-", [], False)
-    result.fault, result.where, result.seconds = fault.name, fault.where, time.monotonic() - start
-    with (bench.base / "results.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(result)) + "\n")
-    print(
-        f"{'passed' if result.passed else 'FAILED'} {result.seconds:4.0f} s  {json.dumps(asdict(result))}", flush=True
-    )
-    return result
+        results = [Result("", "", None, f"{type(problem).__name__}: {problem}", "-", [], False) for _ in faults]
+    for fault, result in zip(faults, results, strict=True):
+        result.fault, result.where, result.seconds = fault.name, fault.where, time.monotonic() - start
+        with (bench.base / "results.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+        verdict = "passed" if result.passed else "FAILED"
+        print(f"{verdict} {result.seconds:4.0f} s  {json.dumps(asdict(result))}", flush=True)
+    return results
+
+
+def in_rows(faults: list[Fault], length: int) -> list[list[Fault]]:
+    """Faults that may follow each other, ``length`` in a row, and the others alone."""
+    follow = [fault for fault in faults if fault.plan]
+    rows = [follow[i : i + length] for i in range(0, len(follow), length)]
+    return rows + [[fault] for fault in faults if not fault.plan]
 
 
 def table(base: Path) -> str:
@@ -645,6 +672,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the table of the folder's results")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/gad-faults"), help="runs and results")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    parser.add_argument("--row", type=int, default=1, help="SIGKILLs that hit one run after the other: saves reruns")
     options = parser.parse_args()
     if unknown := set(options.names) - {fault.name for fault in FAULTS}:
         parser.error(f"no fault is named {', '.join(sorted(unknown))}; see --list")
@@ -659,9 +687,9 @@ def main() -> int:
     bench.prepare()
     chosen = [fault for fault in FAULTS if not options.names or fault.name in options.names]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda fault: inject(bench, fault), chosen))
+        results = list(pool.map(lambda faults: inject(bench, faults), in_rows(chosen, options.row)))
     print(table(base))
-    return int(not all(result.passed for result in results))
+    return int(not all(result.passed for row in results for result in row))
 
 
 if __name__ == "__main__":
