@@ -31,6 +31,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def full_disk(folder: Path) -> str:
+    """``the disk of DIR is full (1.5 KiB are free)``."""
+    return f"the disk of {folder} is full ({shown(free_bytes(folder))} are free)"
+
+
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
@@ -72,14 +77,10 @@ class DiskWatch:
         try:
             yield
         except Exception as problem:
-            free = free_bytes(self.folder)
-            if free >= FULL and not any(reason in str(problem) for reason in REASONS):
+            if not any(reason in str(problem) for reason in REASONS) and free_bytes(self.folder) >= FULL:
                 raise
-            raise InputError(
-                f"the disk of {self.folder} is full ({shown(free)} are free), so the save of {step_folder.name} "
-                f"failed; {last}",
-                fix,
-            ) from problem
+            found = f"{full_disk(self.folder)}, so the save of {step_folder.name} failed; {last}"
+            raise InputError(found, fix) from problem
         self._saves += 1
 
     def _needed(self, last: Path) -> int:

@@ -72,9 +72,9 @@ def test_a_checkpoint_above_the_step_of_the_run_is_no_measure(tmp_path, monkeypa
 )
 def test_a_failed_save_on_a_full_disk_names_disk_and_last_checkpoint(tmp_path, monkeypatch, problem):
     checkpoint(tmp_path, 2, 10, 10)
-    free = iter([1 << 30, 0])  # before the save, and after it
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: next(free))
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1 << 30)
     with pytest.raises(InputError) as found, watch(tmp_path).save(tmp_path / "global_step_4"):
+        monkeypatch.setattr(disk, "free_bytes", lambda folder: 0)
         raise problem
     assert str(found.value).startswith(
         f"the disk of {tmp_path} is full (0.0 B are free), so the save of global_step_4 failed; the last good "
