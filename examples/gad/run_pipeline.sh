@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SeqKD, a warmup from SeqKD's student in which an untrained model becomes the discriminator, then GAD with an imitation
-# term: the order that beat further SeqKD (docs/experiments.md). Rerun the same command to resume.
+# term: the order that gained most at equal teacher batches (docs/experiments.md). Rerun the same command to resume.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/common.sh"
