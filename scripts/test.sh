@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint, type check and the CPU test suite, in their own environment:
 #
-#   bash scripts/test.sh [ARGUMENT ...]                 everything, cheap layers first; stops after a layer that fails
+#   bash scripts/test.sh [ARGUMENT ...]                 everything, cheap layers first; stops after a layer that fails.
+#                                                       Two tests run at a time, unless an ARGUMENT chooses tests
 #   bash scripts/test.sh --fast [WING ...] [-ARGUMENT ...]
 #
 #   --fast     lint, types, and the unit tests that are neither slow nor start Ray: under a minute on two cores
@@ -36,6 +37,8 @@ if [[ "${1:-}" == "--fast" ]]; then
         pytest_arguments+=("tests/recipe/$1")
         shift
     done
+elif ! printf '%s\n' "$@" | grep -qvE '^(--.*)?$'; then
+    pytest_arguments=(-n 2 --dist loadgroup --no-loadscope-reorder)
 fi
 
 # An environment that knows no GPU, no hub and no user settings. Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES.

@@ -22,7 +22,7 @@ LAYERS = ("unit", "docs", "examples", "packaging", "recipe", "integration", "e2e
 MARKERS = {"packaging": ["slow"], "integration": ["slow", "ray"], "e2e": ["slow", "ray"], "gpu": ["slow", "ray"]}
 """Markers of every test of a layer; those of single tests stand at the test."""
 TIMES: Counter[str] = Counter()
-"""Seconds spent in each layer."""
+"""Seconds spent in each layer, of all processes together."""
 
 
 def layer_of(path: str | Path) -> str:
@@ -42,18 +42,24 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LAYERS.index(layer_of(item.path)))  # stable: the order within a layer stays
     for item in items:
-        for name in MARKERS.get(layer_of(item.path), ()):
+        layer = layer_of(item.path)
+        for name in MARKERS.get(layer, ()):
             item.add_marker(name)
+        # with pytest-xdist, what shares fixtures stays in one process: a file, and all that the Ray cluster serves
+        item.add_marker(pytest.mark.xdist_group(layer if layer == "integration" else str(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    layer, start = layer_of(item.path), time.monotonic()
     result = yield
-    TIMES[layer] += time.monotonic() - start
+    layer = layer_of(item.path)
     if item.session.testsfailed and nextitem is not None and layer_of(nextitem.path) != layer:
         item.session.shouldfail = f"tests/{layer} failed, so the layers after it were not run"
     return result
+
+
+def pytest_runtest_logreport(report):
+    TIMES[layer_of(Path(__file__).parents[1] / report.location[0])] += report.duration
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SeqKD, a warmup from SeqKD's student in which an untrained model becomes the discriminator, then GAD with an imitation
-# term: the order that beat further SeqKD (docs/experiments.md). Rerun the same command to resume.
+# term: the order that gained most at equal teacher batches (docs/experiments.md). Rerun the same command to resume.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/common.sh"
@@ -28,13 +28,13 @@ run() { # run STAGE [flags ...]
 }
 run seqkd "${start[@]}"
 if [ -n "$DRY_RUN" ]; then # the checkpoints do not exist yet
-  student="$base/seqkd/global_step_N/actor/huggingface" warmup="$base/warmup/global_step_N"
-  gad=(--model "$warmup/actor/huggingface" --reward_model "$warmup/critic/huggingface")
+  warmup=(--model "$base/seqkd/global_step_N/actor/huggingface") checkpoint="$base/warmup/global_step_N"
+  gad=(--model "$checkpoint/actor/huggingface" --reward_model "$checkpoint/critic/huggingface")
 else
-  student=$("$PYTHON" -m recipe.gad.run.checkpoint student "$base/seqkd")
+  warmup=(--seqkd_dir "$base/seqkd")
   gad=(--warmup_dir "$base/warmup")
 fi
-run warmup --model "$student" --reward_model "${REWARD_MODEL:-$MODEL}"
+run warmup "${warmup[@]}" --reward_model "${REWARD_MODEL:-$MODEL}"
 HYDRA_OVERRIDES=(
   algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
 )

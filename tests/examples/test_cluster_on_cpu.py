@@ -114,6 +114,9 @@ def test_the_chain_submits_four_jobs_each_after_the_one_before(slurm, tmp_path):
         assert (config.gad.stage, config.trainer.nnodes, config.trainer.save_freq) == (stage, 4, 5)
         assert config.data.train_files == f"{tmp_path}/t.parquet"
         assert config.trainer.default_local_dir == f"{tmp_path}/out/{stage}"
+        if stage == "gad":
+            assert (config.gad.imitation_coef, config.algorithm.norm_adv_by_std_in_grpo) == (0.2, False)
+    assert jobs[102][1][2:6] == ["--seqkd_dir", f"{tmp_path}/out/seqkd", "--reward_model", "org/student"]
     assert jobs[103][1][2:4] == ["--warmup_dir", f"{tmp_path}/out/warmup"]
     assert jobs[104][1][1:] == [
         str(CLUSTER / "evaluate.sh"), "--val_files", "v.parquet", "--output_dir", f"{tmp_path}/out",

@@ -131,6 +131,9 @@ def test_mistakes_exit_2_with_the_message_on_stderr(script, arguments, message):
         ("run_gad.sh", [*GOOD, "--resume_step", "5"], "--warmup_dir, which is missing"),
         ("run_gad.sh", ["--warmup_dir", "w", "--model", "m"], "drop --model and --reward_model"),
         ("run_soda.sh", [*GOOD, "--warmup_dir", "w"], "belong to run_gad.sh"),
+        ("run_warmup.sh", ["--seqkd_dir", "s", "--model", "m"], "drop --model"),
+        ("run_warmup.sh", ["--seqkd_dir", "s"], "--seqkd_dir needs --reward_model"),
+        ("run_gad.sh", [*GOOD, "--seqkd_dir", "s"], "unknown flag --seqkd_dir"),
         ("run_soda.sh", [*GOOD, "--beta"], "--beta needs a value"),
         ("run_soda.sh", [*GOOD, "--beta", "x,y"], "--beta must be a number, got x,y"),
         ("run_gad.sh", ["--warmup_dir", "--help"], "--warmup_dir needs a value, got --help"),
@@ -384,6 +387,14 @@ def test_gad_starts_from_the_checkpoint_of_the_warmup(fake, step):
     assert calls[0] == "-m recipe.gad.run.checkpoint resolve w" + ("" if step is None else " --step 7")
     assert " actor_rollout_ref.model.path=/w/global_step_7/actor/huggingface " in calls[-1]
     assert " critic.model.path=/w/global_step_7/critic/huggingface " in calls[-1]
+
+
+def test_a_warmup_starts_from_the_student_of_seqkd(fake):
+    done, calls = fake("run_warmup.sh", "--seqkd_dir", "s", "--reward_model", "d", "--train_files", "t")
+    assert done.returncode == 0, done.stderr
+    assert calls[0] == "-m recipe.gad.run.checkpoint student s"
+    assert " actor_rollout_ref.model.path=/w/global_step_7/actor/huggingface " in calls[-1]
+    assert " critic.model.path='d' " in calls[-1]
 
 
 def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake, tmp_path):

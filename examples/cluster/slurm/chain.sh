@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Submits SeqKD, warmup, GAD and their evaluation as four SLURM jobs. Each starts after the one before it has succeeded.
+# Submits the stages of examples/gad/run_pipeline.sh and their evaluation as four SLURM jobs. Each starts after the one
+# before it has succeeded.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 # shellcheck source=examples/gad/common.sh
@@ -26,6 +27,7 @@ flags=(--train_files "$(absolute "$TRAIN_FILES")" --val_files "$(absolute "$VAL_
 [ -z "$SKIP_DOCTOR" ] || flags+=(--skip-doctor)
 [ -z "$RAW_LOG" ] || flags+=(--raw-log)
 start=(--model "$(absolute "$MODEL")" ${REWARD_MODEL:+--reward_model "$(absolute "$REWARD_MODEL")"})
+discriminator=$(absolute "${REWARD_MODEL:-$MODEL}")
 
 JOB="" # the last one that was submitted
 submit() { # submit NAME NODES COMMAND...
@@ -50,6 +52,9 @@ train() { # train STAGE START...
 
 [ -n "$DRY_RUN" ] || mkdir -p "$OUTPUT_DIR/slurm" # SLURM creates no folder for a log
 train seqkd "${start[@]}"
-train warmup "${start[@]}"
+train warmup --seqkd_dir "$OUTPUT_DIR/seqkd" --reward_model "$discriminator"
+HYDRA_OVERRIDES=(
+  algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
+)
 train gad --warmup_dir "$OUTPUT_DIR/warmup"
 submit eval 1 bash "$root/examples/cluster/evaluate.sh" --val_files "$(absolute "$VAL_FILES")" --output_dir "$OUTPUT_DIR"

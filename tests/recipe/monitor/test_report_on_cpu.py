@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recipe.gad.cli import main
-from recipe.gad.monitor.report import COLOURS, SECTIONS, THEMES, _draw, find_runs, write_report
+from recipe.gad.monitor.report import AGAINST_IMITATION, COLOURS, SECTIONS, THEMES, _draw, find_runs, write_report
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=a()> & \"q\" \ud800"
 
@@ -153,6 +153,7 @@ def test_pipeline_folder_counts_on_from_the_warmup(tmp_path):
     (base / "gad-2/metrics.jsonl").write_text("")  # has just started
     found = find_runs([base])
     assert [(run.label, run.offset) for run in found] == [("seqkd", 0), ("warmup", 0), ("gad", 20)]
+    assert [AGAINST_IMITATION in run.notes for run in found] == [False, False, True]
     write_report([base], tmp_path / "report.html")
     assert {"sft_loss", "pg_loss"} <= set(Page(tmp_path / "report.html").ids)
 
