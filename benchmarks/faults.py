@@ -51,7 +51,7 @@ PROCESS = {
     "driver": "verl.trainer.main_ppo",
     "trainer": "ray::TaskRunner",
     "actor's worker": "ray::WorkerDict",
-    "discriminator's worker": "ray::DiscriminatorWorker",
+    "discriminator's worker": "ray::WorkerDict",  # the process of the actor too
     "rollout server": "ray::HFServer",
     "queue's storage": "ray::SimpleStorageUnit",
     "queue's controller": "ray::TransferQueueController",
@@ -155,10 +155,14 @@ STRIKES: dict[str, Callable[[dict], str]] = {
 
 
 def fill(folder: Path, leave: int = 0) -> None:
-    """Fill the disk of a folder up to ``leave`` free bytes."""
-    size = shutil.disk_usage(folder).free - leave
+    """Fill the disk of a folder up to ``leave`` free bytes, while others may write there too."""
     with (folder / "ballast").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        for size in (1 << 20, 1 << 12):
+            try:
+                while shutil.disk_usage(folder).free > leave:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+            except OSError:  # no room for this size
+                continue
 
 
 # ---------------------------------------------------------------------- a run from outside
@@ -354,7 +358,8 @@ class Fault:
 def last_words(text: str) -> str:
     """The line of the console that tells the user most: the last error with a remedy, the last error, the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error")]
+    joined = [f"{a} {b}" if a.endswith(":") else a for a, b in zip(lines, [*lines[1:], ""], strict=True)]
+    errors = [line for line in joined if line.startswith("error")]
     return ([line for line in errors if "Fix: " in line] or errors or lines or [""])[-1]
 
 
@@ -606,11 +611,9 @@ FAULTS = (
     full_disk("disk-save", "disk full in the save", 4, SAVE, "disk .*is full"),
     full_disk("disk-before-save", "disk too small for the next save", 4, ROLLOUT, "needs about", leave=1 << 20),
     Fault("disk-hand-over", "disk full before the hand-over", full_disk_at_hand_over),
-    Fault(
-        "shard-truncated", "shard of the newest checkpoint", damaged_shard(truncate, "bytes, and .* were saved"), True
-    ),
-    Fault("shard-missing", "shard of the newest checkpoint", damaged_shard(Path.unlink, "is missing|has 0 of 1"), True),
-    Fault("shard-flipped", "one bit of a shard", damaged_shard(flip, "has changed since it was saved"), True),
+    Fault("shard-truncated", "shard of the newest checkpoint", damaged_shard(truncate, "bytes, and .* were saved")),
+    Fault("shard-missing", "shard of the newest checkpoint", damaged_shard(Path.unlink, "is missing|has 0 of 1")),
+    Fault("shard-flipped", "one bit of a shard", damaged_shard(flip, "has changed since it was saved")),
     Fault("warmup-flipped", "one bit of the warmup's weights, hand-over", damaged_warmup),
     Fault("nan-policy", "actor's learning rate 1e30", broken_side("actor_rollout_ref.actor.optim.lr")),
     Fault("nan-discriminator", "discriminator's learning rate 1e30", broken_side("critic.optim.lr")),

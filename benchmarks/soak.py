@@ -127,8 +127,8 @@ def draw(found: dict, file: Path) -> None:
                 ax.plot(steps, values, linewidth=1, label=name.partition(", ")[2].removeprefix("ray::"))
         ax.set_title(title)
         ax.set_xlabel("step")
-        ax.set_ylim(bottom=0)
-    axes.flat[0].legend(fontsize=6, ncols=2)
+        ax.set_ylim(*((-0.1, 1) if ax.get_ylim()[1] < 1 else (0, None)))
+    axes.flat[0].legend(fontsize=6, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.37))
     figure.savefig(file, dpi=80)
 
 

@@ -13,6 +13,8 @@ from recipe.gad.run.findings import InputError
 FULL = 16 << 20
 """Free bytes below which the disk is to blame for a failed save; verl's writers may not pass on the system's reason."""
 REASONS = ("No space left on device", "Disk quota exceeded")
+CUT_OFF = "inline_container"
+"""In torch's message about a file that took a part of what it wrote: the disk was full, and may have room again."""
 
 
 def shown(size: float) -> str:
@@ -77,10 +79,14 @@ class DiskWatch:
         try:
             yield
         except Exception as problem:
-            if not any(reason in str(problem) for reason in REASONS) and free_bytes(self.folder) >= FULL:
+            if any(reason in str(problem) for reason in REASONS) or free_bytes(self.folder) < FULL:
+                found = f"{full_disk(self.folder)}, so the save of {step_folder.name} failed"
+            elif CUT_OFF in str(problem):
+                found = f"the save of {step_folder.name} failed because a file was cut off, as on a full disk; "
+                found += f"{shown(free_bytes(self.folder))} are free now at {self.folder}"
+            else:
                 raise
-            found = f"{full_disk(self.folder)}, so the save of {step_folder.name} failed; {last}"
-            raise InputError(found, fix) from problem
+            raise InputError(f"{found}; {last}", fix) from problem
         self._saves += 1
 
     def _needed(self, last: Path) -> int:

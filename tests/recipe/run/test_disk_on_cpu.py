@@ -83,6 +83,16 @@ def test_a_failed_save_on_a_full_disk_names_disk_and_last_checkpoint(tmp_path, m
     assert found.value.__cause__ is problem
 
 
+def test_a_save_that_was_cut_off_names_the_disk_that_has_room_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 3 << 30)
+    with pytest.raises(InputError) as found, watch(tmp_path).save(tmp_path / "global_step_4"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
+    assert str(found.value).startswith(
+        "the save of global_step_4 failed because a file was cut off, as on a full disk; 3.0 GiB are free now at "
+        f"{tmp_path}; no checkpoint was saved before it. Fix: free space there"
+    )
+
+
 def test_another_failure_of_a_save_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 1 << 30)
     with pytest.raises(KeyError, match="lost"), watch(tmp_path).save(tmp_path / "global_step_1"):
