@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, all_clear, apply_rules, earlier_findings
+from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, all_clear, apply_rules, damaged_files, earlier_findings
 from recipe.gad.run.atomic_io import alone_in, check_output, write_atomically
 from recipe.gad.run.findings import Finding, visible
 from recipe.gad.run.log import (
@@ -102,7 +102,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
                 f"{folder} holds no run: expected {folder / 'metrics.jsonl'} or stages like "
                 f"{folder / 'gad/metrics.jsonl'}; give the --output_dir of a run"
             )
-        handover = max(load_metrics(folder / "warmup/metrics.jsonl")) if folder / "warmup" in stages else 0
+        handover = max(load_metrics(folder / "warmup/metrics.jsonl", [])) if folder / "warmup" in stages else 0
         order = [folder / "seqkd", folder / "warmup"]
         stages.sort(key=lambda path: order.index(path) if path in order else len(order))
         found += [(stage, handover) for stage in stages]
@@ -120,7 +120,10 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 def _handover(folder: Path, paths: list[Path]) -> int:
     """Step of the checkpoint of one of the runs in ``paths`` from which the run of ``folder`` started; 0 if of none."""
-    config: Any = recorded_config(folder)
+    try:
+        config: Any = recorded_config(folder)
+    except ValueError:  # _read_run tells of it
+        return 0
     for key in ("actor_rollout_ref", "model", "path"):
         config = config.get(key) if isinstance(config, dict) else None
     step = re.fullmatch(r"(.+)/global_step_(\d+)/actor/huggingface", config) if isinstance(config, str) else None
@@ -128,13 +131,20 @@ def _handover(folder: Path, paths: list[Path]) -> int:
 
 
 def _read_run(path: Path, label: str, handover: int) -> Run:
-    run = Run(path, label, load_metrics(path / "metrics.jsonl"), overrides=read_overrides(path))
+    left_out: list[str] = []
+    run = Run(path, label, load_metrics(path / "metrics.jsonl", left_out))
+    try:
+        run.overrides = read_overrides(path)
+        recorded_config(path)
+    except ValueError as error:
+        left_out.append(str(error))
     is_gad = bool(matching_names(run.metrics, "actor/pg_loss"))
     run.offset = handover if is_gad else 0  # only GAD follows a warmup
     run.samples, run.notes = read_samples(path, SAMPLED_STEPS, run.metrics)
     if is_gad:
         run.notes.append(AGAINST_IMITATION)
-    run.findings, run.looked_at = apply_rules(run.metrics, list(run.samples.values())[-1] if run.samples else ())
+    findings, run.looked_at = apply_rules(run.metrics, list(run.samples.values())[-1] if run.samples else ())
+    run.findings = [*damaged_files(left_out), *findings]
     run.earlier = earlier_findings(run.metrics, run.findings)
     return run
 

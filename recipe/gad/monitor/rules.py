@@ -473,6 +473,20 @@ def same_answers(prompts: Sequence[str], answers: Sequence[str], teacher_answers
 # ---------------------------------------------------------------------------------------------------------- all of them
 
 
+def damaged_files(left_out: Sequence[str]) -> list[Finding]:
+    """A finding for what could not be read of a run's files, if there is anything; ``left_out`` has a text for each."""
+    if not left_out:
+        return []
+    more = f"; {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return [
+        warning(
+            "The run's files are damaged",
+            evidence="; ".join(left_out[:3]) + more + ". What is shown comes from the rest.",
+            fix="Mend or delete what is named, or restore the file.",
+        )
+    ]
+
+
 class Rule(NamedTuple):
     """A rule on curves, patterns of the metrics it needs, and whether it sees only steps with policy updates."""
 

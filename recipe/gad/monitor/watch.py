@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from recipe.gad.monitor.rules import all_clear, apply_rules
+from recipe.gad.monitor.rules import all_clear, apply_rules, damaged_files
 from recipe.gad.run.findings import Finding, line, visible
 from recipe.gad.run.log import (
     ROUGE_L,
@@ -97,16 +97,17 @@ class RunState:
         self.findings: list[Finding] = []
 
     def update(self) -> bool:
-        """Read what is new; returns whether there was anything.
-
-        Raises:
-            ValueError: a complete line of a file is not one that the run writes.
-        """
+        """Read what is new; returns whether there was anything."""
         if not self.log.update():
             return False
-        self.total_steps = total_training_steps(self.run_dir)
+        left_out = list(self.log.damaged)
+        try:
+            self.total_steps = total_training_steps(self.run_dir)
+        except ValueError as error:
+            left_out.append(str(error))
         samples, _ = read_samples(self.run_dir, 1, self.log.metrics)
-        self.findings, _ = apply_rules(self.log.metrics, next(iter(samples.values()), ()))
+        findings, _ = apply_rules(self.log.metrics, next(iter(samples.values()), ()))
+        self.findings = [*damaged_files(left_out), *findings]
         return True
 
     @property
@@ -206,7 +207,7 @@ def watch(run_dir: str | Path, once: bool = False, interval: float = 2.0) -> Non
         interval: seconds between two looks at the file.
 
     Raises:
-        ValueError: no such folder, nothing logged (``once``), or a line of the log is not the logger's.
+        ValueError: no such folder, or nothing logged (``once``).
     """
     if not Path(run_dir).is_dir():
         raise ValueError(f"no folder {run_dir}; give the --output_dir of a run")
@@ -215,8 +216,10 @@ def watch(run_dir: str | Path, once: bool = False, interval: float = 2.0) -> Non
     if stages and not state.log.path.is_file():
         raise ValueError(f"{run_dir} is a pipeline folder; watch one of its stages: {', '.join(stages)}")
     if once:
-        if not state.update():
-            raise ValueError(f"{state.log.path} has no complete line: nothing is logged yet")
+        state.update()
+        if not state.log.metrics:
+            damaged = state.log.damaged
+            raise ValueError(damaged[0] if damaged else f"{state.log.path} has no complete line: nothing is logged yet")
         console.print(state)
         return
     try:

@@ -33,7 +33,10 @@ VAL_D_ACC = "val-aux/d_acc"
 
 
 class MetricLog:
-    """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only the new lines."""
+    """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only the new lines.
+
+    ``damaged`` names the complete lines that the logger did not write so, with the reason; they are left out.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -41,6 +44,7 @@ class MetricLog:
 
     def _restart(self, identity: tuple[int, int] | None) -> None:
         self.metrics: Metrics = {}
+        self.damaged: list[str] = []
         self.modified = 0.0  # seconds since the epoch
         self._identity = identity
         self._offset = self._lines = 0
@@ -49,10 +53,7 @@ class MetricLog:
         """Read the lines added since the last call (all of them if a resumed run has replaced the file).
 
         Returns:
-            Whether :attr:`metrics` changed; False while there is no file.
-
-        Raises:
-            ValueError: a complete line is not one that the logger writes.
+            Whether there were any; False while there is no file.
         """
         if not self.path.is_file():
             return False
@@ -65,46 +66,56 @@ class MetricLog:
             file.seek(self._offset)
             added = file.read()
         added = added[: added.rfind(b"\n") + 1]
-        rows = _parse_lines(added, self.path, self._lines)
-        for row in rows:
-            step, data = row.get("step"), row.get("data")
-            if type(step) is not int or abs(step) > LAST_STEP or not isinstance(data, dict):
-                raise ValueError(f'{self.path}: expected lines {{"step": ..., "data": {{...}}}}, got {str(row)[:80]}')
-            numbers = {name: value for name, value in data.items() if value is None or isinstance(value, int | float)}
-            self.metrics.setdefault(step, {}).update({visible(name): _number(v) for name, v in numbers.items()})
+        for line in added.split(b"\n")[:-1]:
+            self._lines += 1
+            try:
+                self._take(_parse_line(line))
+            except ValueError as error:
+                self.damaged.append(f"{self.path}, line {self._lines}: {error}")
         self._offset += len(added)
-        self._lines += len(rows)
-        return restarted or bool(rows)
+        return restarted or bool(added)
+
+    def _take(self, row: dict) -> None:
+        step, data = row.get("step"), row.get("data")
+        if type(step) is not int or abs(step) > LAST_STEP or not isinstance(data, dict):
+            raise ValueError(f'expected {{"step": ..., "data": {{...}}}}, got {str(row)[:80]}')
+        numbers = {name: value for name, value in data.items() if value is None or isinstance(value, int | float)}
+        self.metrics.setdefault(step, {}).update({visible(name): _number(v) for name, v in numbers.items()})
 
 
 def _number(value: float | None) -> float:
     return float(value) if value is not None and abs(value) <= LARGEST else math.nan
 
 
-def _parse_lines(data: bytes, path: Path, lines_before: int = 0) -> list[dict]:
-    """JSON objects of the complete lines of ``data``."""
-    rows = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=lines_before + 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        rows.append(row)
-    return rows
+def _parse_line(line: bytes) -> dict:
+    """The JSON object of a line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError("expected a JSON object")
+    return row
 
 
-def load_metrics(jsonl_path: str | Path) -> Metrics:
+def load_metrics(jsonl_path: str | Path, damaged: list[str] | None = None) -> Metrics:
     """All metrics of a run.
 
+    Args:
+        jsonl_path: the run's ``metrics.jsonl``.
+        damaged: gets a text for each line that is not one that the logger writes; such a line is left out.
+
     Raises:
-        ValueError: there is no file or no complete line, or a line is not one that the logger writes.
+        ValueError: there is no file or no complete line; or, without ``damaged``, a line is not the logger's.
     """
     log = MetricLog(jsonl_path)
     log.update()
+    if log.damaged and (damaged is None or not log.metrics):
+        raise ValueError(log.damaged[0])
     if not log.metrics:
         raise ValueError(f"{log.path} has no complete line" if log.path.is_file() else f"no file {log.path}")
+    if damaged is not None:
+        damaged += log.damaged
     return log.metrics
 
 
@@ -151,15 +162,20 @@ def read_dump(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}")
-    rows = _parse_lines(path.read_bytes(), path)
-    if not rows:
-        raise ValueError(f"{path} has no complete line")
-    for row in rows:
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = _parse_line(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
         if not all(isinstance(row.get(key), str) for key in ("input", "output", "gts")):
-            raise ValueError(f"{path}: every line needs the texts input, output and gts, got {str(row)[:80]}")
+            raise ValueError(f"{path}, line {number}: needs the texts input, output and gts, got {str(row)[:80]}")
         if "rouge_l" in row:
             score = row["rouge_l"]
             row["rouge_l"] = _number(score) if isinstance(score, int | float) else math.nan
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has no complete line")
     return rows
 
 

@@ -34,7 +34,7 @@ def test_two_lines_of_a_step_are_one_and_null_is_nan(tmp_path):
         ('{"step": 1', "no complete line"),
         (line(1, a=1) + "{\n", "line 2: not JSON"),
         ("[1]\n", "line 1: expected a JSON object"),
-        ("{}\n", "expected lines"),
+        ("{}\n", 'line 1: expected {"step"'),
     ],
 )
 def test_bad_logs(tmp_path, text, message):
@@ -60,8 +60,19 @@ def test_a_growing_log_is_read_on(tmp_path):
         assert log.update() and log.metrics == {1: {"a": 1.0}, 2: {"a": 2.0}}
         file.write("oops\n")
         file.flush()
-        with pytest.raises(ValueError, match="line 3"):
-            log.update()
+        assert log.update() and len(log.metrics) == 2 and "m.jsonl, line 3: not JSON" in log.damaged[0]
+        file.write(line(4, a=4))
+        file.flush()
+        assert log.update() and list(log.metrics) == [1, 2, 4] and len(log.damaged) == 1
+
+
+def test_damaged_lines_are_left_out_and_named(tmp_path):
+    path = write(tmp_path / "m.jsonl", line(1, a=1) + "[1]\n" + f'{{"step": {10**30}, "data": {{}}}}\n' + line(3, a=3))
+    damaged: list[str] = []
+    assert run_log.load_metrics(path, damaged) == {1: {"a": 1.0}, 3: {"a": 3.0}}
+    assert [text.partition(": ")[0] for text in damaged] == [f"{path}, line 2", f"{path}, line 3"]
+    with pytest.raises(ValueError, match="line 1"):
+        run_log.load_metrics(write(tmp_path / "all.jsonl", "oops\n"), damaged)
 
 
 def test_a_resumed_run_replaces_its_log(tmp_path):
