@@ -399,7 +399,7 @@ def send(part: str, step: int, phase: str, number: int = signal.SIGKILL, extra: 
     verb = {signal.SIGKILL: "kill", signal.SIGSTOP: "stop"}[signal.Signals(number)]
     name = f"{verb}-{part}-{phase}".replace("the ", "").replace("'s", "").replace(" ", "-")
     plan = {"do": "send", "part": part, "signal": int(number), "step": step, "phase": phase}
-    follows = plan if step > EVERY and not extra else None  # it strikes in a resumed run too
+    follows = plan if EVERY < step < STEPS and not extra else None  # it strikes in a resumed run too
     where = f"{signal.Signals(number).name} to the {part}, step {step}, {phase}"
     return Fault(name, where, strike(says or "error", extra=extra, **plan), follows)
 
