@@ -512,11 +512,13 @@ def broken_side(key: str) -> Callable:
 
 
 def two_runs(bench: Bench, out: Path) -> Result:
+    from recipe.gad.run.atomic_io import LOCK
+
     command, second = bench.gad(clean(out)), []
 
     def start_another(process: subprocess.Popen) -> None:
         deadline = time.monotonic() + TIMEOUT
-        while not metrics(out) and process.poll() is None and time.monotonic() < deadline:
+        while not (out / LOCK).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         second.append(bench.run(command))
 
