@@ -358,7 +358,7 @@ class Fault:
 def last_words(text: str) -> str:
     """The line of the console that tells the user most: the last error with a remedy, the last error, the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    joined = [f"{a} {b}" if a.endswith(":") else a for a, b in zip(lines, [*lines[1:], ""], strict=True)]
+    joined = [f"{a} {b}" if a.endswith(":") else a for a, b in zip(lines, [*lines[1:], ""], strict=False)]
     errors = [line for line in joined if line.startswith("error")]
     return ([line for line in errors if "Fix: " in line] or errors or lines or [""])[-1]
 
