@@ -39,15 +39,11 @@ def pytest_configure():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LAYERS.index(layer_of(item.path)))  # stable: the order within a layer stays
     for item in items:
-        layer = layer_of(item.path)
-        for name in MARKERS.get(layer, ()):
+        for name in MARKERS.get(layer_of(item.path), ()):
             item.add_marker(name)
-        # with pytest-xdist, what shares fixtures stays in one process: a file, and all that the Ray cluster serves
-        item.add_marker(pytest.mark.xdist_group(layer if layer == "integration" else str(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)
