@@ -70,22 +70,27 @@ def inside() -> None:
     plan = json.loads(os.environ["GAD_FAULT"])
     if plan["do"] == "shift_clock":
         threading.Thread(target=_shift_clock, args=(Path(plan["flag"]), plan["seconds"]), daemon=True).start()
-    threading.Thread(target=_wait_for_trainer, args=(plan,), daemon=True).start()
+
+    def strike_in_its_step(watchdog, step: int) -> None:
+        if step == plan["step"]:
+            threading.Thread(target=_strike, args=(plan, watchdog._watched), daemon=True).start()
+
+    threading.Thread(target=after_each_beat, args=(strike_in_its_step,), daemon=True).start()
 
 
-def _wait_for_trainer(plan: dict) -> None:
+def after_each_beat(call: Callable) -> None:
+    """``call(watchdog, step)`` at the start of each step of the trainer; in other processes it waits without end."""
     name = "recipe.gad.run.watchdog"
     while not hasattr(sys.modules.get(name), "Watchdog"):
         time.sleep(0.05)
     watchdog = sys.modules[name]
     beat = watchdog.Watchdog.beat
 
-    def listening_beat(self, step: int) -> None:
+    def calling_beat(self, step: int) -> None:
         beat(self, step)
-        if step == plan["step"]:
-            threading.Thread(target=_strike, args=(plan, self._watched), daemon=True).start()
+        call(self, step)
 
-    watchdog.Watchdog.beat = listening_beat
+    watchdog.Watchdog.beat = calling_beat
 
 
 def _strike(plan: dict, thread: int) -> None:

@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from faults import Bench  # the folder of this script comes first in sys.path
+from faults import Bench, after_each_beat  # the folder of this script comes first in sys.path
 
 FIRST, BLOCK = 60, 10
 MIB = 1 << 20
@@ -29,22 +29,12 @@ MIB = 1 << 20
 
 def inside() -> None:
     """Ray's setup hook of every process of the run: the trainer's process samples at each step."""
-    threading.Thread(target=_wait_for_trainer, daemon=True).start()
+    threading.Thread(target=after_each_beat, args=(_record,), daemon=True).start()
 
 
-def _wait_for_trainer() -> None:
-    name = "recipe.gad.run.watchdog"
-    while not hasattr(sys.modules.get(name), "Watchdog"):
-        time.sleep(0.05)
-    watchdog = sys.modules[name]
-    beat = watchdog.Watchdog.beat
-
-    def sampling_beat(self, step: int) -> None:
-        beat(self, step)
-        with open(json.loads(os.environ["GAD_FAULT"])["record"], "a") as file:
-            file.write(json.dumps({"step": step, "time": time.monotonic(), **sample()}) + "\n")
-
-    watchdog.Watchdog.beat = sampling_beat
+def _record(watchdog: object, step: int) -> None:
+    with open(json.loads(os.environ["GAD_FAULT"])["record"], "a") as file:
+        file.write(json.dumps({"step": step, "time": time.monotonic(), **sample()}) + "\n")
 
 
 def sample() -> dict:
