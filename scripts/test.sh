@@ -38,7 +38,7 @@ if [[ "${1:-}" == "--fast" ]]; then
         shift
     done
 elif ! printf '%s\n' "$@" | grep -qvE '^(--.*)?$'; then
-    pytest_arguments=(-n 2 --dist loadfile --no-loadscope-reorder) # tests/conftest.py keeps together what shares fixtures
+    pytest_arguments=(-n 2 --dist loadfile --no-loadscope-reorder) # grouped by tests/conftest.py
 fi
 
 # An environment that knows no GPU, no hub and no user settings. Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES.
