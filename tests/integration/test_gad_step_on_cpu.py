@@ -3,6 +3,7 @@
 import json
 import math
 
+import orjson
 import pytest
 import torch
 import torch.nn.functional as F
@@ -581,6 +582,25 @@ def test_gspo_clips_some_answers_in_the_second_optimizer_step_of_a_batch(live):
     live.set(**before)
     set_loss()
     assert all(0.0 < fraction < 0.5 for fraction in fractions), fractions
+
+
+def test_a_save_holds_what_the_line_of_its_step_will_hold(live, tmp_path):
+    live.set(trainer__default_local_dir=str(tmp_path))
+    trainer, metrics = live.trainer, {}
+    trainer.timing_raw = {}
+    trainer.on_step_begin()
+    batch = trainer.step(metrics, trainer.timing_raw)
+    measured = dict(metrics)
+    trainer._save_checkpoint()
+    assert metrics == measured
+    epoch = (trainer.global_steps - 1) // trainer.steps_per_epoch
+    trainer._compute_metrics(batch, metrics, {**trainer.timing_raw, "step": 1.0}, trainer.global_steps, epoch)
+    logged = json.loads(orjson.dumps(metrics, option=orjson.OPT_SERIALIZE_NUMPY))  # as stock's file logger writes it
+    saved = json.loads((tmp_path / f"global_step_{trainer.global_steps}/metrics.json").read_text())
+    clocks = ("timing_s/", "timing_per_token_ms/", "perf/time_per_step", "perf/throughput")
+    assert saved == {name: value for name, value in logged.items() if not name.startswith(clocks)}
+    assert {"critic/d_loss", "actor/kl_loss", "response_length/mean"} < set(saved)
+    live.finish(batch)
 
 
 def test_checkpoints_of_both_load_back(live, tmp_path):

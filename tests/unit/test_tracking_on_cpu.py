@@ -96,6 +96,48 @@ def test_a_new_run_in_an_old_folder_logs_its_own_validation_of_step_0(path):
     assert lines(path) == [(0, 2), (1, 2)]
 
 
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_line_that_a_killed_run_has_saved_but_not_logged_is_logged(path, validates):
+    run(range(3), attempt=1)  # killed after the save of step 3 and before its line
+    saved = path.parent / "global_step_3/metrics.json"
+    saved.parent.mkdir()
+    saved.write_text('{"training/global_step": 3, "attempt": 1, "critic/d_loss": null}')
+    logger = FileLogger("project", "experiment")
+    if validates:
+        logger.log({"val-core/x": 0.5}, step=3)
+    logger.log({"training/global_step": 4, "attempt": 2}, step=4)
+    logger.finish()
+    assert lines(path) == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2)]
+    validation = {"val-core/x": 0.5} if validates else {}
+    line = json.loads(path.read_text().splitlines()[3])
+    assert line["data"] == {"training/global_step": 3, "attempt": 1, "critic/d_loss": None, **validation}
+
+
+def test_the_line_of_a_first_step_that_a_killed_run_has_not_logged_is_logged(path):
+    saved = path.parent / "global_step_1/metrics.json"
+    saved.parent.mkdir()
+    saved.write_text('{"attempt": 1}')
+    run([2], attempt=2)
+    assert lines(path) == [(1, 1), (2, 2)]
+
+
+def test_a_line_that_the_killed_run_has_logged_is_not_taken_from_its_checkpoint(path):
+    run(range(4), attempt=1)
+    saved = path.parent / "global_step_3/metrics.json"
+    saved.parent.mkdir()
+    saved.write_text('{"attempt": 0}')
+    run([4], attempt=2)
+    assert lines(path) == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2)]
+
+
+def test_damaged_metrics_of_a_checkpoint_are_named(path):
+    saved = path.parent / "global_step_3/metrics.json"
+    saved.parent.mkdir()
+    saved.write_text('{"attem')
+    with pytest.raises(ValueError, match="global_step_3/metrics.json is not valid JSON.*Fix: remove it"):
+        run([4])
+
+
 @pytest.mark.parametrize("value", [None, "0"])
 def test_without_the_variable_the_logger_is_stock(path, monkeypatch, value):
     if value is None:

@@ -4,12 +4,12 @@ Active with ``VERL_FILE_LOGGER_APPEND=1`` (the launch scripts set it); stock beh
 Goes when: stock verl's file logger can append.
 """
 
-import json
 import os
 from io import BufferedWriter
 from pathlib import Path
 
 from recipe.gad.run.atomic_io import naming
+from recipe.gad.run.metrics_file import continued
 from verl.utils.tracking import FileLogger as _StockFileLogger
 
 
@@ -28,29 +28,24 @@ class FileLogger(_StockFileLogger):
         self.fp = BufferedWriter(self.fp)  # a raw file on a full disk takes a part of a line and raises nothing
 
     def log(self, data, step):
-        if self._previous is None or self._restore(step, is_training_step="training/global_step" in data):
+        if self._previous is not None:
+            data = self._restore(step, data)
+        if data is not None:
             with naming(self.filepath):
                 super().log(data, step)
                 self.fp.flush()
 
-    def _restore(self, step: int, is_training_step: bool) -> bool:
-        """Put the interrupted run's lines before this first one; False if its own line of ``step`` stands.
-
-        A resumed run starts with a validation at its checkpoint's step, which the interrupted run has logged whole. A
-        run that is at step 0 has resumed nothing.
-        """
+    def _restore(self, step: int, data: dict) -> dict | None:
+        """Put the interrupted run's lines before this first one; gives its data, or None if its step has a line."""
         assert self._previous is not None
         previous, self._previous = self._previous, None
-        if not previous.exists():
-            return True
-        lines = [line for line in previous.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        steps = [json.loads(line)["step"] for line in lines]
-        stands = not is_training_step and step > 0 and step in steps
-        kept = [line for line, s in zip(lines, steps, strict=True) if s < step or (stands and s == step)]
-        restored = Path(f"{self.filepath}.tmp")
-        restored.write_bytes(b"".join(kept))
-        self.fp.close()
-        os.replace(restored, self.filepath)
-        self.fp = open(self.filepath, "ab")
-        previous.unlink()
-        return not stands
+        lines = previous.read_bytes().splitlines(keepends=True) if previous.exists() else []
+        restored, path = Path(f"{self.filepath}.tmp"), Path(self.filepath)
+        kept, own = continued([line for line in lines if line.endswith(b"\n")], step, data, path.parent)
+        if kept or lines:
+            restored.write_bytes(b"".join(kept))
+            self.fp.close()
+            os.replace(restored, path)
+            self.fp = open(path, "ab")
+            previous.unlink(missing_ok=True)
+        return own

@@ -4,14 +4,15 @@ A run's output folder (trainer.default_local_dir) holds:
 
     global_step_N/{actor,critic}/huggingface/   weights, configuration and tokenizer
     global_step_N/gad_state.pt                  state of variants, such as gad.discriminator_lead
+    global_step_N/metrics.json                  training metrics of step N, should its log line get lost
     global_step_N/data.pt                       verl writes it last
     global_step_N/checksums.json                sizes and checksums of these files
     latest_checkpointed_iteration.txt           the step from which trainer.resume_mode=auto resumes
     gad_stage.json                              the stage that owns the folder, and the models that the run started
                                                 from
 
-verl writes all but gad_* and checksums.json. Names, sizes and safetensors headers are read; the weights are read only
-to compare checksums, before a hand-over and before a run resumes.
+verl writes all but gad_*, metrics.json and checksums.json. Names, sizes and safetensors headers are read; the weights
+are read only to compare checksums, before a hand-over and before a run resumes.
 
     python -m recipe.gad.run.checkpoint resolve DIR [--step N]     prints the checkpoint that the next stage starts from
     python -m recipe.gad.run.checkpoint student DIR                prints the folder of a run's newest complete student

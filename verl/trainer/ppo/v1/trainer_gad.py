@@ -46,7 +46,7 @@ from recipe.gad.training.reading import Reading
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.shortcuts import ShortcutProbe, read_as, replaced_rows
-from recipe.gad.training.state import load_state, save_state
+from recipe.gad.training.state import load_state, save_metrics, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
 from recipe.gad.training.teachers import Teachers
@@ -109,6 +109,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
         self._watchdog = Watchdog(config.gad.step_timeout, config.trainer.default_local_dir)
+        self._measured: tuple[KVBatchMeta, dict] | None = None  # batch and metrics of the step, until its end
         self._disk = DiskWatch(config)
         self._bad_steps = BadSteps(config.gad.stop_after_bad_steps)
         self._scores: dict[str, float] = {}  # D's score of every row of the step
@@ -191,6 +192,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         if self._bad_steps.must_stop(metrics):
             rows = texts(self.tokenizer, [*batch.keys, *self._extra_keys], batch.partition_id)
             self._bad_steps.stop(self.config.trainer.default_local_dir, self.global_steps, metrics, rows)
+        self._measured = batch, metrics
         return batch
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
@@ -210,6 +212,7 @@ class PPOTrainerGAD(PPOTrainerSync):
     def on_step_end(self):
         if signal := take_request(self.config.trainer.default_local_dir):
             self._stop_after_this_step(signal)
+        self._measured = None
         if self._extra_keys:
             tq.kv_clear(keys=self._extra_keys, partition_id="train")
             self._extra_keys = []
@@ -222,6 +225,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         with self._disk.save(folder):
             forget_checksums(folder)
             self._save_state()
+            if self._measured is not None:
+                save_metrics(self, *self._measured, folder)
             super()._save_checkpoint()
             merge_checkpoint(self.config, folder)
             if not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
