@@ -151,7 +151,22 @@ def _shift_clock(flag: Path, seconds: float) -> None:
     time.time = lambda: real() + seconds
 
 
+def _infinite_score(plan: dict) -> str:
+    """The discriminator's first score of every batch is infinite from now on."""
+    trainer = sys.modules["verl.trainer.ppo.v1.trainer_gad"].PPOTrainerGAD
+    put = trainer._put_scores
+
+    def put_with_infinite_one(self, batch, scores, metrics):
+        scores = scores.clone()
+        scores[0] = float("inf")
+        put(self, batch, scores, metrics)
+
+    trainer._put_scores = put_with_infinite_one
+    return "an infinite score"
+
+
 STRIKES: dict[str, Callable[[dict], str]] = {
+    "infinite_score": _infinite_score,
     "send": _send,
     "limit_memory": _limit_memory,
     "fill": _fill,
@@ -593,6 +608,7 @@ def unprepared(text: str | None, says: str) -> Callable:
     return inject
 
 
+ONE_BAD_STEP = "gad.stop_after_bad_steps=1"
 NO_SPACE = r"disk .*is full|No space left on device: .*{}"
 FAULTS = (
     send("driver", 3, ROLLOUT),
@@ -624,6 +640,11 @@ FAULTS = (
     Fault("warmup-flipped", "one bit of the warmup's weights, hand-over", damaged_warmup),
     Fault("nan-policy", "actor's learning rate 1e30", broken_side("actor_rollout_ref.actor.optim.lr")),
     Fault("nan-discriminator", "discriminator's learning rate 1e30", broken_side("critic.optim.lr")),
+    Fault(
+        "inf-score",
+        f"an infinite score of the discriminator, step 3, {ONE_BAD_STEP}",
+        strike("NaN or infinite", extra=(ONE_BAD_STEP,), do="infinite_score", step=3, phase=ROLLOUT),
+    ),
     Fault("two-runs", "a second run in the folder of a living one", two_runs),
     Fault("clock-forward", "clock + 10 hours, step 2", clock(36000.0)),
     Fault("clock-back", "clock - 10 hours, step 2", clock(-36000.0)),
@@ -687,7 +708,7 @@ def main() -> int:
     if unknown := set(options.names) - {fault.name for fault in FAULTS}:
         parser.error(f"no fault is named {', '.join(sorted(unknown))}; see --list")
     if options.list:
-        print("\n".join(f"{fault.name:48}{fault.where}" for fault in FAULTS))
+        print("\n".join(f"{fault.name:52}{fault.where}" for fault in FAULTS))
         return 0
     base = options.folder.absolute()
     if options.table:
