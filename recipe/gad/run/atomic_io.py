@@ -105,6 +105,7 @@ def alone_in(folder: Path, writer: str) -> Iterator[None]:
 
     Raises:
         InputError: another process holds the folder; names it, its host, and since when it runs.
+        OSError: the folder cannot be written, for example on a full disk; names the lock file.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,9 +123,10 @@ def alone_in(folder: Path, writer: str) -> Iterator[None]:
         lock.close()  # the process before has just removed this file
     lock.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    lock.write(f"{writer}: process {os.getpid()} on {socket.gethostname()}, since {since}")
-    lock.flush()
+    owner = f"{writer}: process {os.getpid()} on {socket.gethostname()}, since {since}"
     try:
+        with naming(path):
+            os.write(lock.fileno(), owner.encode())  # no buffer, which close() would try to write again
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -2,12 +2,13 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
 
-from recipe.gad.run.atomic_io import JsonLog, alone_in, read_object, write_atomically
+from recipe.gad.run.atomic_io import LOCK, JsonLog, alone_in, read_object, write_atomically
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -30,6 +31,18 @@ def test_a_full_disk_names_the_file(tmp_path, write):
     done = subprocess.run(limited, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{tmp_path}/file'"
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_a_full_disk_names_the_lock_and_leaves_none(tmp_path):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as found, alone_in(tmp_path / "out", "gad test"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert found.value.filename == str(tmp_path / "out" / LOCK)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_output_folder_belongs_to_one_process(tmp_path):
