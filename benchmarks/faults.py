@@ -380,6 +380,8 @@ def last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     joined = [f"{a} {b}" if a.endswith(":") else a for a, b in zip(lines, [*lines[1:], ""], strict=False)]
     errors = [line for line in joined if line.startswith("error")]
+    if errors and errors[-1].startswith("error: the run ends"):  # the watchdog's last line; those before say why
+        return " ".join(errors[-3:])
     return ([line for line in errors if "Fix: " in line] or errors or lines or [""])[-1]
 
 
