@@ -18,6 +18,7 @@ from tests.integration.test_gad_step_on_cpu import (
     run_from,
     score,
 )
+from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
 
 class Spy:
@@ -349,6 +350,70 @@ def test_a_step_compares_with_the_answer_that_was_drawn_and_logs_the_accuracy_of
     fields = live.step()[1]
     truths = [reward["ground_truth"] for reward in fields["reward_model"]]
     assert truths == list(fields["teacher_response"]), "a task reward compares with the answer that was drawn"
+
+
+@pytest.fixture
+def all_answers(live, two_teachers, monkeypatch):
+    """The trainer as it is with gad.teacher_answers=all: prompts have one answer or three."""
+    trainer, own = live.trainer, live.trainer.discriminator
+    live.set(gad__teacher_answers="all")
+    trainer._init_dataloader()
+    teachers = trainer._teachers
+    discriminator = DataParallelPPOCritic(
+        own.critic_wg, own.config, own.rollout_n, teachers.loss, teachers=teachers.most
+    )
+    monkeypatch.setattr(trainer, "discriminator", discriminator)
+    limit = live.config.critic.ppo_max_token_len_per_gpu
+    yield
+    own._loss = None  # the workers have another
+    live.set(gad__teacher_answers="one", gad__score_in_update=False, critic__ppo_max_token_len_per_gpu=limit)
+
+
+@pytest.mark.parametrize("in_update", [True, False])
+def test_all_answers_are_compared_and_a_prompt_weighs_the_same_however_many_it_has(live, all_answers, in_update):
+    trainer = live.trainer
+    live.set(gad__score_in_update=in_update, critic__ppo_max_token_len_per_gpu=32768 if in_update else 200)
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
+    critic, losses, wins = hf_model(live, "critic"), [], {"teacher_response": [], "other": []}
+    critic.zero_grad()
+    weighted, total = [], sum(len(group.students) for group in trainer._groups)
+    counts = []
+    for group in trainer._groups:
+        keys = [key for key in trainer._extra_keys if key.startswith(f"{group.uid}_teacher_")]
+        assert len(keys) == 3
+        real = [row for row in rows(live.fields(keys)) if len(row[1]) > 1]  # a filler's answer is one token
+        counts.append(len(real))
+        for prompt, answer in real:
+            text = trainer.tokenizer.decode(answer, skip_special_tokens=True)
+            for student in rows(live.fields([row.key for row in group.students])):
+                gap = score(critic, prompt, answer, grad=True) - score(critic, *student, grad=True)
+                losses.append(-torch.nn.functional.logsigmoid(gap) / (total * len(real)))
+                win = float(gap > 0) + 0.5 * float(gap == 0)
+                weighted.append(win / (total * len(real)))
+                wins["other" if text in ("um um", "so see") else "teacher_response"].append(win)
+    assert set(counts) == {1, 3}
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in critic.parameters() if p.grad is not None))
+    trainer._compute_values(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    columns = zip(batch.tags, rows(fields), fields["rm_scores"].unbind(), strict=True)
+    for row, scores in ((row, scores) for tag, row, scores in columns if not tag.get("is_padding", False)):
+        assert scores[-1].item() == pytest.approx(score(critic, *row).item(), abs=2e-5)
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(sum(weighted), abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    for teacher, of_it in wins.items():
+        assert metrics[f"critic/d_acc/{teacher}"] == pytest.approx(sum(of_it) / len(of_it), abs=1e-6)
+    live.finish(batch)
+    if in_update:  # what reads one answer reads the drawn one
+        live.set(gad__imitation_coef=0.1, gad__teacher_in_group=True)
+        metrics, _ = live.step()
+        live.set(gad__imitation_coef=0.0, gad__teacher_in_group=False)
+        assert metrics["actor/imitation_loss"] > 0 and "actor/teacher_pg_loss" in metrics
+    assert not any((tq.kv_list() or {}).values()), "rows stay in the queue"
 
 
 # ---------------------------------------------------------------------- prompts without teacher answers

@@ -77,6 +77,8 @@ from recipe.gad.run.refusals import (
     check_reward_model,
     check_router_replay,
     check_task_reward,
+    check_teacher_answers,
+    compared_answers,
 )
 from recipe.gad.run.safety import check_remote_code, check_secrets
 from recipe.gad.run.thinking import check_score_span
@@ -614,7 +616,7 @@ def check_batches(config: DictConfig) -> Findings:
 
 
 def check_tokens(config: DictConfig) -> Findings:
-    """The longest trajectory fits each micro-batch; the longest group of n + 1 fits the discriminator's update."""
+    """The longest trajectory fits each micro-batch; the longest group fits the discriminator's update."""
     row = integer(config, "data.max_prompt_length") + integer(config, "data.max_response_length")
     n = integer(config, f"{ROLLOUT}.n")
     what = f"prompt + response = {row} tokens"
@@ -633,14 +635,16 @@ def check_tokens(config: DictConfig) -> Findings:
         else:
             integer(config, f"{prefix}_micro_batch_size_per_gpu")
     if has_discriminator(config):
-        group = f"the n + 1 = {n + 1} answers to one prompt, (n + 1) x (prompt + response) = {(n + 1) * row} tokens"
+        teachers = compared_answers(config) or 1
+        size, total = f"n + {teachers}", n + teachers
+        group = f"the {size} = {total} answers to one prompt, ({size}) x (prompt + response) = {total * row} tokens"
         if get(config, "critic.use_dynamic_bsz"):
-            yield from _token_limit(config, "critic.ppo_max_token_len_per_gpu", "critic", (n + 1) * row, group)
-        elif (rows := integer(config, "critic.ppo_micro_batch_size_per_gpu")) < n + 1:
+            yield from _token_limit(config, "critic.ppo_max_token_len_per_gpu", "critic", total * row, group)
+        elif (rows := integer(config, "critic.ppo_micro_batch_size_per_gpu")) < total:
             yield error(
-                f"critic.ppo_micro_batch_size_per_gpu={rows} rows, but the n + 1 = {n + 1} answers to one prompt are "
+                f"critic.ppo_micro_batch_size_per_gpu={rows} rows, but the {size} = {total} answers to one prompt are "
                 "never split",
-                fix=f"critic.ppo_micro_batch_size_per_gpu={n + 1} or a multiple",
+                fix=f"critic.ppo_micro_batch_size_per_gpu={total} or a multiple",
             )
     key = f"{ROLLOUT}.max_model_len"
     if (longest := integer(config, key, row)) < row:
@@ -834,6 +838,7 @@ CHECKS: tuple[Check, ...] = (
     check_lead,
     check_average,
     check_replay,
+    check_teacher_answers,
     check_shortcuts,
     check_score_span,
     check_unlabelled,
