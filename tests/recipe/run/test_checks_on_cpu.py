@@ -327,36 +327,37 @@ def test_a_column_for_each_teacher(data, name):
         expect(columns(teachers), f"data.teacher_key={teachers}", "a list of different columns")
 
 
-@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
-def test_all_teacher_answers_need_several_and_room_in_a_micro_batch(data, name):
+def test_all_teacher_answers_need_several_and_room_in_a_micro_batch(data):
     several = [{"content": USER, "teacher_response": ["a", "b", "c"][: 1 + i % 3]} for i in range(8)]
 
-    def compare(rows, changes):
-        changed = data(rows, name)
-        for key, value in {"gad.teacher_answers": "all", **changes}.items():
-            OmegaConf.update(changed, key, value)
-        return changed
+    def compare(rows, changes, name="train.parquet"):
+        return data(rows, name, {"gad.teacher_answers": "all", **changes})
 
-    n = compare(several, {}).actor_rollout_ref.rollout.n
-    limits = compare(several, {}).data
-    row = limits.max_prompt_length + limits.max_response_length
-    limit = "critic.ppo_max_token_len_per_gpu"
+    def refused(changed, *parts, checks=(check.check_teacher_answers,)):
+        (finding,) = check.run_checks(changed, checks)
+        assert finding.level == "error" and all(part in str(finding) for part in parts), finding
+
+    config = compare(several, {})
+    n, row = config.actor_rollout_ref.rollout.n, config.data.max_prompt_length + config.data.max_response_length
+    limit, size = "critic.ppo_max_token_len_per_gpu", "critic.ppo_micro_batch_size_per_gpu"
     assert errors_of(compare(several, {limit: (n + 3) * row})) == []
-    short = {limit: (n + 3) * row - 1}
-    expect(compare(several, short), f"{limit}={short[limit]}", f"the n + 3 = {n + 3} answers", f"{(n + 3) * row} or")
-    assert errors_of(compare(several, {**short, "gad.teacher_answers": "one"})) == []
-    by_rows = {"critic.use_dynamic_bsz": False, "critic.ppo_micro_batch_size_per_gpu": n + 1}
-    by_rows["critic.forward_micro_batch_size_per_gpu"] = 1
-    expect(compare(several, by_rows), f"ppo_micro_batch_size_per_gpu={n + 1} rows", f"the n + 3 = {n + 3} answers")
-    single = [{"content": USER, "teacher_response": ["a"]} for _ in range(8)]
-    expect(compare(single, {}), "gad.teacher_answers=all", "no row of data.train_files has several", "=one, or")
-    expect(compare([{"content": USER, "teacher_response": "a"}] * 8, {}), "no row of data.train_files has several")
-    expect(compare(several, {"gad.teacher_answers": "both"}), "gad.teacher_answers=both", "expected one or all")
-    expect(compare(several, {"gad.credit": "token"}), "gad.credit=token", "gad.teacher_answers=all has several")
-    expect(compare(several, {"gad.replay": 0.5}), "gad.replay=0.5 keeps one", "or gad.replay=0")
+    short, tokens = {limit: (n + 3) * row - 1}, (check.check_tokens,)
+    refused(compare(several, short), f"{limit}={short[limit]}", f"the n + 3 = {n + 3} answers", checks=tokens)
+    by_rows = {"critic.use_dynamic_bsz": False, size: n + 1, "critic.forward_micro_batch_size_per_gpu": 1}
+    refused(compare(several, by_rows, "train.jsonl"), f"{size}={n + 1}", f"n + 3 = {n + 3} answers", checks=tokens)
+    (one,) = check.run_checks(compare(several, {**short, "gad.teacher_answers": "one"}), tokens)
+    assert one.level == "ok"
+
+    for answer in ("a", ["a"]):
+        single = [{"content": USER, "teacher_response": answer}] * 8
+        refused(compare(single, {}), "gad.teacher_answers=all", "no row of data.train_files has several", "=one, or")
+    refused(compare(several, {"gad.teacher_answers": "both"}), "gad.teacher_answers=both", "expected one or all")
+    refused(compare(several, {"gad.credit": "token"}), "gad.credit=token", "gad.teacher_answers=all has several")
+    refused(compare(several, {"gad.replay": 0.5}), "gad.replay=0.5 keeps one", "or gad.replay=0")
     seqkd = {"gad.stage": "seqkd", "critic.enable": False}
-    expect(compare(several, seqkd), "gad.teacher_answers=all: stage seqkd trains no discriminator")
-    expect(compare([*several[:7], {"content": USER, "teacher_response": []}], {}), "row 7", "is an empty list")
+    refused(compare(several, seqkd), "gad.teacher_answers=all: stage seqkd trains no discriminator")
+    (unreadable,) = check.run_checks(data(None, "no.parquet", {"gad.teacher_answers": "all"}), [check.check_tokens])
+    assert unreadable.level == "ok", "check_data reports the file"
 
 
 def test_teacher_answers_that_are_no_text(data):
