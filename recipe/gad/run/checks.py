@@ -215,7 +215,7 @@ def check_stage(config: DictConfig) -> Findings:
 
 
 def check_objective(config: DictConfig) -> Findings:
-    """The variants of the policy gradient have values that work, and a policy gradient."""
+    """Settings of the policy gradient have values that work, and a policy gradient."""
     on: dict[str, str] = {}
     for key in ("gad.imitation_coef", "gad.policy_gate"):
         value = get(config, key)
@@ -232,6 +232,13 @@ def check_objective(config: DictConfig) -> Findings:
             yield error(
                 f"{found} belongs to the policy gradient, and gad.actor_objective={objective}",
                 fix=f"{off}, or gad.actor_objective=policy_gradient in stage gad",
+            )
+    imitates = objective == "imitation" and get(config, "gad.stage") not in DPO_STAGES  # check_stage refuses both
+    for key in (f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward") if imitates else ():
+        if get(config, key):
+            yield error(
+                f"{key}=True: imitation has no KL term, so verl would load a reference that nothing uses",
+                fix=f"{key}=False; the KL to the reference belongs to gad.actor_objective=policy_gradient",
             )
 
 

@@ -50,7 +50,7 @@ from recipe.gad.run.data_file import sample_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-WARMUP = ("gad.stage=warmup", "gad.actor_objective=imitation")
+WARMUP = ("gad.stage=warmup", "gad.actor_objective=imitation", f"{ACTOR}.use_kl_loss=False")
 
 
 @pytest.fixture

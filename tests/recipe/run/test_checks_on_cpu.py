@@ -32,7 +32,7 @@ USER = [{"role": "user", "content": "c a f"}]
 
 @pytest.fixture(scope="module")
 def base(compose_config):
-    return compose_config("gad.stage=warmup", "gad.actor_objective=imitation")
+    return compose_config("gad.stage=warmup", "gad.actor_objective=imitation", f"{ACTOR}.use_kl_loss=False")
 
 
 @pytest.fixture
@@ -648,6 +648,13 @@ def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, 
     expect(config({key: value, "gad.stage": "seqkd", "critic.enable": False}), f"{key}={value}", f"Fix: {key}=")
 
 
+@pytest.mark.parametrize("key", [f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward"])
+def test_imitation_refuses_a_kl_term_that_it_would_not_compute(config, gad, key):
+    expect(config({key: True}), f"{key}=True: imitation has no KL term", f"Fix: {key}=False")
+    expect(config({key: True, "gad.stage": "seqkd", "critic.enable": False}), f"{key}=True: imitation")
+    assert errors_of(gad({key: True})) == []
+
+
 def test_credit_per_token_needs_a_discriminator(config):
     assert errors_of(config({"gad.credit": "token"})) == []  # the warmup's learns on prefixes
     expect(config({"gad.credit": "token", "gad.stage": "seqkd", "critic.enable": False}), "gad.credit=token", "seqkd")
@@ -765,14 +772,14 @@ def test_megatron_ranks(gpu):
         (f"{ROLLOUT}.max_model_len", 28),
     ],
 )
-def test_token_limits(config, key, needed):
+def test_token_limits(gad, key, needed):
     followers = {  # keys that follow the one under test by default
         "critic.forward_max_token_len_per_gpu": 1000,
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu": 1000,
         "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 1000,
     }
-    assert errors_of(config({**followers, key: needed})) == []
-    expect(config({**followers, key: needed - 1}), f"{key}={needed - 1}", f"= {needed} tokens", f"Fix: {key}={needed}")
+    assert errors_of(gad({**followers, key: needed})) == []
+    expect(gad({**followers, key: needed - 1}), f"{key}={needed - 1}", f"= {needed} tokens", f"Fix: {key}={needed}")
 
 
 def test_the_paper_barely_fits_the_default(gpu):
@@ -784,12 +791,12 @@ def test_the_paper_barely_fits_the_default(gpu):
     expect(gpu({**paper, **shared, f"{ROLLOUT}.n": 20}), "32768 x 2 GPUs", "75264", "37632 or more")
 
 
-def test_the_reference_counts_only_when_it_runs(config):
+def test_the_reference_counts_only_when_it_runs(gad):
     key = "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"
-    assert errors_of(config({key: 1, f"{ACTOR}.use_kl_loss": False})) == []
+    assert errors_of(gad({key: 1, f"{ACTOR}.use_kl_loss": False})) == []
 
 
-def test_fixed_micro_batches(config):
+def test_fixed_micro_batches(gad):
     fixed = {
         f"{ACTOR}.use_dynamic_bsz": False,
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": 2,
@@ -797,17 +804,17 @@ def test_fixed_micro_batches(config):
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 2,
         "critic.ppo_micro_batch_size_per_gpu": 5,
     }
-    assert errors_of(config(fixed)) == []
+    assert errors_of(gad(fixed)) == []
     small = {**fixed, "critic.ppo_micro_batch_size_per_gpu": 4}
     expect(
-        config(small),
+        gad(small),
         "critic.ppo_micro_batch_size_per_gpu=4",
         "never split",
         "Fix: critic.ppo_micro_batch_size_per_gpu=5",
     )
     for key in list(fixed)[1:4]:
-        expect(config({**fixed, key: None}), f"{key}=None")
-    expect(config({**fixed, f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}), "log_prob_use_dynamic_bsz", "must equal")
+        expect(gad({**fixed, key: None}), f"{key}=None")
+    expect(gad({**fixed, f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}), "log_prob_use_dynamic_bsz", "must equal")
 
 
 # ---------------------------------------------------------------------- output folder
@@ -969,6 +976,7 @@ def test_importing_the_checks_imports_no_torch():
 def gad(config, critic):
     """Function: the configuration of a run of stage gad that passes, with keys changed."""
     stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
+    stage[f"{ACTOR}.use_kl_loss"] = True
     return lambda changes=None: config({**stage, **(changes or {})})
 
 
