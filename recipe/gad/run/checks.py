@@ -524,7 +524,7 @@ def check_saving(config: DictConfig) -> Findings:
 
 
 def check_data(config: DictConfig) -> Findings:
-    """Every row of every file has a prompt and a teacher answer; there are enough rows for one step."""
+    """Every row of every file has a prompt and a teacher answer; there are enough rows for the steps of the run."""
     prompt_key, teacher_key = get(config, "data.prompt_key"), get(config, "data.teacher_key")
     if teacher_key is None:
         yield error("data.teacher_key=null: GAD needs the teacher's answers", fix="data.teacher_key=teacher_response")
@@ -563,6 +563,20 @@ def check_data(config: DictConfig) -> Findings:
             f"data.train_batch_size={batch}, but data.train_files has {total} rows (after data.train_max_samples): "
             "not one step",
             fix=f"data.train_batch_size={total} or less, or more data",
+        )
+    elif get(config, "trainer.total_training_steps") is not None:
+        yield from _epoch_findings(config, total // batch)
+
+
+def _epoch_findings(config: DictConfig, steps_per_epoch: int) -> Findings:
+    """verl counts epochs as well as steps, and saves and validates only in the last of ``total_training_steps``."""
+    steps, epochs = (integer(config, f"trainer.total_{name}") for name in ("training_steps", "epochs"))
+    if (last := epochs * steps_per_epoch) < steps:
+        yield error(
+            f"trainer.total_training_steps={steps}, but trainer.total_epochs={epochs} of {steps_per_epoch} steps (rows "
+            f"of data.train_files / data.train_batch_size) end the run after step {last}, without the checkpoint and "
+            "the validation of the last step",
+            fix=f"trainer.total_epochs={-(-steps // steps_per_epoch)}, or trainer.total_training_steps={last}",
         )
 
 

@@ -427,6 +427,20 @@ def test_too_few_rows_for_one_step(config, data):
     expect(config({"data.train_max_samples": 4}), "data.train_batch_size=8", "4 rows")
 
 
+def test_the_epochs_hold_all_steps_of_the_run(config):
+    steps, epochs = "trainer.total_training_steps", "trainer.total_epochs"
+    assert errors_of(config({steps: 16, epochs: 2})) == []  # 64 rows, 8 a step
+    assert errors_of(config({steps: None, epochs: 2})) == []
+    expect(
+        config({steps: 17, epochs: 2}),
+        f"{steps}=17, but {epochs}=2 of 8 steps",
+        "end the run after step 16, without the checkpoint",
+        f"Fix: {epochs}=3, or {steps}=16",
+    )
+    fewer = {steps: 16, epochs: 2, "data.train_max_samples": 56}
+    expect(config(fewer), f"{epochs}=2 of 7 steps", f"Fix: {epochs}=3, or {steps}=14")
+
+
 def test_large_files_are_read_in_seconds(tmp_path):
     size = 50_000
     table = pa.table({"content": [USER] * size, "teacher_response": ["well c a f " * 20] * size, "other": ["x"] * size})
