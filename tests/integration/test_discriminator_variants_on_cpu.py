@@ -388,16 +388,20 @@ def compare_all_answers(live, in_update, tokens):
     batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
     critic, losses, wins, won = hf_model(live, "critic"), [], {"teacher_response": [], "other": []}, 0.0
     critic.zero_grad()
+
+    def value(row):
+        return critic(torch.cat(row).unsqueeze(0)).logits[0, -1, 0]
+
     counts, total = set(), sum(len(group.students) for group in trainer._groups)
     for group in trainer._groups:
         keys = [key for key in trainer._extra_keys if key.startswith(f"{group.uid}_teacher_")]
         real = [row for row in rows(live.fields(keys)) if len(row[1]) > 1]  # a filler's answer is one token
         counts.add((len(keys), len(real)))
-        for prompt, answer in real:
-            text = trainer.tokenizer.decode(answer, skip_special_tokens=True)
-            for student in rows(live.fields([row.key for row in group.students])):
-                pair = [critic(torch.cat(row).unsqueeze(0)).logits[0, -1, 0] for row in ((prompt, answer), student)]
-                gap = pair[0] - pair[1]
+        students = [value(row) for row in rows(live.fields([row.key for row in group.students]))]
+        for row in real:
+            text, teacher = trainer.tokenizer.decode(row[1], skip_special_tokens=True), value(row)
+            for student in students:
+                gap = teacher - student
                 losses.append(-torch.nn.functional.logsigmoid(gap) / (total * len(real)))
                 win = float(gap > 0) + 0.5 * float(gap == 0)
                 won += win / (total * len(real))
