@@ -787,10 +787,11 @@ def test_megatron_ranks(gpu):
     ],
 )
 def test_token_limits(gad, key, needed):
-    followers = {  # keys that follow the one under test by default
+    followers = {  # keys that follow the one under test by default, and a reference
         "critic.forward_max_token_len_per_gpu": 1000,
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu": 1000,
         "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 1000,
+        f"{ACTOR}.use_kl_loss": True,
     }
     assert errors_of(gad({**followers, key: needed})) == []
     expect(gad({**followers, key: needed - 1}), f"{key}={needed - 1}", f"= {needed} tokens", f"Fix: {key}={needed}")
@@ -812,6 +813,7 @@ def test_the_reference_counts_only_when_it_runs(gad):
 
 def test_fixed_micro_batches(gad):
     fixed = {
+        f"{ACTOR}.use_kl_loss": True,
         f"{ACTOR}.use_dynamic_bsz": False,
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": 2,
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": 2,
@@ -826,7 +828,7 @@ def test_fixed_micro_batches(gad):
         "never split",
         "Fix: critic.ppo_micro_batch_size_per_gpu=5",
     )
-    for key in list(fixed)[1:4]:
+    for key in list(fixed)[2:5]:
         expect(gad({**fixed, key: None}), f"{key}=None")
     expect(gad({**fixed, f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}), "log_prob_use_dynamic_bsz", "must equal")
 
@@ -990,7 +992,6 @@ def test_importing_the_checks_imports_no_torch():
 def gad(config, critic):
     """Function: the configuration of a run of stage gad that passes, with keys changed."""
     stage = {"gad.stage": "gad", "gad.actor_objective": "policy_gradient", "critic.model.path": str(critic)}
-    stage[f"{ACTOR}.use_kl_loss"] = True
     return lambda changes=None: config({**stage, **(changes or {})})
 
 
