@@ -300,6 +300,12 @@ def gad_on_two_ranks(runner, warmup):
 
 
 @in_background
+def killed_gad_on_two_ranks(runner, warmup):
+    arguments = ["--warmup_dir", str(warmup), "trainer.n_gpus_per_node=2"]
+    return runner.killed_and_resumed("gad", "killed-gad-2", *arguments)
+
+
+@in_background
 def killed_warmup(runner):
     arguments = ["--model", f"{runner.problem}/model", "trainer.critic_warmup=2"]
     return runner.killed_and_resumed("warmup", "killed-warmup", *arguments)
@@ -565,6 +571,11 @@ def test_two_ranks_do_what_one_does(gad, gad_on_two_ranks):
     for step in range(1, STEPS + 1):
         for name in names:
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
+
+
+@pytest.mark.long
+def test_two_ranks_repeat_to_the_digit_also_after_sigkill(gad_on_two_ranks, killed_gad_on_two_ranks):
+    same_metrics(killed_gad_on_two_ranks, gad_on_two_ranks)
 
 
 def test_warmup_on_two_ranks_hands_over_to_two_ranks(two_ranks_from_two_ranks):

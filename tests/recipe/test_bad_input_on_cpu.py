@@ -18,8 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from recipe.gad.cli import main
+from recipe.gad.run.config import compose_config
 from tests.recipe.conftest import Reply
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +184,31 @@ def test_prepare_writes_whole_files_or_none(tmp_path, seed):
     assert 0 < sum(pq.read_table(out / f"{name}.parquet").num_rows for name in ("train", "val")) <= len(rows) + 3
 
 
+@cases(50)
+def test_every_row_is_kept_or_counted(tmp_path, seed):
+    """100,000 rows in all, a third of them damaged: the good ones are written as they are, and the sums are right."""
+    rng = random.Random(seed)
+    layout, rows, good = json.dumps(LAYOUTS[seed % len(LAYOUTS)]), [], {}
+    for i in range(2000):
+        row = json.loads(layout.replace("{i}", str(i)))
+        if rng.random() < 1 / 3:
+            row = damaged_value(rng, row)
+        else:
+            good[f"do {i}" if "instruction" in row else f"q {i}"] = f"an answer {i}"
+        rows.append(json.dumps(row))
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text("\n".join(rows) + "\n")
+    code, text = gad("prepare", file, "--output_dir", out, "--val_fraction", "0.2")
+    assert code == 0, text
+    counts = {name: int(n.replace(",", "")) for name, n in re.findall(r"^(\w+) +([\d,]+) rows", text, re.MULTILINE)}
+    written = [row for name in ("train", "val") for row in pq.read_table(out / f"{name}.parquet").to_pylist()]
+    rejects = (out / "rejects.jsonl").read_text().splitlines()
+    assert counts["train"] + counts["val"] == len(written) and counts["rejected"] == len(rejects)
+    assert counts["read"] == len(rows) == len(written) + len(rejects) + counts.get("duplicates", 0)
+    read_back = {row["content"][-1]["content"]: row["teacher_response"] for row in written}
+    assert {prompt: read_back.get(prompt) for prompt in good} == good
+
+
 # ---------------------------------------------------------------------- collect
 
 
@@ -249,6 +276,33 @@ def test_compare_names_damaged_files(evaluated, tmp_path, seed):
 
 
 # ---------------------------------------------------------------------- models: doctor and export
+
+
+ODD_SETTINGS = [
+    "null", "nan", "inf", "-inf", "-1", "0", "1", "0.5", "1e999", "99999999999999999999", "true", "x", "''", "' '",
+    "[]", "[1]", "[null]", "{}", "{a:1}", "/", "../..", "/dev/null", "'\\x1b[2J'", "'\\u202e'", "'${oc.env:HOME}'",
+]  # fmt: skip
+
+
+@cases(100)
+def test_the_doctor_judges_any_setting(tiny_problem, tmp_path, seed):
+    """One to three keys of the configuration, of verl's as of ours, get an odd value."""
+    rng = random.Random(seed)
+    keys = [key for key in flat_keys(OmegaConf.to_container(compose_config([]), resolve=False)) if "@" not in key]
+    ours = [key for key in keys if key.startswith("gad.")]
+    chosen = [rng.choice(ours if rng.random() < 0.3 else keys) for _ in range(rng.randint(1, 3))]
+    model = [f"{key}={tiny_problem}/model" for key in ("actor_rollout_ref.model.path", "critic.model.path")]
+    data = [f"data.{name}_files={tiny_problem}/{name}.parquet" for name in ("train", "val")]
+    odd = [f"{key}={rng.choice(ODD_SETTINGS)}" for key in chosen]
+    out = f"trainer.default_local_dir={tmp_path}/out"
+    gad("doctor", "--brief", "gad.stage=warmup", "device=cpu", *model, *data, out, *odd)
+
+
+def flat_keys(value, before: str = "") -> list[str]:
+    """Names of the leaves of nested mappings, with dots."""
+    if not isinstance(value, dict) or not value:
+        return [before]
+    return [name for key, inner in value.items() for name in flat_keys(inner, f"{before}.{key}" if before else key)]
 
 
 @cases(60)

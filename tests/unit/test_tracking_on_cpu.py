@@ -1,6 +1,8 @@
 """The metric file of a resumed run (verl/utils/tracking.py)."""
 
+import errno
 import json
+import resource
 
 import pytest
 
@@ -111,3 +113,16 @@ def test_without_a_path_the_logger_is_stock(path, monkeypatch):
     for _ in range(2):
         run([1], attempt=1)
     assert lines(path.parent / "project/experiment.jsonl") == [(1, 1)]
+
+
+def test_a_line_that_does_not_fit_raises_at_once_and_names_the_file(path):
+    logger = FileLogger("project", "experiment")
+    logger.log({"value": "a" * 5000, "training/global_step": 1}, step=1)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, unlimited[1]))  # the next line fits in part, as on a full disk
+    try:
+        with pytest.raises(OSError) as found:
+            logger.log({"value": "b" * 5000, "training/global_step": 2}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert (found.value.errno, found.value.filename) == (errno.EFBIG, str(path))

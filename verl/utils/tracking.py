@@ -6,8 +6,10 @@ Goes when: stock verl's file logger can append.
 
 import json
 import os
+from io import BufferedWriter
 from pathlib import Path
 
+from recipe.gad.run.atomic_io import naming
 from verl.utils.tracking import FileLogger as _StockFileLogger
 
 
@@ -23,10 +25,13 @@ class FileLogger(_StockFileLogger):
             if os.path.exists(path) and os.path.getsize(path) > 0:
                 os.replace(path, self._previous)
         super().__init__(project_name, experiment_name)
+        self.fp = BufferedWriter(self.fp)  # a raw file on a full disk takes a part of a line and raises nothing
 
     def log(self, data, step):
         if self._previous is None or self._restore(step, is_training_step="training/global_step" in data):
-            super().log(data, step)
+            with naming(self.filepath):
+                super().log(data, step)
+                self.fp.flush()
 
     def _restore(self, step: int, is_training_step: bool) -> bool:
         """Put the interrupted run's lines before this first one; False if its own line of ``step`` stands.
@@ -46,6 +51,6 @@ class FileLogger(_StockFileLogger):
         restored.write_bytes(b"".join(kept))
         self.fp.close()
         os.replace(restored, self.filepath)
-        self.fp = open(self.filepath, "ab", buffering=0)
+        self.fp = open(self.filepath, "ab")
         previous.unlink()
         return not stands

@@ -6,7 +6,6 @@ runs the checks in recipe/gad/run/checks.py.
 
 import functools
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -48,6 +47,7 @@ from recipe.gad.run.config import (
     validates,
 )
 from recipe.gad.run.data_file import sample_rows
+from recipe.gad.run.disk import free_bytes, shown
 from recipe.gad.run.findings import (
     LEVELS,
     Check,
@@ -690,22 +690,6 @@ def _rollout_findings(
         )
     else:
         yield note(f"rollout engine: KV cache of about {tokens} tokens, {tokens // row} answers of full length at once")
-
-
-def shown(size: float) -> str:
-    """Bytes in the unit that leaves at least one digit before the point: ``1.5 GiB``, ``40.2 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of ``folder``, which need not exist."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def check_disk(config: DictConfig) -> Findings:

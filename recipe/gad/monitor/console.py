@@ -1,6 +1,7 @@
 """A short console for training runs: a line per step. All that verl, Ray and the workers print goes to a file."""
 
 import atexit
+import errno
 import os
 import re
 import shutil
@@ -15,7 +16,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from recipe.gad.monitor.watch import News, RunState
-from recipe.gad.run.findings import ConfigError, InputError, visible
+from recipe.gad.run.disk import full_disk
+from recipe.gad.run.findings import ConfigError, InputError, error, visible
 
 SECONDS = 1.0
 """Between two looks at the metrics and the raw log."""
@@ -85,9 +87,16 @@ class ShortConsole(Callback):
         cause = getattr(problem, "cause", None) or problem  # Ray wraps the exception of another process
         if isinstance(cause, ConfigError | InputError):
             self._close(f"error: {cause}")
+        elif isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):  # this log may be the file
+            where = f", so {cause.filename} could not be written" if cause.filename else ""
+            full = full_disk(Path(config.trainer.default_local_dir).absolute())
+            self._close(f"error: {error(full + where, 'free space there, and rerun the same command to resume')}")
         else:
             text = str(cause).strip().splitlines() or [""]
-            self._close(f"error: the run failed: {type(cause).__name__}: {text[0]}", last_lines=True)
+            of_ray = [line.strip() for line in text if line.strip().startswith("class_name: ")]  # which actor died
+            self._close(
+                f"error: the run failed: {type(cause).__name__}: {' '.join(text[:1] + of_ray)}", last_lines=True
+            )
 
     def _say(self, *lines: str) -> None:
         for text in lines:

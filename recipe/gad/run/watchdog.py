@@ -1,5 +1,7 @@
 """Ends a run that hangs: says which phase and which processes are silent, writes down all stacks, and exits.
 
+A process that dies makes the run fail, or wait without end if nobody asks it again: the watchdog names it either way.
+
 verl waits without a limit for rollout servers, workers and queues. If one of them stops without dying, so does the run.
 """
 
@@ -39,7 +41,10 @@ TIMES_MEDIAN, AT_LEAST = 20.0, 1800.0
 """After that, this many median steps, but never fewer seconds: a step with a validation and a save takes longer."""
 ANSWER = 10.0
 """Seconds in which an actor that is alive answers."""
+LOOK, DEAD_FOR = 10.0, 60.0
+"""Seconds between two looks for dead processes, and until the run ends because of one: it may end without our help."""
 EXIT_CODE = 1
+AFTER_A_DEATH = "look for their last words in the run's log, and rerun the same command to resume"
 
 
 def phase_of(frame: FrameType | None) -> str:
@@ -78,6 +83,18 @@ def silent_processes() -> list[str]:
         if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             silent.append(f"process {process.pid} {' '.join(process.cmdline()[:1])} ({process.status()})")
     return silent
+
+
+def live_actors() -> set[str]:
+    """Ray's actors of this job that are not dead, by name or class; none without Ray."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return set()
+    from ray._private.state import actors  # the public list needs Ray's dashboard
+
+    job = ray.get_runtime_context().get_job_id()
+    ours = {key: actor for key, actor in actors().items() if actor["JobID"] == job and actor["State"] != "DEAD"}
+    return {actor["Name"] or f"{actor['ActorClassName']} {key[:8]}" for key, actor in ours.items()}
 
 
 def write_stacks(file: Path) -> None:
@@ -122,6 +139,7 @@ class Watchdog:
         self._last = 0.0
         self._watched = 0
         self._ended = threading.Event()
+        self._actors: set[str] = set()
 
     def beat(self, step: int) -> None:
         """A step begins."""
@@ -129,6 +147,7 @@ class Watchdog:
         if self.step:
             self._seconds.append(now - self._last)
         self.step, self._last = step, now
+        self._actors = self._actors or live_actors()
 
     def limit(self) -> float:
         """Seconds that the step now running may take."""
@@ -144,28 +163,43 @@ class Watchdog:
             threading.Thread(target=self._watch, name="gad-watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._ended.set()
+        if kind is not None and (dead := self._dead()):
+            what = f"step {self.step} has failed because processes of the run have died: {dead}"
+            print(f"error: {error(what, AFTER_A_DEATH)}", flush=True)
+
+    def _dead(self) -> str:
+        """Names of the actors that lived in the first step and are dead."""
+        return ", ".join(sorted(self._actors - live_actors())) if self._actors else ""
 
     def _watch(self) -> None:
+        looked = alive = time.monotonic()
         while not self._ended.wait(min(1.0, self.limit() / 10)):
-            if time.monotonic() - self._last > self.limit():
-                self._bark()
+            now = time.monotonic()
+            if now - self._last > self.limit():
+                fix = (
+                    "rerun the same command to resume from the last checkpoint, or raise gad.step_timeout (seconds; 0 "
+                    "waits without end) if a step may take that long"
+                )
+                self._bark(f"has taken more than {self.limit():.0f} s", fix)
+            if now - looked > LOOK:
+                looked = now
+                if not (dead := self._dead()):
+                    alive = now
+                elif now - alive > DEAD_FOR:
+                    self._bark(f"cannot end, because processes of the run have died: {dead}", AFTER_A_DEATH)
 
-    def _bark(self) -> None:
+    def _bark(self, what: str, fix: str) -> None:
         phase = phase_of(sys._current_frames().get(self._watched))
         file = self.folder / f"stacks_step_{self.step}.txt"
         where = f"step {self.step}" if self.step else "the time before the first step"
-        print(f"error: {where} has taken more than {self.limit():.0f} s; the trainer waits in {phase}", flush=True)
+        print(f"error: {where} {what}; the trainer waits in {phase}", flush=True)
         try:
             silent = silent_processes()
             write_stacks(file)
             print(f"error: silent: {', '.join(silent) or 'no process on this node'}. Stacks: {file}", flush=True)
         finally:
-            fix = (
-                "rerun the same command to resume from the last checkpoint, or raise gad.step_timeout (seconds; 0 "
-                "waits without end) if a step may take that long"
-            )
             print(f"error: {error('the run ends', fix)}", flush=True)
             time.sleep(2)  # Ray passes these lines on to the log of the run
             os._exit(EXIT_CODE)

@@ -22,7 +22,11 @@ class Pair(NamedTuple):
 
 
 class SeenRows:
-    """A replay buffer whose samples leave their token ids in :attr:`pairs`; a student's empty answer is left out."""
+    """A replay buffer whose samples leave their token ids in :attr:`pairs`; a student's empty answer is left out.
+
+    Samples arrive in any order. They are handed on in the order of their token ids: stock's means add them up, and the
+    last digit of a sum depends on the order.
+    """
 
     def __init__(self, replay_buffer: Any):
         self._replay_buffer = replay_buffer
@@ -34,9 +38,9 @@ class SeenRows:
         fields = ["prompts", "responses", TEACHER_IDS]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         columns = zip(data["prompts"].unbind(), data["responses"].unbind(), list(data[TEACHER_IDS]), strict=True)
-        for prompt, response, teacher in columns:
-            if response.numel():
-                self.pairs.append(Pair(prompt.tolist(), response.tolist(), list(teacher)))
+        pairs = [Pair(prompt.tolist(), response.tolist(), list(teacher)) for prompt, response, teacher in columns]
+        batch.reorder(sorted(range(len(pairs)), key=pairs.__getitem__))
+        self.pairs.extend(pair for pair in pairs if pair.student)
         return batch, metrics
 
 

@@ -30,6 +30,10 @@ def main(config):
     print("\x1b[36m(TaskRunner pid=1)\x1b[0m SIGTERM: the run stopped after step 3 of 9", flush=True)
     if config.action == "fail":
         raise RuntimeError("broken \x1b[2J thing")
+    if config.action == "actor dies":
+        raise RuntimeError("The actor died.\n\tclass_name: TaskRunnerV1\n\tactor_id: 0f1e")
+    if config.action == "disk":
+        raise OSError(28, "No space left on device")
     if config.action == "refuse":
         raise ConfigError([error("gad.stage=x", fix="gad.stage=gad")])
     if config.action == "exit":
@@ -101,6 +105,17 @@ def test_of_a_failed_run_the_console_shows_the_end_of_the_log(start, tmp_path):
     assert "  noise 999" in lines and lines[-1] == f"the whole log: {tmp_path}/out/train.log"
     assert lines[-2] == "error: the run failed: RuntimeError: broken \\x1b[2J thing"
     assert "Traceback" in (tmp_path / "out/train.log").read_text()
+
+
+def test_a_run_whose_actor_dies_names_it(start):
+    _, lines, _ = end(start("action='actor dies'"))
+    assert lines[-2] == "error: the run failed: RuntimeError: The actor died. class_name: TaskRunnerV1"
+
+
+def test_a_run_on_a_full_disk_names_the_disk(start, tmp_path):
+    _, lines, _ = end(start("action=disk"))
+    assert lines[-2].startswith(f"error: the disk of {tmp_path}/out is full (")
+    assert lines[-2].endswith("are free). Fix: free space there, and rerun the same command to resume")
 
 
 def test_a_run_that_is_refused_says_why_and_no_more(start):

@@ -113,7 +113,8 @@ def test_damaged_files_are_shown_or_named(run, capsys, file, text):
 
 
 def test_watch_and_report_name_what_is_damaged_and_show_the_rest(run, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
+    # not os.environ, which datasets replaces by a copy when it maps with several processes
+    monkeypatch.setattr(Console, "_environ", {"COLUMNS": "1000"})
     (run / "hydra/.hydra/config.yaml").write_text("a: [1\n")
     first, *others = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([first, "oops\n", *others]))

@@ -87,6 +87,33 @@ def test_a_step_in_time_and_a_watchdog_that_is_off_do_nothing(tmp_path, timeout)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_failed_run_names_the_processes_that_have_died(tmp_path, monkeypatch, capsys, dies):
+    living = {"worker", "hf_server_0"}
+    monkeypatch.setattr(watchdog, "live_actors", lambda: set(living))
+    with pytest.raises(RuntimeError), Watchdog(0, tmp_path) as dog:
+        dog.beat(3)
+        if dies:
+            living.remove("hf_server_0")
+        raise RuntimeError("no answers")
+    said = "error: step 3 has failed because processes of the run have died: hf_server_0. Fix: look for"
+    printed = capsys.readouterr().out
+    assert printed.startswith(said) if dies else printed == ""
+
+
+def test_a_run_that_waits_for_a_dead_process_is_ended(tmp_path):
+    text = (
+        "import sys, time; from recipe.gad.run import watchdog\n"
+        "watchdog.LOOK, watchdog.DEAD_FOR, living = 0.1, 0.5, {'worker', 'storage'}\n"
+        "watchdog.live_actors, watchdog.silent_processes, watchdog.write_stacks = living.copy, list, print\n"
+        "with watchdog.Watchdog(None, sys.argv[1]) as dog:\n    dog.beat(1); living.remove('storage'); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", text, str(tmp_path)], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    assert "error: step 1 cannot end, because processes of the run have died: storage; the trainer" in done.stdout
+    assert "error: the run ends. Fix: look for their last words" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_stopped_server_is_named_with_the_phase_and_all_stacks(tmp_path):

@@ -29,6 +29,7 @@ from transfer_queue import KVBatchMeta
 from recipe.gad.run.checks import check_config, claim_output, resumed_checkpoint
 from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts, validates
+from recipe.gad.run.disk import DiskWatch
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.run.nodes import check_nodes
 from recipe.gad.run.refusals import GROUP_ESTIMATORS, OLD_LOG_PROB_ESTIMATORS
@@ -108,6 +109,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._data: dict[str, list] = {}  # prompt -> its messages and the teacher's ids
         self._groups: list[Group] = []
         self._watchdog = Watchdog(config.gad.step_timeout, config.trainer.default_local_dir)
+        self._disk = DiskWatch(config)
         self._bad_steps = BadSteps(config.gad.stop_after_bad_steps)
         self._scores: dict[str, float] = {}  # D's score of every row of the step
         self._advantages: dict[str, Any] = {}  # key -> advantage of an answer or its tokens, if not stock's
@@ -215,15 +217,15 @@ class PPOTrainerGAD(PPOTrainerSync):
             super().on_step_end()
 
     def _save_checkpoint(self) -> None:
-        """Stock, which marks the checkpoint as complete, after our state and before merged adapters and the checksums
-        of what it wrote, unless it still writes (async_save)."""
+        """Stock, after our state and before merged adapters and checksums, which a save that still writes lacks."""
         folder = self._step_folder()
-        forget_checksums(folder)
-        self._save_state()
-        super()._save_checkpoint()
-        merge_checkpoint(self.config, folder)
-        if not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
-            write_checksums(folder)
+        with self._disk.save(folder):
+            forget_checksums(folder)
+            self._save_state()
+            super()._save_checkpoint()
+            merge_checkpoint(self.config, folder)
+            if not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
+                write_checksums(folder)
 
     def _stop_after_this_step(self, signal: str) -> None:
         """Save unless stock code has, and end the loop."""
