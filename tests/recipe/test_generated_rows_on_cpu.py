@@ -84,7 +84,7 @@ def bad_line(rng: random.Random, i: int) -> str:
     return rng.choice([*map(json.dumps, rows), *NO_JSON])
 
 
-@cases(few=(4, 150), many=(60, 1000))
+@cases(few=(3, 100), many=(60, 1000))
 def test_prepare_keeps_good_rows_as_they_are_and_counts_all_others(tmp_path, seed, size):
     rng = random.Random(seed)
     lines, good, bad, copies = [], {}, set(), 0
@@ -156,41 +156,133 @@ def bad_training_row(rng: random.Random, row: dict, teachers: list[str]) -> dict
     return {**row, **dict.fromkeys(teachers), teachers[0]: answer}
 
 
-@cases(few=(4, 40), many=(40, 700))
-def test_the_data_set_takes_all_rows_or_names_the_bad_ones(tmp_path, capsys, seed, size):
+def data_set(file: Path, key, folder: Path) -> RLHFDataset:
+    """The training data of a file; prompts of more than 32 tokens are dropped."""
+    limits = {"max_prompt_length": 32, "max_response_length": 12, "truncation": "right"}
+    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": 1, "cache_dir": str(folder / "cache")}
+    config = OmegaConf.create({"prompt_key": "content", "teacher_key": key, **limits, **options})
+    return RLHFDataset(str(file), build_tokenizer(), config)
+
+
+def write_json(rng: random.Random, rows: list[dict], folder: Path) -> Path:
+    """A file of lines, or of one list."""
+    file = folder / f"rows.{rng.choice(['jsonl', 'json'])}"
+    file.write_text("\n".join(map(json.dumps, rows)) if file.suffix == ".jsonl" else json.dumps(rows))
+    return file
+
+
+@cases(few=(3, 40), many=(40, 700))
+def test_the_data_set_takes_all_rows_or_the_check_counts_the_bad_ones(tmp_path, seed, size):
     rng = random.Random(seed)
     kind, damaged = list(COLUMNS)[seed % 4], rng.random() < 0.5
     key = COLUMNS[kind]
-    teachers = [key] if isinstance(key, str) else key
     rows, kept, bad = [], [], 0
     for i in range(size):
         is_long = i > 0 and rng.random() < 0.1
         row, answers = training_row(rng, i, kind, prompt_words=rng.randint(40, 60) if is_long else rng.randint(1, 9))
         if damaged and rng.random() < 0.1:
-            row, bad = bad_training_row(rng, row, teachers), bad + 1
+            row, bad = bad_training_row(rng, row, [key] if isinstance(key, str) else key), bad + 1
         elif not is_long:
             kept.append((row, answers))
         rows.append(row)
-    file = tmp_path / f"rows.{rng.choice(['jsonl', 'json'] if bad else ['jsonl', 'json', 'parquet'])}"
-    if file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file)
+    if bad or rng.random() < 0.5:
+        file = write_json(rng, rows, tmp_path)
     else:
-        file.write_text("\n".join(map(json.dumps, rows)) if file.suffix == ".jsonl" else json.dumps(rows))
+        pq.write_table(pa.Table.from_pylist(rows), file := tmp_path / "rows.parquet")
     read, problems = data_file_problems(file, "content", key)
-    named = [int(n or 1) for n in (re.search(r"row \d+: .*?(?:\((\d+) such rows\))?; expected", str(p))[1] for p in problems)]
-    assert (read, sum(named)) == (size, bad)
-    limits = {"max_prompt_length": 32, "max_response_length": 12, "truncation": "error"}
-    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": 1, "cache_dir": str(tmp_path / "c")}
-    config = OmegaConf.create({"prompt_key": "content", "teacher_key": key, **limits, **options})
-    tokenizer = build_tokenizer()
+    counted = [re.search(r"row \d+: (?:.* \((\d+) such rows\))?", str(problem))[1] for problem in problems]
+    assert (read, sum(int(n or 1) for n in counted)) == (size, bad)
     if bad:
         with pytest.raises(ValueError, match="row "):
-            RLHFDataset(str(file), tokenizer, config)
+            data_set(file, key, tmp_path)
         return
-    dataset, vocab = RLHFDataset(str(file), tokenizer, config), tokenizer.get_vocab()
+    dataset = data_set(file, key, tmp_path)
+    vocab = dataset.tokenizer.get_vocab()
     assert len(dataset) == len(kept)
     for i, (row, answers) in enumerate(kept):
         got = dataset[i]
         assert got["raw_prompt"] == row["content"] and got["number"] == row["number"]
         assert got["teacher_response"] == answers[0]
         assert got["teacher_response_ids"] == [*(vocab[word] for word in answers[0].split()), vocab["<end>"]]
+
+
+@cases(few=(4, 12), many=(300, 12))
+def test_the_data_set_reads_each_file_that_passes_the_check(tmp_path, seed, size):
+    """One row of a JSON file is damaged at any place, also in columns that only verl reads."""
+    rng = random.Random(seed)
+    kind = rng.choice(list(COLUMNS))
+    others = {"data_source": "x", "extra_info": {"index": 1}, "reward_model": {"style": "s", "ground_truth": "a"}}
+    rows = [{**training_row(rng, i, kind, prompt_words=3)[0], **others} for i in range(size)]
+    at = rng.randrange(size)
+    rows[at] = damaged_value(rng, rows[at])
+    file = write_json(rng, rows, tmp_path)
+    read, problems = data_file_problems(file, "content", COLUMNS[kind])
+    assert all(str(file) in str(problem) for problem in problems)
+    if problems:
+        return
+    dataset = data_set(file, COLUMNS[kind], tmp_path)
+    assert read == size == len(dataset)
+    for i, row in enumerate(rows):
+        got, columns = dataset[i], [COLUMNS[kind]] if kind != "two" else COLUMNS[kind]
+        first = next(row[name] for name in columns if row.get(name) is not None)
+        first = first[0] if isinstance(first, list) else first
+        assert got["teacher_response"] == (first["content"] if isinstance(first, dict) else first)
+        assert [m["content"] for m in got["raw_prompt"]] == [m["content"] for m in row["content"]]
+
+
+# ---------------------------------------------------------------------- collect
+
+
+@cases(few=(1, 20), many=(20, 500))
+def test_collect_answers_each_prompt_once_and_counts_all_rows(tmp_path, chat_server, monkeypatch, seed, size):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    rng = random.Random(seed)
+    lines, good, failing, bad, copies = [], {}, {}, 0, 0
+    for i in range(size):
+        fate = rng.choices(["good", "failing", "bad", "copy"], weights=[6, 2, 1, 1])[0] if i else "good"
+        prompt = [say("user", f"q {i}")]
+        row = rng.choice([{"prompt": f"q {i}"}, {"messages": prompt}, {"question": f"q {i}", "answer": "not read"}])
+        if fate == "copy":
+            copies += 1
+            lines.append(rng.choice(lines[:1]))
+        elif fate == "bad":
+            bad += 1
+            unusable = [{"response": "a"}, {"prompt": " "}, {"prompt": None}, {"messages": []}, 5, None]
+            lines.append(rng.choice([*map(json.dumps, unusable), "{"]))
+        elif fate == "failing":
+            failing[f"q {i}"] = rng.choice(
+                [
+                    chat_server.error(400),
+                    chat_server.answer(" "),
+                    chat_server.answer("half of an", finish_reason="length"),
+                    chat_server.answer("", refusal="no"),
+                    Reply({}),
+                    Reply(b"not JSON"),
+                ]
+            )
+            lines.append(json.dumps(row))
+        else:
+            good[f"q {i}"] = f"answer {i}"
+            lines.append(json.dumps(row))
+    file, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+
+    def reply(body, earlier):
+        prompt = body["messages"][-1]["content"]
+        return failing[prompt] if prompt in failing else chat_server.answer(good[prompt])
+
+    chat_server.reply = reply
+    arguments = ["collect", file, "--output", out, "--model", "m", "--base_url", chat_server.url, "--max_retries", "0"]
+    code, text = gad(*arguments)
+    written, failed, rejected = (
+        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for path in (out, out.with_suffix(".failed.jsonl"), out.with_suffix(".rejects.jsonl"))
+    )
+    assert {row["content"][-1]["content"]: row["teacher_response"] for row in written} == good
+    assert sorted(row["content"][-1]["content"] for row in failed) == sorted(failing)
+    assert all(row["reason"] for row in failed + rejected)
+    assert len(rejected) == bad and size == len(written) + len(failed) + len(rejected) + copies
+    counts = re.findall(r"^(\w+) +([\d,]+) ", text, re.MULTILINE)
+    counted = {name: sum(int(n.replace(",", "")) for other, n in counts if other == name) for name, _ in counts}
+    names = ("answers", "failed", "rejected", "duplicates")
+    assert [counted.get(name, 0) for name in names] == [len(written), len(failed), bad, copies]
