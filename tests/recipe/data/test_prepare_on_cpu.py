@@ -286,7 +286,7 @@ JSON_LINES = "\n".join(map(json.dumps, ROWS))
         ("d.json", json.dumps({"data": ROWS})),
         ("d.json", json.dumps({"version": 1, "data": ROWS, "tags": []}, indent=2)),
         ("d.json", JSON_LINES),
-        ("d.jsonl.gz", gzip.compress(JSON_LINES.encode())),
+        ("d.jsonl.gz", gzip.compress(JSON_LINES.encode(), mtime=0)),
         ("d.json.BZ2", bz2.compress(json.dumps(ROWS).encode())),
         ("d.csv.xz", lzma.compress(b"prompt,response\nq 0,a 0\nq 1,a 1\nq 2,a 2\n")),
         ("d.tsv", "prompt\tresponse\nq 0\ta 0\nq 1\ta 1\nq 2\ta 2\n"),
