@@ -358,7 +358,7 @@ class Fault:
 def last_words(text: str) -> str:
     """The line of the console that tells the user most: the last error with a remedy, the last error, the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    joined = [f"{a} {b}" if a.endswith(":") else a for a, b in zip(lines, [*lines[1:], ""], strict=True)]
+    joined = [f"{a} {b}" if a.endswith(":") else a for a, b in zip(lines, [*lines[1:], ""], strict=False)]
     errors = [line for line in joined if line.startswith("error")]
     return ([line for line in errors if "Fix: " in line] or errors or lines or [""])[-1]
 
@@ -399,7 +399,7 @@ def send(part: str, step: int, phase: str, number: int = signal.SIGKILL, extra: 
     verb = {signal.SIGKILL: "kill", signal.SIGSTOP: "stop"}[signal.Signals(number)]
     name = f"{verb}-{part}-{phase}".replace("the ", "").replace("'s", "").replace(" ", "-")
     plan = {"do": "send", "part": part, "signal": int(number), "step": step, "phase": phase}
-    follows = plan if step > EVERY and not extra else None  # it strikes in a resumed run too
+    follows = plan if EVERY < step < STEPS and not extra else None  # it strikes in a resumed run too
     where = f"{signal.Signals(number).name} to the {part}, step {step}, {phase}"
     return Fault(name, where, strike(says or "error", extra=extra, **plan), follows)
 
@@ -512,11 +512,13 @@ def broken_side(key: str) -> Callable:
 
 
 def two_runs(bench: Bench, out: Path) -> Result:
+    from recipe.gad.run.atomic_io import LOCK
+
     command, second = bench.gad(clean(out)), []
 
     def start_another(process: subprocess.Popen) -> None:
         deadline = time.monotonic() + TIMEOUT
-        while not metrics(out) and process.poll() is None and time.monotonic() < deadline:
+        while not (out / LOCK).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         second.append(bench.run(command))
 

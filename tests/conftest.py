@@ -39,6 +39,7 @@ def pytest_configure():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LAYERS.index(layer_of(item.path)))  # stable: the order within a layer stays
     for item in items:
