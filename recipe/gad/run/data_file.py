@@ -106,6 +106,9 @@ def prompt_problem(messages: Any) -> str | None:
         for key in ("role", "content"):
             if message.get(key) is None:
                 return f"has a message (number {position}) without {key}"
+        if not isinstance(message["content"], str | list):  # a list holds parts, such as text and images
+            kind = type(message["content"]).__name__
+            return f"has a message (number {position}) with content of type {kind}, not text"
     last = messages[-1]["role"]
     return None if last in ("user", "tool") else f"ends with a message of role {last!r}"
 

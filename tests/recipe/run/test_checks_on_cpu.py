@@ -364,6 +364,11 @@ def test_prompts_that_are_no_messages(data):
     )
     expect(data([{"content": ["c"], "teacher_response": "x"}] * 8), "row 0", "(number 0) of type str")
     expect(data([{"content": [{"text": "c"}], "teacher_response": "x"}] * 8), "row 0", "(number 0) without role")
+    for value, kind in ((5, "int"), ({"text": "c"}, "dict"), (float("inf"), "float")):
+        rows = rows_with({"content": [*USER, {"role": "user", "content": value}]})
+        expect(data(rows, "train.jsonl"), f"row 3: column 'content' has a message (number 1) with content of type {kind}")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "c"}]}]
+    assert errors_of(data([{"content": parts, "teacher_response": "x"}] * 8)) == []
 
 
 def test_prompts_may_end_with_a_tool_message_and_hold_parts(data):
