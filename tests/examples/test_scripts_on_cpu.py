@@ -582,12 +582,30 @@ def test_the_warmups_folder_is_refused_by_name_too(fake):
     assert done.returncode == 2 and "error: --warmup_dir has a newline" in done.stderr and calls == []
 
 
-ODD_VALUES = [*ODD, "", "--", "-", "--help", "--model", "-1", "0", "3.5", "gpu", "tpu", "\n", "\x1b[2J", "$HOME", "a\udcff"]
+ODD_VALUES = [
+    *ODD,
+    "",
+    "--",
+    "-",
+    "--help",
+    "--model",
+    "-1",
+    "0",
+    "3.5",
+    "gpu",
+    "tpu",
+    "\n",
+    "\x1b[2J",
+    "$HOME",
+    "a\udcff",
+]
 
 
 def random_arguments(rng):
     """Flags of all scripts, a third of them with odd values, and sometimes an override or an unknown flag."""
-    names = "reward-model val_files exp_name output_dir nnodes device raw-log skip_doctor beta resume_step online".split()
+    names = (
+        "reward-model val_files exp_name output_dir nnodes device raw-log skip_doctor beta resume_step online".split()
+    )
     words = ["--dry-run", "--model", "m", "--train_files", "t"]
     for name in rng.sample(names, k=rng.randint(0, 4)):
         words += [f"--{name}", {"nnodes": "2", "device": "cpu", "beta": "0.2"}.get(name, "x")]

@@ -159,7 +159,7 @@ def bad_training_row(rng: random.Random, row: dict, teachers: list[str]) -> dict
 def data_set(file: Path, key, folder: Path) -> RLHFDataset:
     """The training data of a file; prompts of more than 32 tokens are dropped."""
     limits = {"max_prompt_length": 32, "max_response_length": 12, "truncation": "right"}
-    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": 1, "cache_dir": str(folder / "cache")}
+    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": 1, "cache_dir": str(folder / "c")}
     config = OmegaConf.create({"prompt_key": "content", "teacher_key": key, **limits, **options})
     return RLHFDataset(str(file), build_tokenizer(), config)
 

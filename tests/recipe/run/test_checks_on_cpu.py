@@ -366,7 +366,9 @@ def test_prompts_that_are_no_messages(data):
     expect(data([{"content": [{"text": "c"}], "teacher_response": "x"}] * 8), "row 0", "(number 0) without role")
     for value, kind in ((5, "int"), ({"text": "c"}, "dict"), (float("inf"), "float")):
         rows = rows_with({"content": [*USER, {"role": "user", "content": value}]})
-        expect(data(rows, "train.jsonl"), f"row 3: column 'content' has a message (number 1) with content of type {kind}")
+        expect(
+            data(rows, "train.jsonl"), "row 3: column 'content'", f"(number 1) with content of type {kind}, not text"
+        )
     parts = [{"role": "user", "content": [{"type": "text", "text": "c"}]}]
     assert errors_of(data([{"content": parts, "teacher_response": "x"}] * 8)) == []
 
