@@ -582,6 +582,58 @@ def test_the_warmups_folder_is_refused_by_name_too(fake):
     assert done.returncode == 2 and "error: --warmup_dir has a newline" in done.stderr and calls == []
 
 
+ODD_VALUES = [
+    *ODD,
+    "",
+    "--",
+    "-",
+    "--help",
+    "--model",
+    "-1",
+    "0",
+    "3.5",
+    "gpu",
+    "tpu",
+    "\n",
+    "\x1b[2J",
+    "$HOME",
+    "a\udcff",
+]
+
+
+def random_arguments(rng):
+    """Flags of all scripts, a third of them with odd values, and sometimes an override or an unknown flag."""
+    names = (
+        "reward-model val_files exp_name output_dir nnodes device raw-log skip_doctor beta resume_step online".split()
+    )
+    words = ["--dry-run", "--model", "m", "--train_files", "t"]
+    for name in rng.sample(names, k=rng.randint(0, 4)):
+        words += [f"--{name}", {"nnodes": "2", "device": "cpu", "beta": "0.2"}.get(name, "x")]
+        if name in ("raw-log", "skip_doctor", "online"):
+            words.pop()
+        elif rng.random() < 1 / 3:
+            words[-1] = rng.choice(ODD_VALUES)
+    if rng.random() < 0.2:
+        words.insert(rng.randrange(len(words)), rng.choice(ODD_VALUES[:-1]))
+    return words + rng.choice([[], ["gad.replay=0.5"], ["--", "a=b c"], ["--", "--model", "x"], [rng.choice(ODD)]])
+
+
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(i, marks=pytest.mark.long) for i in range(5, 400))])
+def test_any_arguments_give_help_or_a_command_or_one_error(seed, tmp_path):
+    rng = random.Random(seed)
+    script, words = LAUNCHERS[seed % len(LAUNCHERS)], random_arguments(rng)
+    done = sh(script, *words, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    if done.returncode == 0:
+        assert done.stderr == ""
+        if not done.stdout.startswith("usage: "):
+            for line in done.stdout.splitlines():
+                Command(line)
+        return
+    assert done.returncode == 2 and done.stdout == "", done
+    assert re.fullmatch(r"error: [^\x00-\x1f]*\n", done.stderr), done.stderr
+
+
 # ---------------------------------------------------------------------- the configuration files
 
 

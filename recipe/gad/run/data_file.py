@@ -27,6 +27,9 @@ NO_SOURCE, UNLABELLED = "gad", "unlabelled"
 PROMPT_FORM = "a list of chat messages [{role, content}, ...] that ends with the user's (or a tool's) message"
 TEACHER_FORM = "the teacher's answer: text, or one chat message {role, content}, or a list of such answers"
 
+OBJECTS = ("extra_info", "reward_model")
+"""Columns that may be missing, and that verl reads as objects."""
+
 TeacherKey = str | Iterable[str] | None
 """data.teacher_key: the column with the teacher's answers, or one for each teacher; None: answers are not read."""
 
@@ -103,6 +106,9 @@ def prompt_problem(messages: Any) -> str | None:
         for key in ("role", "content"):
             if message.get(key) is None:
                 return f"has a message (number {position}) without {key}"
+        if not isinstance(message["content"], str | list):  # a list holds parts, such as text and images
+            kind = type(message["content"]).__name__
+            return f"has a message (number {position}) with content of type {kind}, not text"
     last = messages[-1]["role"]
     return None if last in ("user", "tool") else f"ends with a message of role {last!r}"
 
@@ -256,6 +262,34 @@ def _missing_columns(keys: Iterable[str], columns: Iterable[str]) -> InputError:
     )
 
 
+def _no_object(key: str, what: str) -> InputError:
+    return InputError(f"column {key!r} {what}; verl reads an object there", fix="write objects, or drop the column")
+
+
+def _unreadable(row: dict[str, Any]) -> str | None:
+    """What verl's reader of JSON, the package ``datasets``, fails on or changes in silence; None: nothing."""
+    parts: list[Any] = [row]
+    while parts:  # no recursion: a row may be nested hundreds of levels deep
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list):
+            parts += part
+        elif isinstance(part, int) and not -(2**63) <= part < 2**64:
+            return "a number that does not fit into 64 bits"
+        elif isinstance(part, str) and not _is_unicode(part):
+            return f"text that is not valid Unicode ({part[:40]!a}: half of a surrogate pair)"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parquet_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
     """The columns ``keys`` as lists, ``BATCH_ROWS`` rows at a time."""
     try:
@@ -263,6 +297,10 @@ def _parquet_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
             columns = parquet.schema_arrow.names
             if not set(keys) <= set(columns):
                 raise _missing_columns(keys, columns)
+            for key in set(OBJECTS) & set(columns):
+                kind = parquet.schema_arrow.field(key).type
+                if not (pa.types.is_struct(kind) or pa.types.is_null(kind)):
+                    raise _no_object(key, f"holds {kind}")
             for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
                 yield [batch.column(key).to_pylist() for key in keys]
     except (pa.ArrowException, OSError) as problem:
@@ -278,6 +316,11 @@ def _json_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
             raise InputError(f"row {number} {problem}", fix="repair or drop the line")
         if not isinstance(row, dict):
             raise InputError(f"row {number} is of type {type(row).__name__}, not an object", fix="write it again")
+        if (problem := _unreadable(row)) is not None:
+            raise InputError(f"row {number} holds {problem}", fix="repair or drop the row")
+        for key in OBJECTS:
+            if not isinstance(row.get(key), dict | None):
+                raise _no_object(key, f"is of type {type(row[key]).__name__} in row {number}")
         columns = columns or list(row)
         if not set(keys) <= set(columns):
             raise _missing_columns(keys, columns)

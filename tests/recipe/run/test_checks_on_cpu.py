@@ -335,12 +335,42 @@ def test_teacher_answers_that_are_no_text(data):
     )
 
 
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ({"note": "half of \ud83d"}, "row 3 holds text that is not valid Unicode ('half of \\ud83d'"),
+        ({"teacher_response": "\udc00"}, "row 3 holds text that is not valid Unicode"),
+        ({"note": {"a": [1, -(2**63) - 1]}}, "row 3 holds a number that does not fit into 64 bits"),
+        ({"extra_info": "x"}, "column 'extra_info' is of type str in row 3"),
+        ({"reward_model": [1]}, "column 'reward_model' is of type list in row 3"),
+    ],
+)
+def test_json_that_verls_reader_fails_on_or_changes(data, bad, expected):
+    expect(data(rows_with(bad), "train.jsonl"), "train.jsonl", expected)
+    fine = {"note": {"a": [2**64 - 1, "\0 😀"]}, "extra_info": None, "reward_model": {"ground_truth": "x"}}
+    assert errors_of(data(rows_with(fine), "train.jsonl")) == []
+
+
+def test_columns_of_a_parquet_file_that_verl_reads_as_objects(data):
+    for key in ("extra_info", "reward_model"):
+        expect(data([{**row, key: "x"} for row in rows_with({})]), f"column '{key}' holds string", "drop the column")
+        for value in (None, {"index": 1}):
+            assert errors_of(data([{**row, key: value} for row in rows_with({})])) == []
+
+
 def test_prompts_that_are_no_messages(data):
     expect(
         data([{"content": "c a f", "teacher_response": "x"}] * 8), "row 0: column 'content' is of type str, not a list"
     )
     expect(data([{"content": ["c"], "teacher_response": "x"}] * 8), "row 0", "(number 0) of type str")
     expect(data([{"content": [{"text": "c"}], "teacher_response": "x"}] * 8), "row 0", "(number 0) without role")
+    for value, kind in ((5, "int"), ({"text": "c"}, "dict"), (float("inf"), "float")):
+        rows = rows_with({"content": [*USER, {"role": "user", "content": value}]})
+        expect(
+            data(rows, "train.jsonl"), "row 3: column 'content'", f"(number 1) with content of type {kind}, not text"
+        )
+    parts = [{"role": "user", "content": [{"type": "text", "text": "c"}]}]
+    assert errors_of(data([{"content": parts, "teacher_response": "x"}] * 8)) == []
 
 
 def test_prompts_may_end_with_a_tool_message_and_hold_parts(data):
