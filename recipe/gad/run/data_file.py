@@ -331,17 +331,27 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _holds_map(kind: pa.DataType) -> bool:
+    """Whether values of an Arrow type hold a map, or a list_view, at any level; ``datasets`` takes all other types."""
+    is_one = pa.types.is_map(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    return is_one or any(_holds_map(kind.field(i).type) for i in range(kind.num_fields))
+
+
 def _parquet_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -> Iterator[list[list]]:
     """The columns ``keys`` as lists, ``BATCH_ROWS`` rows at a time. Those of ``objects`` may be missing."""
     try:
         with pq.ParquetFile(file, memory_map=True) as parquet:
-            columns = parquet.schema_arrow.names
+            schema, columns = parquet.schema_arrow, parquet.schema_arrow.names
             if not set(keys) <= set(columns):
                 raise _missing_columns(keys, columns)
-            for key in set(objects) & set(columns):
-                kind = parquet.schema_arrow.field(key).type
-                if not (pa.types.is_struct(kind) or pa.types.is_null(kind)):
-                    raise _no_object(key, f"holds {kind}")
+            for field in schema:
+                if columns.count(field.name) > 1:
+                    raise InputError(f"has two columns {field.name!r}", fix="rename or drop one of them")
+                if _holds_map(field.type):
+                    what = f"column {field.name!r} holds {field.type}, which verl's reader does not know"
+                    raise InputError(what, fix="write structs or lists instead, or drop the column")
+                if field.name in objects and not (pa.types.is_struct(field.type) or pa.types.is_null(field.type)):
+                    raise _no_object(field.name, f"holds {field.type}")
             for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
                 yield [batch.column(key).to_pylist() for key in keys]
     except (pa.ArrowException, OSError) as problem:

@@ -400,6 +400,20 @@ def test_columns_that_verl_reads_as_objects(tmp_path):
                 assert len(unlabelled) == (not fine and key == "extra_info")
 
 
+def test_parquet_columns_that_verls_reader_does_not_know(tmp_path):
+    def told(column, name="note"):
+        table = pa.Table.from_pylist(rows_with({})[:2]).append_column(name, pa.array([column] * 2, kinds.get(name)))
+        pq.write_table(table, file := tmp_path / "t.parquet")
+        return "".join(map(str, data_file_problems(file, "content", "teacher_response")[1]))
+
+    kinds = {"map": pa.map_(pa.string(), pa.int64()), "view": pa.list_view(pa.int64()), "text": pa.string_view()}
+    kinds["inner"] = pa.list_(pa.struct([("a", kinds["map"])]))
+    for name, value in (("map", [("a", 1)]), ("view", [1]), ("inner", [{"a": [("b", 1)]}])):
+        assert f"column {name!r} holds " in told(value, name)
+    assert "has two columns 'content'" in told("x", "content")
+    assert told("x", "text") == told([{"a": [1.5, None]}]) == told(b"x") == ""
+
+
 def test_prompts_that_are_no_messages(data):
     expect(
         data([{"content": "c a f", "teacher_response": "x"}] * 8), "row 0: column 'content' is of type str, not a list"
