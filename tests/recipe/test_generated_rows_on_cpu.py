@@ -1,32 +1,51 @@
 """Generated rows of which a test knows what must become of them: no traceback, and none is lost without being counted.
 
-The cases are random and repeat themselves: the number of a case is its seed. The default suite runs a few small ones;
-``long`` brings 100,000 rows.
+hypothesis chooses the rows, the same ones in every run, and shrinks a case that fails. ``GAD_CASES=200`` runs 200 times
+as many cases: more than 100,000 rows.
 """
 
 import gzip
+import io
 import json
+import os
 import random
 import re
+from contextlib import redirect_stdout
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
+from tempfile import mkdtemp
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from recipe.gad.quickstart.problem import build_tokenizer
 from recipe.gad.run.data_file import data_file_problems
 from tests.recipe.conftest import Reply
 from tests.recipe.test_bad_input_on_cpu import damaged_value, gad
-from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 
 
-def cases(few: tuple[int, int], many: tuple[int, int]):
-    """(seed, rows): ``few`` = (cases, rows of each) for every suite, ``many`` for ``long``."""
-    small = [pytest.param(seed, few[1], id=f"{seed}") for seed in range(few[0])]
-    large = [pytest.param(1000 + i, many[1], id=f"long-{i}", marks=pytest.mark.long) for i in range(many[0])]
-    return pytest.mark.parametrize(("seed", "size"), small + large)
+def cases(few: int):
+    """The test gets ``few`` cases in every suite, ``GAD_CASES`` times as many on demand; ``rng`` makes its choices."""
+    chosen = settings(
+        max_examples=few * int(os.environ.get("GAD_CASES", 1)),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda test: chosen(given(rng=st.randoms(use_true_random=False))(test))
+
+
+def lines_of(file: Path) -> list:
+    """The rows of a file that is written only if there are some."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def say(role: str, text: str) -> dict[str, str]:
@@ -84,12 +103,11 @@ def bad_line(rng: random.Random, i: int) -> str:
     return rng.choice([*map(json.dumps, rows), *NO_JSON])
 
 
-@cases(few=(3, 100), many=(60, 1000))
-def test_prepare_keeps_good_rows_as_they_are_and_counts_all_others(tmp_path, seed, size):
-    rng = random.Random(seed)
+@cases(5)
+def test_prepare_keeps_good_rows_as_they_are_and_counts_all_others(tmp_path, rng):
     lines, good, bad, copies = [], {}, set(), 0
-    for i in range(size):
-        fate = rng.choices(["good", "bad", "copy", "any"], weights=[6, 2, 1, 1])[0] if i else "good"
+    for i in range(40):
+        fate = rng.choice(["good", "good", "good", "bad", "copy", "any"]) if i else "good"
         row, prompt, answers = good_row(rng, i)
         if fate == "bad":
             bad.add(i)
@@ -107,15 +125,16 @@ def test_prepare_keeps_good_rows_as_they_are_and_counts_all_others(tmp_path, see
     text = "\n".join(lines)
     if rng.random() < 0.5:
         text = "[" + ",\n".join("null" if line in NO_JSON else line for line in lines) + "]"
-    file, out = tmp_path / "rows.json.gz", tmp_path / "out"
+    folder = Path(mkdtemp(dir=tmp_path))
+    file, out = folder / "rows.json.gz", folder / "out"
     file.write_bytes(gzip.compress(text.encode()))
     code, text = gad("prepare", file, "--output_dir", out, "--val_fraction", "0.3")
     assert code == 0, text
     counts = {name: int(n.replace(",", "")) for name, n in re.findall(r"^(\w+) +([\d,]+) rows", text, re.MULTILINE)}
     written = [row for name in ("train", "val") for row in pq.read_table(out / f"{name}.parquet").to_pylist()]
-    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
-    assert counts["read"] == size == len(written) + len(rejects) + counts.get("duplicates", 0)
-    assert (counts["train"] + counts["val"], counts["rejected"]) == (len(written), len(rejects))
+    rejects = lines_of(out / "rejects.jsonl")
+    assert counts["read"] == len(lines) == len(written) + len(rejects) + counts.get("duplicates", 0)
+    assert (counts["train"] + counts["val"], counts.get("rejected", 0)) == (len(written), len(rejects))
     assert counts.get("duplicates", 0) >= copies
     assert bad <= {reject["row"] for reject in rejects} and all(reject["reason"] for reject in rejects)
     read_back = {json.dumps(row["content"]): row["teacher_response"] for row in written}
@@ -129,6 +148,11 @@ def test_prepare_keeps_good_rows_as_they_are_and_counts_all_others(tmp_path, see
 
 WORDS = "a b c d e f g h i j".split()
 COLUMNS = {"text": "teacher_response", "message": "teacher_response", "list": "teacher_response", "two": ["one", "two"]}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def training_row(rng: random.Random, i: int, kind: str, prompt_words: int) -> tuple[dict, list[str]]:
@@ -146,7 +170,7 @@ def training_row(rng: random.Random, i: int, kind: str, prompt_words: int) -> tu
 
 def bad_training_row(rng: random.Random, row: dict, teachers: list[str]) -> dict:
     """The row without a usable prompt, or without a usable answer."""
-    bad_prompts = [None, [], "text", [None], [{"role": "user"}], [say("assistant", "a")], 5]
+    bad_prompts = [None, [], "text", [None], [{"role": "user"}], [say("assistant", "a")], [say(5, "a")], 5]
     bad_answers = [None, "", "  ", 5, {}, {"role": "assistant"}]
     if rng.random() < 0.5:
         return {**row, "content": rng.choice(bad_prompts)}
@@ -156,12 +180,13 @@ def bad_training_row(rng: random.Random, row: dict, teachers: list[str]) -> dict
     return {**row, **dict.fromkeys(teachers), teachers[0]: answer}
 
 
-def data_set(file: Path, key, folder: Path) -> RLHFDataset:
-    """The training data of a file; prompts of more than 32 tokens are dropped."""
+def data_set(file: Path, key) -> tuple[RLHFDataset, str]:
+    """The training data of a file, and what reading it prints; prompts of more than 32 tokens are dropped."""
     limits = {"max_prompt_length": 32, "max_response_length": 12, "truncation": "right"}
-    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": 1, "cache_dir": str(folder / "c")}
+    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": 1, "cache_dir": f"{file.parent}/c"}
     config = OmegaConf.create({"prompt_key": "content", "teacher_key": key, **limits, **options})
-    return RLHFDataset(str(file), build_tokenizer(), config)
+    with redirect_stdout(io.StringIO()) as printed:
+        return RLHFDataset(str(file), build_tokenizer(), config), printed.getvalue()
 
 
 def write_json(rng: random.Random, rows: list[dict], folder: Path) -> Path:
@@ -171,32 +196,32 @@ def write_json(rng: random.Random, rows: list[dict], folder: Path) -> Path:
     return file
 
 
-@cases(few=(3, 40), many=(40, 700))
-def test_the_data_set_takes_all_rows_or_the_check_counts_the_bad_ones(tmp_path, seed, size):
-    rng = random.Random(seed)
-    kind, damaged = list(COLUMNS)[seed % 4], rng.random() < 0.5
-    key = COLUMNS[kind]
+@cases(5)
+def test_the_data_set_takes_all_rows_or_the_check_counts_the_bad_ones(tmp_path, rng):
+    kind, damaged = rng.choice(list(COLUMNS)), rng.random() < 0.5
+    key, folder = COLUMNS[kind], Path(mkdtemp(dir=tmp_path))
     rows, kept, bad = [], [], 0
-    for i in range(size):
-        is_long = i > 0 and rng.random() < 0.1
+    for i in range(40):
+        is_long = i > 0 and rng.randrange(10) == 9
         row, answers = training_row(rng, i, kind, prompt_words=rng.randint(40, 60) if is_long else rng.randint(1, 9))
-        if damaged and rng.random() < 0.1:
+        if damaged and rng.randrange(10) == 9:
             row, bad = bad_training_row(rng, row, [key] if isinstance(key, str) else key), bad + 1
         elif not is_long:
             kept.append((row, answers))
         rows.append(row)
     if bad or rng.random() < 0.5:
-        file = write_json(rng, rows, tmp_path)
+        file = write_json(rng, rows, folder)
     else:
-        pq.write_table(pa.Table.from_pylist(rows), file := tmp_path / "rows.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), file := folder / "rows.parquet")
     read, problems = data_file_problems(file, "content", key)
     counted = [re.search(r"row \d+: (?:.* \((\d+) such rows\))?", str(problem))[1] for problem in problems]
-    assert (read, sum(int(n or 1) for n in counted)) == (size, bad)
+    assert (read, sum(int(n or 1) for n in counted)) == (len(rows), bad)
     if bad:
         with pytest.raises(ValueError, match="row "):
-            data_set(file, key, tmp_path)
+            data_set(file, key)
         return
-    dataset = data_set(file, key, tmp_path)
+    dataset, printed = data_set(file, key)
+    assert printed.startswith(f"dataset len: {len(rows)}\nfilter dataset len: {len(kept)}\n")
     vocab = dataset.tokenizer.get_vocab()
     assert len(dataset) == len(kept)
     for i, (row, answers) in enumerate(kept):
@@ -206,45 +231,65 @@ def test_the_data_set_takes_all_rows_or_the_check_counts_the_bad_ones(tmp_path, 
         assert got["teacher_response_ids"] == [*(vocab[word] for word in answers[0].split()), vocab["<end>"]]
 
 
-@cases(few=(4, 12), many=(300, 12))
-def test_the_data_set_reads_each_file_that_passes_the_check(tmp_path, seed, size):
-    """One row of a JSON file is damaged at any place, also in columns that only verl reads."""
-    rng = random.Random(seed)
-    kind = rng.choice(list(COLUMNS))
+PARQUET_CELLS = {
+    "bytes": ("a", pa.binary()), "decimal": (Decimal("1.5"), pa.decimal128(9, 2)), "time": (datetime.min, None),
+    "null": (None, None), "map": ([("a", 1)], pa.map_(pa.string(), pa.int64())), "large": (2**64 - 1, pa.uint64()),
+    "half": (1.5, pa.float16()), "view": ("a", pa.string_view()), "list_view": ([1], pa.list_view(pa.int64())),
+    "long text": ("a", pa.large_string()), "codes": ("a", pa.dictionary(pa.int32(), pa.string())),
+    "date": ("2026-01-02", None), "struct": ({"index": 1, "ground_truth": "a"}, None), "number": (5, None),
+    "texts": (["a", "b"], None), "message": (say("user", "a"), None), "messages": ([say("user", "a")], None),
+}  # fmt: skip
+NAMES = ["note", "", "a.b", "extra_info", "reward_model", "data_source", "index", "raw_prompt", "dummy_tensor", "uid"]
+NAMES += ["teacher_response_ids", "teacher_response_length", "teacher_answers", "tools_kwargs", "images", "content"]
+
+
+@cases(12)
+def test_the_data_set_reads_each_file_that_passes_the_check(tmp_path, rng):
+    """One row of a JSON file is damaged at any place, or a column of a parquet file has any type or name."""
+    kind, size, folder = rng.choice(list(COLUMNS)), 12, Path(mkdtemp(dir=tmp_path))
     others = {"data_source": "x", "extra_info": {"index": 1}, "reward_model": {"style": "s", "ground_truth": "a"}}
     rows = [{**training_row(rng, i, kind, prompt_words=3)[0], **others} for i in range(size)]
-    at = rng.randrange(size)
-    rows[at] = damaged_value(rng, rows[at])
-    file = write_json(rng, rows, tmp_path)
+    teachers = [COLUMNS[kind]] if kind != "two" else COLUMNS[kind]
+    if rng.random() < 0.5:
+        at = rng.randrange(size)
+        rows[at] = damaged_value(rng, rows[at])
+        file = write_json(rng, rows, folder)
+    else:
+        name, (value, type_) = rng.choice([*NAMES, teachers[0]]), rng.choice(list(PARQUET_CELLS.values()))
+        rows = [{key: cell for key, cell in row.items() if key != name} for row in rows]
+        table = pa.Table.from_pylist(rows).append_column(name, pa.array([value] * size, type_))
+        pq.write_table(table, file := folder / "rows.parquet", row_group_size=rng.randint(1, 20))
+        rows = table.to_pylist()
     read, problems = data_file_problems(file, "content", COLUMNS[kind])
     assert all(str(file) in str(problem) for problem in problems)
     if problems:
         return
-    dataset = data_set(file, COLUMNS[kind], tmp_path)
+    dataset, printed = data_set(file, COLUMNS[kind])
     assert read == size == len(dataset)
-    for i, row in enumerate(rows):
-        got, columns = dataset[i], [COLUMNS[kind]] if kind != "two" else COLUMNS[kind]
-        first = next(row[name] for name in columns if row.get(name) is not None)
+    got = [dataset[i] for i in range(size)]
+    for row, read_row in zip(rows, got, strict=True):
+        first = next(row[name] for name in teachers if row.get(name) is not None)
         first = first[0] if isinstance(first, list) else first
-        assert got["teacher_response"] == (first["content"] if isinstance(first, dict) else first)
-        assert [m["content"] for m in got["raw_prompt"]] == [m["content"] for m in row["content"]]
+        assert read_row["teacher_response"] == (first["content"] if isinstance(first, dict) else first)
+        assert 0 < len(read_row["teacher_response_ids"]) <= 12
+        assert [m["content"] for m in read_row["raw_prompt"]] == [m["content"] for m in row["content"]]
+    assert len(collate_fn(got)["raw_prompt"]) == size
 
 
 # ---------------------------------------------------------------------- collect
 
 
-@cases(few=(1, 20), many=(20, 500))
-def test_collect_answers_each_prompt_once_and_counts_all_rows(tmp_path, chat_server, monkeypatch, seed, size):
+@cases(3)
+def test_collect_answers_each_prompt_once_and_counts_all_rows(tmp_path, chat_server, monkeypatch, rng):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    rng = random.Random(seed)
     lines, good, failing, bad, copies = [], {}, {}, 0, 0
-    for i in range(size):
-        fate = rng.choices(["good", "failing", "bad", "copy"], weights=[6, 2, 1, 1])[0] if i else "good"
+    for i in range(20):
+        fate = rng.choice(["good", "good", "failing", "bad", "copy"]) if i else "good"
         prompt = [say("user", f"q {i}")]
         row = rng.choice([{"prompt": f"q {i}"}, {"messages": prompt}, {"question": f"q {i}", "answer": "not read"}])
         if fate == "copy":
             copies += 1
-            lines.append(rng.choice(lines[:1]))
+            lines.append(lines[0])
         elif fate == "bad":
             bad += 1
             unusable = [{"response": "a"}, {"prompt": " "}, {"prompt": None}, {"messages": []}, 5, None]
@@ -264,7 +309,8 @@ def test_collect_answers_each_prompt_once_and_counts_all_rows(tmp_path, chat_ser
         else:
             good[f"q {i}"] = f"answer {i}"
             lines.append(json.dumps(row))
-    file, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    folder = Path(mkdtemp(dir=tmp_path))
+    file, out = folder / "rows.jsonl", folder / "answers.jsonl"
     file.write_text("\n".join(lines) + "\n")
 
     def reply(body, earlier):
@@ -274,14 +320,11 @@ def test_collect_answers_each_prompt_once_and_counts_all_rows(tmp_path, chat_ser
     chat_server.reply = reply
     arguments = ["collect", file, "--output", out, "--model", "m", "--base_url", chat_server.url, "--max_retries", "0"]
     code, text = gad(*arguments)
-    written, failed, rejected = (
-        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        for path in (out, out.with_suffix(".failed.jsonl"), out.with_suffix(".rejects.jsonl"))
-    )
-    assert {row["content"][-1]["content"]: row["teacher_response"] for row in written} == good
+    written, failed, rejected = map(lines_of, (out, *map(out.with_suffix, (".failed.jsonl", ".rejects.jsonl"))))
+    assert {row["content"][-1]["content"]: row["teacher_response"] for row in written} == good, text
     assert sorted(row["content"][-1]["content"] for row in failed) == sorted(failing)
     assert all(row["reason"] for row in failed + rejected)
-    assert len(rejected) == bad and size == len(written) + len(failed) + len(rejected) + copies
+    assert len(rejected) == bad and len(lines) == len(written) + len(failed) + len(rejected) + copies
     counts = re.findall(r"^(\w+) +([\d,]+) ", text, re.MULTILINE)
     counted = {name: sum(int(n.replace(",", "")) for other, n in counts if other == name) for name, _ in counts}
     names = ("answers", "failed", "rejected", "duplicates")
