@@ -240,7 +240,7 @@ PARQUET_CELLS = {
     "texts": (["a", "b"], None), "message": (say("user", "a"), None), "messages": ([say("user", "a")], None),
 }  # fmt: skip
 NAMES = ["note", "", "a.b", "extra_info", "reward_model", "data_source", "index", "raw_prompt", "dummy_tensor", "uid"]
-NAMES += ["teacher_response_ids", "teacher_response_length", "teacher_answers", "tools_kwargs", "images", "content"]
+NAMES += ["teacher_response_ids", "teacher_response_length", "teacher_answers", "tools_kwargs", "content"]
 
 
 @cases(12)

@@ -155,6 +155,20 @@ def column_values(path: str | Path, key: str) -> set[str]:
     return {str(value) for (values,) in batches for value in values}
 
 
+def joint_problem(files: Iterable[str | Path]) -> str | None:
+    """Why verl cannot join parquet files that have passed :func:`data_file_problems`, or None. It reads a row of each:
+    a column needs one type in all files."""
+    import datasets
+
+    firsts = (next(pq.ParquetFile(Path(file).expanduser()).iter_batches(1)) for file in files)
+    tables = [datasets.Dataset(pa.Table.from_batches([first])) for first in firsts]
+    try:
+        datasets.concatenate_datasets(tables)
+    except ValueError as problem:
+        return re.sub(r" of features \{.*\} has", " has", str(problem))
+    return None
+
+
 def data_file_problems(path: str | Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, list[Finding]]:
     """Number of rows of a data file, and errors: one about the file, or one for each kind of bad row."""
     file = Path(path).expanduser()

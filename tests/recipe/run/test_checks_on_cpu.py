@@ -414,6 +414,19 @@ def test_parquet_columns_that_verls_reader_does_not_know(tmp_path):
     assert told("x", "text") == told([{"a": [1.5, None]}]) == told(b"x") == ""
 
 
+def test_files_whose_columns_have_different_types(data, tmp_path):
+    def joined(**second):
+        first = data([{**row, "id": 1, "note": {"a": "x"}} for row in rows_with({})])
+        pq.write_table(pa.Table.from_pylist([{**row, **second} for row in rows_with({})]), tmp_path / "b.parquet")
+        OmegaConf.update(first, "data.train_files", [first.data.train_files, f"{tmp_path}/b.parquet"])
+        return first
+
+    expect(
+        joined(id="1"), "data.train_files: verl cannot join ", "b.parquet: The features", "the key id has unexpected"
+    )
+    assert errors_of(joined(id=2, note={"a": "y", "b": 1}, more="z")) == errors_of(joined()) == []
+
+
 def test_prompts_that_are_no_messages(data):
     expect(
         data([{"content": "c a f", "teacher_response": "x"}] * 8), "row 0: column 'content' is of type str, not a list"
