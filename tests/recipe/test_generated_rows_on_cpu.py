@@ -128,13 +128,16 @@ def test_prepare_keeps_good_rows_as_they_are_and_counts_all_others(tmp_path, rng
     folder = Path(mkdtemp(dir=tmp_path))
     file, out = folder / "rows.json.gz", folder / "out"
     file.write_bytes(gzip.compress(text.encode()))
-    code, text = gad("prepare", file, "--output_dir", out, "--val_fraction", "0.3")
+    fraction = 0.5 if len(good) >= 20 else 0.0  # an empty validation file is refused
+    code, text = gad("prepare", file, "--output_dir", out, "--val_fraction", fraction)
     assert code == 0, text
     counts = {name: int(n.replace(",", "")) for name, n in re.findall(r"^(\w+) +([\d,]+) rows", text, re.MULTILINE)}
-    written = [row for name in ("train", "val") for row in pq.read_table(out / f"{name}.parquet").to_pylist()]
+    files = sorted(out.glob("*.parquet"))
+    assert [data_file_problems(file, "content", "teacher_response")[1] for file in files] == [[]] * len(files)
+    written = [row for file in files for row in pq.read_table(file).to_pylist()]
     rejects = lines_of(out / "rejects.jsonl")
     assert counts["read"] == len(lines) == len(written) + len(rejects) + counts.get("duplicates", 0)
-    assert (counts["train"] + counts["val"], counts.get("rejected", 0)) == (len(written), len(rejects))
+    assert (counts["train"] + counts.get("val", 0), counts.get("rejected", 0)) == (len(written), len(rejects))
     assert counts.get("duplicates", 0) >= copies
     assert bad <= {reject["row"] for reject in rejects} and all(reject["reason"] for reject in rejects)
     read_back = {json.dumps(row["content"]): row["teacher_response"] for row in written}
