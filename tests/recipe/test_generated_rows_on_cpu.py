@@ -7,7 +7,6 @@ as many cases: more than 100,000 rows.
 import gzip
 import io
 import json
-import os
 import random
 import re
 from contextlib import redirect_stdout
@@ -20,27 +19,19 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from recipe.gad.quickstart.problem import build_tokenizer
 from recipe.gad.run.data_file import data_file_problems
+from tests.generated import cases
 from tests.recipe.conftest import Reply
 from tests.recipe.test_bad_input_on_cpu import damaged_value, gad
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 
-
-def cases(few: int):
-    """The test gets ``few`` cases in every suite, ``GAD_CASES`` times as many on demand; ``rng`` makes its choices."""
-    chosen = settings(
-        max_examples=few * int(os.environ.get("GAD_CASES", 1)),
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    return lambda test: chosen(given(rng=st.randoms(use_true_random=False))(test))
+rows_from = given(rng=st.randoms(use_true_random=False))
+"""The test's argument ``rng`` makes its choices."""
 
 
 def lines_of(file: Path) -> list:
@@ -104,6 +95,7 @@ def bad_line(rng: random.Random, i: int) -> str:
 
 
 @cases(5)
+@rows_from
 def test_prepare_keeps_good_rows_as_they_are_and_counts_all_others(tmp_path, rng):
     lines, good, bad, copies = [], {}, set(), 0
     for i in range(40):
@@ -200,6 +192,7 @@ def write_json(rng: random.Random, rows: list[dict], folder: Path) -> Path:
 
 
 @cases(5)
+@rows_from
 def test_the_data_set_takes_all_rows_or_the_check_counts_the_bad_ones(tmp_path, rng):
     kind, damaged = rng.choice(list(COLUMNS)), rng.random() < 0.5
     key, folder = COLUMNS[kind], Path(mkdtemp(dir=tmp_path))
@@ -247,6 +240,7 @@ NAMES += ["teacher_response_ids", "teacher_response_length", "teacher_answers", 
 
 
 @cases(12)
+@rows_from
 def test_the_data_set_reads_each_file_that_passes_the_check(tmp_path, rng):
     """One row of a JSON file is damaged at any place, or a column of a parquet file has any type or name."""
     kind, size, folder = rng.choice(list(COLUMNS)), 12, Path(mkdtemp(dir=tmp_path))
@@ -283,6 +277,7 @@ def test_the_data_set_reads_each_file_that_passes_the_check(tmp_path, rng):
 
 
 @cases(3)
+@rows_from
 def test_collect_answers_each_prompt_once_and_counts_all_rows(tmp_path, chat_server, monkeypatch, rng):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     lines, good, failing, bad, copies = [], {}, {}, 0, 0
