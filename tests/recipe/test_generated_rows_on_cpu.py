@@ -233,6 +233,7 @@ PARQUET_CELLS = {
     "half": (1.5, pa.float16()), "view": ("a", pa.string_view()), "list_view": ([1], pa.list_view(pa.int64())),
     "long text": ("a", pa.large_string()), "codes": ("a", pa.dictionary(pa.int32(), pa.string())),
     "date": ("2026-01-02", None), "struct": ({"index": 1, "ground_truth": "a"}, None), "number": (5, None),
+    "json": ('{"index": 1}', pa.json_()), "json text": ('"a"', pa.json_()), "json number": ("5", pa.json_()),
     "texts": (["a", "b"], None), "message": (say("user", "a"), None), "messages": ([say("user", "a")], None),
 }  # fmt: skip
 NAMES = ["note", "", "a.b", "extra_info", "reward_model", "data_source", "index", "raw_prompt", "dummy_tensor", "uid"]
@@ -256,7 +257,8 @@ def test_the_data_set_reads_each_file_that_passes_the_check(tmp_path, rng):
         rows = [{key: cell for key, cell in row.items() if key != name} for row in rows]
         table = pa.Table.from_pylist(rows).append_column(name, pa.array([value] * size, type_))
         pq.write_table(table, file := folder / "rows.parquet", row_group_size=rng.randint(1, 20))
-        rows = table.to_pylist()
+        as_json = isinstance(type_, pa.JsonType)
+        rows = [{**row, name: json.loads(row[name]) if as_json else row[name]} for row in table.to_pylist()]
     read, problems = data_file_problems(file, "content", COLUMNS[kind])
     assert all(str(file) in str(problem) for problem in problems)
     if problems:

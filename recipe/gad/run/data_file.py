@@ -351,6 +351,12 @@ def _holds_map(kind: pa.DataType) -> bool:
     return is_one or any(_holds_map(kind.field(i).type) for i in range(kind.num_fields))
 
 
+def _cells(column: pa.Array) -> list:
+    """Values of a column; ``datasets`` writes one of mixed types as JSON, and reads it back."""
+    values = column.to_pylist()
+    return [value and json.loads(value) for value in values] if isinstance(column.type, pa.JsonType) else values
+
+
 def _parquet_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -> Iterator[list[list]]:
     """The columns ``keys`` as lists, ``BATCH_ROWS`` rows at a time. Those of ``objects`` may be missing."""
     try:
@@ -364,10 +370,15 @@ def _parquet_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -
                 if _holds_map(field.type):
                     what = f"column {field.name!r} holds {field.type}, which verl's reader does not know"
                     raise InputError(what, fix="write structs or lists instead, or drop the column")
-                if field.name in objects and not (pa.types.is_struct(field.type) or pa.types.is_null(field.type)):
+                known = isinstance(field.type, pa.StructType | pa.JsonType) or pa.types.is_null(field.type)
+                if field.name in objects and not known:
                     raise _no_object(field.name, f"holds {field.type}")
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
-                yield [batch.column(key).to_pylist() for key in keys]
+            as_json = [f.name for f in schema if f.name in objects and isinstance(f.type, pa.JsonType)]
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=[*keys, *as_json]):
+                for key in as_json:
+                    if bad := [value for value in _cells(batch.column(key)) if not isinstance(value, dict | None)]:
+                        raise _no_object(key, f"holds {type(bad[0]).__name__}")
+                yield [_cells(batch.column(key)) for key in keys]
     except (pa.ArrowException, OSError) as problem:
         raise InputError(f"is not a readable parquet file ({problem})", fix="write it again") from None
 

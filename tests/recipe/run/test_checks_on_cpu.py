@@ -393,7 +393,10 @@ def test_columns_that_verl_reads_as_objects(tmp_path):
         for value, fine in (("x", False), ([1], False), (None, True), ({"index": 1}, True)):
             lines.write_text("\n".join(json.dumps({**row, key: value}) for row in rows))
             pq.write_table(pa.Table.from_pylist([{**row, key: value} for row in rows]), table)
-            for file in (lines, table):
+            mixed = pa.array([json.dumps(value)] * len(rows), pa.json_())  # as datasets writes a column of mixed types
+            as_json = pa.Table.from_pylist(rows).append_column(key, mixed)
+            pq.write_table(as_json, tmp_path / "j.parquet")
+            for file in (lines, table, tmp_path / "j.parquet"):
                 problems = [*map(str, data_file_problems(file, "content", "teacher_response")[1])]
                 assert [f"column {key!r}" in problem for problem in problems] == [True] * (not fine), problems
                 unlabelled = data_file_problems(file, "content", None)[1]  # they get a reward_model of ours
