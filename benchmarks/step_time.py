@@ -45,6 +45,7 @@ SIZES = {  # of well-known models of these sizes, as a Llama
     "135m": (576, 1536, 30, 9, 3, 49152),
     "0.5b": (896, 4864, 24, 14, 2, 151936),
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
+    "7b": (3584, 18944, 28, 28, 4, 152064),
 }
 PHASES = "gen old_log_prob ref values adv update_critic update_actor update_weights step".split()
 PROMPT_WORDS = 48
@@ -75,14 +76,18 @@ def build_problem(folder: Path, size: str, response_length: int, prompts: int) -
     config = LlamaConfig(
         **shape,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=size != "7b",
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 7B takes minutes on a CPU
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    del model
+    torch.cuda.empty_cache()  # for the workers, which are other processes
     rng = random.Random(0)
     rows = [
         {

@@ -419,16 +419,18 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
         assert words[-1] == "trainer.seed_of_mine=1"
         with initialize_config_module(config_module="recipe.gad.config", version_base=None):
             configs.append(compose("gad_trainer", overrides=words[words.index("gad_trainer") + 1 : -1]))
-    assert [config.gad.stage for config in configs] == ["seqkd", "seqkd", "warmup", "gad"]
-    plateau, seqkd, warmup, gad = configs
+    assert [config.gad.stage for config in configs] == ["seqkd", "seqkd", "seqkd", "warmup", "gad"]
+    short, plateau, seqkd, warmup, gad = configs
     assert gad.trainer.total_training_steps == seqkd.trainer.total_training_steps == 200, "as many teacher batches"
     assert gad.data.train_batch_size == seqkd.data.train_batch_size == 32
     assert warmup.trainer.critic_warmup > warmup.trainer.total_training_steps == 60, "the discriminator trains alone"
     student = f"{out}/plateau/global_step_{plateau.trainer.total_training_steps}/actor/huggingface"
     assert warmup.actor_rollout_ref.model.path == seqkd.actor_rollout_ref.model.path == student
-    assert warmup.critic.model.path == plateau.actor_rollout_ref.model.path == f"{out}/student"
+    assert warmup.critic.model.path == short.actor_rollout_ref.model.path == f"{out}/student"
+    start = f"{out}/short/global_step_{short.trainer.total_training_steps}/actor/huggingface"
+    assert plateau.actor_rollout_ref.model.path == start
     assert (gad.gad.imitation_coef, gad.algorithm.norm_adv_by_std_in_grpo) == (0.2, False)
-    for config, samples in zip(configs, (8, 8, 4, 8), strict=True):
+    for config, samples in zip(configs, (8, 8, 8, 4, 8), strict=True):
         assert config.actor_rollout_ref.rollout.n == samples
     for config in configs:
         rollout, data = config.actor_rollout_ref.rollout, config.data
@@ -436,8 +438,8 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
         assert (data.max_prompt_length, data.max_response_length) == (512, 256)
         assert config.trainer.n_gpus_per_node == 1
     folders = [config.trainer.default_local_dir for config in configs]
-    assert folders == [f"{out}/{name}" for name in ("plateau", "seqkd", "warmup", "gad")]
-    assert configs[3].critic.model.path == "/w/global_step_7/critic/huggingface"
+    assert folders == [f"{out}/{name}" for name in ("short", "plateau", "seqkd", "warmup", "gad")]
+    assert gad.critic.model.path == "/w/global_step_7/critic/huggingface"
     evaluations = [call for call in calls if "recipe.gad.cli eval --model" in call]
     assert [re.search(r"--model (\S+)", call)[1] for call in evaluations] == [f"{out}/student", f"{out}/gad"]
     assert all(f"--two_sample_model {out}/student" in call for call in evaluations), "one base for all models"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M with GPT-4's answers, on one GPU: SeqKD to its plateau, then GAD against more SeqKD. Run prepare.sh first.
+# SmolLM2-135M with GPT-4's answers, on one GPU: SeqKD to its best, then GAD against more SeqKD. Run prepare.sh first.
 # It calls the scripts of examples/gad with the sizes of this example.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -8,7 +8,7 @@ export PYTHON=${PYTHON:-python3}
 
 usage() {
   cat <<'HELP'
-usage: run.sh [--output_dir DIR] [--stages "plateau seqkd warmup gad eval report"] [--skip-doctor]
+usage: run.sh [--output_dir DIR] [--stages "short plateau seqkd warmup gad eval report"] [--skip-doctor]
               [hydra.key=value ...]
   --output_dir DIR  output folder of prepare.sh; every stage adds a folder (default: outputs/smollm2_gpt4)
   --stages LIST     stages to run, in this order (default: all); a stage that was stopped resumes
@@ -18,7 +18,7 @@ Hydra overrides go to every training stage. Without flash-attn, add:
 HELP
 }
 
-OUTPUT_DIR="$PWD/outputs/smollm2_gpt4" STAGES="plateau seqkd warmup gad eval report" SKIP_DOCTOR=""
+OUTPUT_DIR="$PWD/outputs/smollm2_gpt4" STAGES="short plateau seqkd warmup gad eval report" SKIP_DOCTOR=""
 read_flags "output_dir stages" "skip_doctor" "$@"
 set -- ${REST[@]+"${REST[@]}"}
 out=$OUTPUT_DIR
@@ -26,7 +26,7 @@ out=$OUTPUT_DIR
   fail "$out holds no student and data; run prepare.sh --output_dir $out"
 
 # From the plateau, SeqKD and GAD take as many batches of teacher answers. The student stands still in the warmup.
-plateau_steps=240 lead_steps=60 steps=200
+short_steps=240 plateau_steps=3000 lead_steps=60 steps=200
 flags=(${SKIP_DOCTOR:+--skip-doctor} --train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
 sizes=(
   data.train_batch_size=32
@@ -40,13 +40,14 @@ sizes=(
   actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=32768
   critic.forward_max_token_len_per_gpu=32768
   trainer.n_gpus_per_node=1
-  trainer.total_epochs=10
+  trainer.total_epochs=30
   trainer.test_freq=20
 )
 # the policy's rate falls to zero; the discriminator's does not (docs/experiments.md)
 policy_lr=(actor_rollout_ref.actor.optim.lr=1e-5 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine)
 discriminator_lr=critic.optim.lr=3e-5
 
+short="$out/short/global_step_$short_steps/actor/huggingface"
 plateau="$out/plateau/global_step_$plateau_steps/actor/huggingface"
 
 train() { # train FOLDER STAGE STEPS [--FLAG FOLDER ...] [hydra.key=value ...]
@@ -65,9 +66,11 @@ evaluate() { # evaluate NAME MODEL: the two-sample test's discriminators always 
 for stage in $STAGES; do
   echo "== $stage"
   case "$stage" in
-    plateau)
-      train plateau seqkd "$plateau_steps" --model "$out/student" \
+    short)
+      train short seqkd "$short_steps" --model "$out/student" \
         actor_rollout_ref.actor.optim.lr=2e-5 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine "$@" ;;
+    plateau) # more steps make the student worse (docs/experiments.md)
+      train plateau seqkd "$plateau_steps" --model "$short" "${policy_lr[@]}" trainer.test_freq=500 "$@" ;;
     seqkd) # the control
       train seqkd seqkd "$steps" --model "$plateau" "${policy_lr[@]}" "$@" ;;
     warmup) # the discriminator's lead: it trains alone, on more prompts and fewer answers
@@ -80,7 +83,7 @@ for stage in $STAGES; do
         algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 "$@" ;;
     eval)
       evaluate base "$out/student"
-      for name in plateau seqkd gad; do
+      for name in short plateau seqkd gad; do
         [ ! -d "$out/$name" ] || evaluate "$name" "$out/$name"
       done
       "$PYTHON" -m recipe.gad.cli eval compare "$out"/eval/* --output "$out/eval/compare.json" ;;
