@@ -70,9 +70,9 @@ class RLHFDataset(_StockRLHFDataset):
                 return answer_columns(answers, ids, LENGTH, uncut)
             return {TEACHER_TEXT: texts, TEACHER_IDS: ids, LENGTH: [len(answer) for answer in uncut]}
 
-        num_proc = self.num_workers if len(dataframe) > 10_000 else None
         options = {"batched": True, "load_from_cache_file": False, "desc": "Tokenizing teacher answers"}
-        dataframe = dataframe.map(tokenize, num_proc=num_proc, **options)
+        options["remove_columns"] = [name for name in (TEACHER_IDS, ANSWERS, LENGTH) if name in dataframe.column_names]
+        dataframe = dataframe.map(tokenize, num_proc=self.num_workers if len(dataframe) > 10_000 else None, **options)
         found = dataframe[LENGTH][:]
         lengths = torch.tensor([n for row in found for n in row] if several else found)
         n_cut = int((lengths > max_length).sum())
