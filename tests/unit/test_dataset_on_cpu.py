@@ -95,7 +95,11 @@ def test_columns_of_the_file_win_over_what_is_filled_in(tokenizer, parquet, tmp_
 
 
 def test_columns_with_the_names_of_our_own_are_replaced(tokenizer, parquet, tmp_path):
-    own = {"teacher_response_ids": str, "teacher_response_length": str, "teacher_answers": lambda i: {"text": "x"}}
+    own = {
+        "teacher_response_ids": str,
+        "teacher_response_length": lambda i: f"{i} words",
+        "teacher_answers": lambda i: {"text": "x"},
+    }
     path, mixed = parquet(**own), tmp_path / "mixed.jsonl"
     rows = pq.read_table(path).to_pylist()
     mixed.write_text(
