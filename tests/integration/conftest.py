@@ -139,6 +139,7 @@ def live(ray_cluster, compose_config, tiny_problem, tmp_path_factory):
     config = compose_config(
         f"trainer.default_local_dir={folder}/out",
         "trainer.total_training_steps=100",
+        "trainer.total_epochs=100",
         "gad.stage=warmup",
         "trainer.resume_mode=disable",
         f"reward.custom_reward_function.path={folder}/reward.py",

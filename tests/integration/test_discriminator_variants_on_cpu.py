@@ -9,6 +9,7 @@ from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import shortcuts
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay
+from recipe.gad.training.teachers import Teachers
 from tests.integration.test_gad_step_on_cpu import (
     drop,
     hf_model,
@@ -18,6 +19,7 @@ from tests.integration.test_gad_step_on_cpu import (
     run_from,
     score,
 )
+from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
 
 class Spy:
@@ -349,6 +351,77 @@ def test_a_step_compares_with_the_answer_that_was_drawn_and_logs_the_accuracy_of
     fields = live.step()[1]
     truths = [reward["ground_truth"] for reward in fields["reward_model"]]
     assert truths == list(fields["teacher_response"]), "a task reward compares with the answer that was drawn"
+
+
+@pytest.fixture
+def all_answers(live, two_teachers, monkeypatch):
+    """The trainer as it is with gad.teacher_answers=all: prompts have one answer or three."""
+    trainer, own = live.trainer, live.trainer.discriminator
+    live.set(gad__teacher_answers="all")
+    teachers = Teachers.of(live.config, trainer.train_dataset)
+    monkeypatch.setattr(trainer, "_teachers", teachers)
+    discriminator = DataParallelPPOCritic(
+        own.critic_wg, own.config, own.rollout_n, teachers.loss, teachers=teachers.most
+    )
+    monkeypatch.setattr(trainer, "discriminator", discriminator)
+    limit = live.config.critic.ppo_max_token_len_per_gpu
+    yield
+    own._loss = None  # the workers have another
+    live.set(gad__teacher_answers="one", gad__score_in_update=False, critic__ppo_max_token_len_per_gpu=limit)
+
+
+def test_all_answers_are_compared_and_a_prompt_weighs_the_same_however_many_it_has(live, all_answers):
+    compare_all_answers(live, in_update=True, tokens=32768)
+    live.set(gad__imitation_coef=0.1, gad__teacher_in_group=True)
+    metrics, _ = live.step()
+    live.set(gad__imitation_coef=0.0, gad__teacher_in_group=False)
+    assert metrics["actor/imitation_loss"] > 0 and "actor/teacher_pg_loss" in metrics, "these read the drawn answer"
+    compare_all_answers(live, in_update=False, tokens=200)
+    assert not any((tq.kv_list() or {}).values()), "rows stay in the queue"
+
+
+def compare_all_answers(live, in_update, tokens):
+    """A step up to D's update, against a loop over the pairs; one sample is missing."""
+    trainer = live.trainer
+    live.set(gad__score_in_update=in_update, critic__ppo_max_token_len_per_gpu=tokens)
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
+    critic, losses, wins, won = hf_model(live, "critic"), [], {"teacher_response": [], "other": []}, 0.0
+    critic.zero_grad()
+
+    def value(row):
+        return critic(torch.cat(row).unsqueeze(0)).logits[0, -1, 0]
+
+    counts, total = set(), sum(len(group.students) for group in trainer._groups)
+    for group in trainer._groups:
+        keys = [key for key in trainer._extra_keys if key.startswith(f"{group.uid}_teacher_")]
+        real = [row for row in rows(live.fields(keys)) if len(row[1]) > 1]  # a filler's answer is one token
+        counts.add((len(keys), len(real)))
+        students = [value(row) for row in rows(live.fields([row.key for row in group.students]))]
+        for row in real:
+            text, teacher = trainer.tokenizer.decode(row[1], skip_special_tokens=True), value(row)
+            for student in students:
+                gap = teacher - student
+                losses.append(-torch.nn.functional.logsigmoid(gap) / (total * len(real)))
+                win = float(gap > 0) + 0.5 * float(gap == 0)
+                won += win / (total * len(real))
+                wins["other" if text in ("um um", "so see") else "teacher_response"].append(win)
+    assert counts == {(3, 1), (3, 3)}
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in critic.parameters() if p.grad is not None))
+    trainer._compute_values(batch, metrics=metrics)
+    fields = live.fields(batch.keys)
+    columns = zip(batch.tags, rows(fields), fields["rm_scores"].unbind(), strict=True)
+    for row, scores in ((row, scores) for tag, row, scores in columns if not tag.get("is_padding", False)):
+        assert scores[-1].item() == pytest.approx(score(critic, *row).item(), abs=2e-5)
+    trainer._update_critic(batch, metrics=metrics)
+    assert metrics["critic/d_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["critic/d_acc"] == pytest.approx(won, abs=1e-6)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    for teacher, of_it in wins.items():
+        assert metrics[f"critic/d_acc/{teacher}"] == pytest.approx(sum(of_it) / len(of_it), abs=1e-6)
+    live.finish(batch)
 
 
 # ---------------------------------------------------------------------- prompts without teacher answers

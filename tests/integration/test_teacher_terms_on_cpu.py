@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from recipe.gad.training.credit import prefix_discriminator_loss
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.rows import sample_order
+from recipe.gad.training.teachers import Teachers
 from tests.integration.test_gad_step_on_cpu import drop, hf_model, rows, run_from, score
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
@@ -364,8 +365,9 @@ def test_credit_decides_the_loss_of_the_discriminator(compose_config):
         config = compose_config(f"gad.credit={credit}")
         trainer = PPOTrainerGAD.__new__(PPOTrainerGAD, config)
         trainer.config, trainer.use_critic, trainer.critic_wg, trainer.rollout_n = config, True, SimpleNamespace(), 4
+        trainer._teachers = Teachers(dataset=None, seed=0, named=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PPOTrainerSync, "_setup", lambda self: None)
             trainer._setup()
-        assert trainer.discriminator.group_loss is loss
+        assert trainer.discriminator.group_loss is loss and trainer.discriminator.group_size == 4 + 1
         assert trainer._scores_in_update() == (credit == "sequence")

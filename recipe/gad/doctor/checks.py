@@ -5,6 +5,7 @@ runs the checks in recipe/gad/run/checks.py.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -168,6 +169,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_end_token, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_generation_prompt, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_chat_ids, frozenset({"plugin", "models", "tokenizers"})),
+        Prerequisites(check_agent_loop, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_lengths, frozenset({"plugin", "models", "tokenizers", "data"})),
         Prerequisites(check_rollout_heads, frozenset({"models"})),
         Prerequisites(check_discriminator_size, frozenset({"models"})),
@@ -483,6 +485,41 @@ def check_chat_ids(config: DictConfig) -> Findings:
         )
 
 
+def check_agent_loop(config: DictConfig) -> Findings:
+    """The agent loop, which asks the rollout engine, takes the student's tokenizer."""
+    tokenizer, folder = _student_tokenizer(config), local_model(get(config, f"{ACTOR_MODEL}.path"))
+    if not _samples(config):
+        yield note(f"stage {get(config, 'gad.stage')} without validation has no agent loop")
+        return
+    if tokenizer is None or folder is None:
+        yield NO_TOKENIZER
+        return
+    from transformers import AutoConfig
+
+    from verl.utils import hf_processor
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    trust = bool(get(config, f"{ACTOR_MODEL}.trust_remote_code"))
+    family = AutoConfig.from_pretrained(folder, trust_remote_code=trust).model_type
+    processor = hf_processor(tokenizer.name_or_path, trust_remote_code=trust)
+    logging.disable(logging.WARNING)  # verl warns of families that need nothing of their tokenizer
+    try:
+        create_continuous_token_builder(tokenizer, hf_model_type=family, processor=processor)
+    except ValueError as problem:
+        yield error(
+            f"verl's agent loop refuses {tokenizer.name_or_path} for a model of the family {family}, at the first "
+            f"rollout: {problem}",
+            fix=f"use the tokenizer of a {family} model, or a student of another family",
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _samples(config: DictConfig) -> bool:
+    """Does the run ask a rollout engine, in training or in validation?"""
+    return get(config, "gad.stage") != "seqkd" or validates(config)
+
+
 def check_lengths(config: DictConfig) -> Findings:
     """Prompts and teacher answers fit their limits, in a sample of the data files."""
     tokenizer = _student_tokenizer(config)
@@ -647,7 +684,7 @@ def _phase_findings(config: DictConfig, actor: ModelShape, parts: dict[str, Role
     """What is on a GPU at the same time: during the rollout, and while each role works."""
     resident = {role: memory.resident for role, memory in parts.items()}
     rollout = 0.0
-    if get(config, "gad.stage") != "seqkd" or validates(config):
+    if _samples(config):
         rollout = float(get(config, f"{ROLLOUT}.gpu_memory_utilization", 0.5)) * gpu_memory
         yield from _rollout_findings(config, actor, resident, rollout, gpu_memory)
     asleep = 0.0 if get(config, f"{ROLLOUT}.free_cache_engine") else rollout

@@ -77,6 +77,8 @@ from recipe.gad.run.refusals import (
     check_reward_model,
     check_router_replay,
     check_task_reward,
+    check_teacher_answers,
+    compared_answers,
 )
 from recipe.gad.run.safety import check_remote_code, check_secrets
 from recipe.gad.run.thinking import check_score_span
@@ -213,7 +215,7 @@ def check_stage(config: DictConfig) -> Findings:
 
 
 def check_objective(config: DictConfig) -> Findings:
-    """The variants of the policy gradient have values that work, and a policy gradient."""
+    """Settings of the policy gradient have values that work, and a policy gradient."""
     on: dict[str, str] = {}
     for key in ("gad.imitation_coef", "gad.policy_gate"):
         value = get(config, key)
@@ -230,6 +232,13 @@ def check_objective(config: DictConfig) -> Findings:
             yield error(
                 f"{found} belongs to the policy gradient, and gad.actor_objective={objective}",
                 fix=f"{off}, or gad.actor_objective=policy_gradient in stage gad",
+            )
+    imitates = objective == "imitation" and get(config, "gad.stage") not in DPO_STAGES  # check_stage refuses both
+    for key in (f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward") if imitates else ():
+        if get(config, key):
+            yield error(
+                f"{key}=True: imitation has no KL term, so verl would load a reference that nothing uses",
+                fix=f"{key}=False; the KL to the reference belongs to gad.actor_objective=policy_gradient",
             )
 
 
@@ -515,7 +524,7 @@ def check_saving(config: DictConfig) -> Findings:
 
 
 def check_data(config: DictConfig) -> Findings:
-    """Every row of every file has a prompt and a teacher answer; there are enough rows for one step."""
+    """Every row of every file has a prompt and a teacher answer; there are enough rows for the steps of the run."""
     prompt_key, teacher_key = get(config, "data.prompt_key"), get(config, "data.teacher_key")
     if teacher_key is None:
         yield error("data.teacher_key=null: GAD needs the teacher's answers", fix="data.teacher_key=teacher_response")
@@ -558,6 +567,20 @@ def check_data(config: DictConfig) -> Findings:
             f"data.train_batch_size={batch}, but data.train_files has {total} rows (after data.train_max_samples): "
             "not one step",
             fix=f"data.train_batch_size={total} or less, or more data",
+        )
+    elif get(config, "trainer.total_training_steps") is not None:
+        yield from _epoch_findings(config, total // batch)
+
+
+def _epoch_findings(config: DictConfig, steps_per_epoch: int) -> Findings:
+    """verl counts epochs as well as steps, and saves and validates only in the last of ``total_training_steps``."""
+    steps, epochs = (integer(config, f"trainer.total_{name}") for name in ("training_steps", "epochs"))
+    if (last := epochs * steps_per_epoch) < steps:
+        yield error(
+            f"trainer.total_training_steps={steps}, but trainer.total_epochs={epochs} of {steps_per_epoch} steps (rows "
+            f"of data.train_files / data.train_batch_size) end the run after step {last}, without the checkpoint and "
+            "the validation of the last step",
+            fix=f"trainer.total_epochs={-(-steps // steps_per_epoch)}, or trainer.total_training_steps={last}",
         )
 
 
@@ -618,7 +641,7 @@ def check_batches(config: DictConfig) -> Findings:
 
 
 def check_tokens(config: DictConfig) -> Findings:
-    """The longest trajectory fits each micro-batch; the longest group of n + 1 fits the discriminator's update."""
+    """The longest trajectory fits each micro-batch; the longest group fits the discriminator's update."""
     row = integer(config, "data.max_prompt_length") + integer(config, "data.max_response_length")
     n = integer(config, f"{ROLLOUT}.n")
     what = f"prompt + response = {row} tokens"
@@ -637,14 +660,16 @@ def check_tokens(config: DictConfig) -> Findings:
         else:
             integer(config, f"{prefix}_micro_batch_size_per_gpu")
     if has_discriminator(config):
-        group = f"the n + 1 = {n + 1} answers to one prompt, (n + 1) x (prompt + response) = {(n + 1) * row} tokens"
+        teachers = compared_answers(config) or 1
+        size, total = f"n + {teachers}", n + teachers
+        group = f"the {size} = {total} answers to one prompt, ({size}) x (prompt + response) = {total * row} tokens"
         if get(config, "critic.use_dynamic_bsz"):
-            yield from _token_limit(config, "critic.ppo_max_token_len_per_gpu", "critic", (n + 1) * row, group)
-        elif (rows := integer(config, "critic.ppo_micro_batch_size_per_gpu")) < n + 1:
+            yield from _token_limit(config, "critic.ppo_max_token_len_per_gpu", "critic", total * row, group)
+        elif (rows := integer(config, "critic.ppo_micro_batch_size_per_gpu")) < total:
             yield error(
-                f"critic.ppo_micro_batch_size_per_gpu={rows} rows, but the n + 1 = {n + 1} answers to one prompt are "
+                f"critic.ppo_micro_batch_size_per_gpu={rows} rows, but the {size} = {total} answers to one prompt are "
                 "never split",
-                fix=f"critic.ppo_micro_batch_size_per_gpu={n + 1} or a multiple",
+                fix=f"critic.ppo_micro_batch_size_per_gpu={total} or a multiple",
             )
     key = f"{ROLLOUT}.max_model_len"
     if (longest := integer(config, key, row)) < row:
@@ -838,6 +863,7 @@ CHECKS: tuple[Check, ...] = (
     check_lead,
     check_average,
     check_replay,
+    check_teacher_answers,
     check_shortcuts,
     check_score_span,
     check_unlabelled,

@@ -143,6 +143,14 @@ def find_teacher(paths: Iterable[str | Path], teacher_key: TeacherKey, text: str
     raise AssertionError("the text was read from one of these files")
 
 
+def most_answers(path: str | Path, teacher_key: TeacherKey) -> int:
+    """Most teacher answers of a row of a data file that has passed :func:`check_data_file`."""
+    file, keys = Path(path).expanduser(), teacher_columns(teacher_key)
+    batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
+    rows = (dict(zip(keys, row, strict=True)) for columns in batches for row in zip(*columns, strict=True))
+    return max(len(teacher_answers(row)) for row in rows)
+
+
 def column_values(path: str | Path, key: str) -> set[str]:
     """The different values of a column, as text.
 

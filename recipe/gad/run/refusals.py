@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator, integer, is_number
-from recipe.gad.run.data_file import NO_SOURCE, UNLABELLED, column_values
+from recipe.gad.run.data_file import NO_SOURCE, UNLABELLED, column_values, most_answers
 from recipe.gad.run.findings import Findings, either, error, warning
 
 ESTIMATORS = (
@@ -43,6 +43,8 @@ OLD_LOG_PROB_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline
 GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline")
 """Advantage estimators that compare an answer with the others to its prompt, and take one answer's score as it is."""
 AGENT = "single_turn_agent"
+TEACHER_ANSWERS = ("one", "all")
+"""Values of gad.teacher_answers."""
 COMBINE = ("normalized", "raw")
 """Values of gad.task_reward.combine."""
 PACKAGED_REWARD = "pkg://recipe.gad.reward"
@@ -92,6 +94,49 @@ def check_reward_model(config: DictConfig) -> Findings:
                 "score would replace the result",
                 fix=f"{group}.enable=False",
             )
+
+
+def compared_answers(config: DictConfig) -> int | None:
+    """Most answers of a row with which the discriminator compares a student's; None if a file cannot be read."""
+    if get(config, "gad.teacher_answers") != "all":
+        return 1
+    found = []
+    for file in files_of(get(config, "data.train_files")):
+        try:
+            found.append(most_answers(file, get(config, "data.teacher_key")))
+        except (ValueError, OSError):  # check_data reports files that cannot be read
+            return None
+    return max(found, default=None)
+
+
+def check_teacher_answers(config: DictConfig) -> Findings:
+    """All answers are compared only where there are several, by a discriminator whose loss takes them."""
+    key = "gad.teacher_answers"
+    value = get(config, key)
+    if value not in TEACHER_ANSWERS:
+        yield error(f"{key}={value}: expected {either(TEACHER_ANSWERS)}", fix=f"{key}=one")
+    if value != "all":
+        return
+    if not has_discriminator(config):
+        yield error(f"{key}=all: stage {get(config, 'gad.stage')} trains no discriminator", fix=f"{key}=one")
+        return
+    if get(config, "gad.credit") == "token":
+        yield error(
+            "gad.credit=token compares the prefixes of one teacher answer with the student's, and "
+            f"{key}=all has several",
+            fix=f"{key}=one, or gad.credit=sequence",
+        )
+    if replay := get(config, "gad.replay"):
+        yield error(
+            f"gad.replay={replay} keeps one teacher answer of an earlier prompt, and {key}=all compares several",
+            fix=f"{key}=one, or gad.replay=0",
+        )
+    if compared_answers(config) == 1:
+        yield error(
+            f"{key}=all, but no row of data.train_files has several answers in data.teacher_key="
+            f"{get(config, 'data.teacher_key')}",
+            fix=f"{key}=one, or give rows a list of answers or several columns",
+        )
 
 
 def check_task_reward(config: DictConfig) -> Findings:

@@ -128,6 +128,11 @@ def pair_metrics(groups: Sequence[Group], score_of: dict[str, float]) -> dict[st
     ``score_of``: key of a row -> its score.
     """
     pairs = [(score_of[row.key], score_of[group.teacher.key]) for group in groups for row in group.students]
+    return metrics_of_pairs(pairs)
+
+
+def metrics_of_pairs(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The same for scores (student, teacher) of pairs."""
     student, teacher = torch.tensor(pairs).unbind(-1)
     _, metrics = compute_grouped_discriminator_loss(student.unsqueeze(-1), teacher)
     return {name: float(metric.aggregate()) for name, metric in metrics.items()}

@@ -37,22 +37,24 @@ class Row(NamedTuple):
 class Group:
     """One prompt of a step: [teacher, s_1, ..., s_n]; a filler row replaces a student that the rollout did not return.
 
-    ``teacher_tokens`` is 0 until the teacher's trajectory is built, which takes a student's prompt ids.
+    ``teacher_tokens`` is 0 until the teacher's trajectory is built, which takes a student's prompt ids. ``others`` are
+    the rows of further teacher answers, which only D's update has (recipe/gad/training/teachers.py).
     """
 
     uid: str
     n: int
     students: list[Row] = field(default_factory=list)
     teacher_tokens: int = 0
+    others: list[Row] = field(default_factory=list)
 
     @property
     def teacher(self) -> Row:
         return Row(names.teacher_key(self.uid), self.teacher_tokens)
 
     def rows(self) -> list[Row]:
-        """n + 1 rows, the teacher first."""
+        """n + 1 rows, the teacher first; with ``others``, these come next."""
         fillers = [Row(names.filler_key(self.uid, i), 2) for i in range(self.n - len(self.students))]
-        return [self.teacher, *self.students, *fillers]
+        return [self.teacher, *self.others, *self.students, *fillers]
 
     @property
     def tokens(self) -> int:

@@ -29,9 +29,9 @@ def split_key(key: str) -> tuple[str, int, int]:
     return uid, int(sample), int(output)
 
 
-def teacher_key(uid: str) -> str:
-    """Key of the teacher's row of a prompt."""
-    return f"{uid}_teacher_0"
+def teacher_key(uid: str, i: int = 0) -> str:
+    """Key of the teacher's row of a prompt, or of its i-th further answer (``gad.teacher_answers=all``)."""
+    return f"{uid}_teacher_{i}"
 
 
 def filler_key(uid: str, i: int) -> str:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from recipe.gad.cli import main as cli
 from recipe.gad.doctor import checks as doctor
 from recipe.gad.doctor.checks import (
+    check_agent_loop,
     check_chat_ids,
     check_discriminator_size,
     check_disk,
@@ -50,7 +51,7 @@ from recipe.gad.run.data_file import sample_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-WARMUP = ("gad.stage=warmup", "gad.actor_objective=imitation")
+WARMUP = ("gad.stage=warmup", "gad.actor_objective=imitation", f"{ACTOR}.use_kl_loss=False")
 
 
 @pytest.fixture
@@ -277,6 +278,24 @@ def test_an_end_token_that_ends_no_turn(compose_config, model):
     for part in (str(folder), "ends an assistant turn with ['<end>']", "a rollout stops at ['<user>']",
                  "ends no turn", "Fix: set eos_token '<end>'", "eos_token_id 2"):  # fmt: skip
         assert part in error
+
+
+def test_a_tokenizer_that_the_agent_loop_refuses(compose_config, byte_tokenizer, model, capsys):
+    """The tiny model's tokenizer has no token for a line break, which verl wants of the family Qwen3."""
+    folder = model("words", config={"model_type": "qwen3"})
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}")
+    (error,) = messages(check_agent_loop, config, "error")
+    for part in (str(folder), "of the family qwen3, at the first rollout", "newline to tokenize to one token, got []",
+                 "Fix: use the tokenizer of a qwen3 model"):  # fmt: skip
+        assert part in error
+    seqkd = ["gad.stage=seqkd", "critic.enable=False", "trainer.val_before_train=False"]
+    without = compose_config(*WARMUP, *seqkd, "trainer.test_freq=-1", f"{MODEL}.path={folder}")
+    assert messages(check_agent_loop, without, "ok") == ["stage seqkd without validation has no agent loop"]
+    byte_tokenizer().save_pretrained(folder)
+    doctor._tokenizer.cache_clear()
+    assert messages(check_agent_loop, config, "error") == []
+    config = compose_config(*WARMUP, f"{MODEL}.path={model('llama')}")
+    assert messages(check_agent_loop, config, "error") == [] and capsys.readouterr().err == ""
 
 
 def test_the_end_token_of_a_base_model(compose_config, model):

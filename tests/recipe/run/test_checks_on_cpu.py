@@ -33,7 +33,7 @@ USER = [{"role": "user", "content": "c a f"}]
 
 @pytest.fixture(scope="module")
 def base(compose_config):
-    return compose_config("gad.stage=warmup", "gad.actor_objective=imitation")
+    return compose_config("gad.stage=warmup", "gad.actor_objective=imitation", f"{ACTOR}.use_kl_loss=False")
 
 
 @pytest.fixture
@@ -328,6 +328,39 @@ def test_a_column_for_each_teacher(data, name):
         expect(columns(teachers), f"data.teacher_key={teachers}", "a list of different columns")
 
 
+def test_all_teacher_answers_need_several_and_room_in_a_micro_batch(data):
+    several = [{"content": USER, "teacher_response": ["a", "b", "c"][: 1 + i % 3]} for i in range(8)]
+
+    def compare(rows, changes, name="train.parquet"):
+        return data(rows, name, {"gad.teacher_answers": "all", **changes})
+
+    def refused(changed, *parts, checks=(check.check_teacher_answers,)):
+        (finding,) = check.run_checks(changed, checks)
+        assert finding.level == "error" and all(part in str(finding) for part in parts), finding
+
+    config = compare(several, {})
+    n, row = config.actor_rollout_ref.rollout.n, config.data.max_prompt_length + config.data.max_response_length
+    limit, size = "critic.ppo_max_token_len_per_gpu", "critic.ppo_micro_batch_size_per_gpu"
+    assert errors_of(compare(several, {limit: (n + 3) * row})) == []
+    short, tokens = {limit: (n + 3) * row - 1}, (check.check_tokens,)
+    refused(compare(several, short), f"{limit}={short[limit]}", f"the n + 3 = {n + 3} answers", checks=tokens)
+    by_rows = {"critic.use_dynamic_bsz": False, size: n + 1, "critic.forward_micro_batch_size_per_gpu": 1}
+    refused(compare(several, by_rows, "train.jsonl"), f"{size}={n + 1}", f"n + 3 = {n + 3} answers", checks=tokens)
+    (one,) = check.run_checks(compare(several, {**short, "gad.teacher_answers": "one"}), tokens)
+    assert one.level == "ok"
+
+    for answer in ("a", ["a"]):
+        single = [{"content": USER, "teacher_response": answer}] * 8
+        refused(compare(single, {}), "gad.teacher_answers=all", "no row of data.train_files has several", "=one, or")
+    refused(compare(several, {"gad.teacher_answers": "both"}), "gad.teacher_answers=both", "expected one or all")
+    refused(compare(several, {"gad.credit": "token"}), "gad.credit=token", "gad.teacher_answers=all has several")
+    refused(compare(several, {"gad.replay": 0.5}), "gad.replay=0.5 keeps one", "or gad.replay=0")
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False}
+    refused(compare(several, seqkd), "gad.teacher_answers=all: stage seqkd trains no discriminator")
+    (unreadable,) = check.run_checks(data(None, "no.parquet", {"gad.teacher_answers": "all"}), [check.check_tokens])
+    assert unreadable.level == "ok", "check_data reports the file"
+
+
 def test_teacher_answers_that_are_no_text(data):
     rows = [{"content": USER, "teacher_response": 5} for _ in range(8)]
     expect(data(rows), "row 0: column 'teacher_response' is of type int, not text (8 such rows)")
@@ -494,6 +527,20 @@ def test_too_few_rows_for_one_step(config, data):
     rows = [{"content": USER, "teacher_response": "x"}] * 5
     expect(data(rows), "data.train_batch_size=8", "5 rows", "Fix: data.train_batch_size=5 or less")
     expect(config({"data.train_max_samples": 4}), "data.train_batch_size=8", "4 rows")
+
+
+def test_the_epochs_hold_all_steps_of_the_run(config):
+    steps, epochs = "trainer.total_training_steps", "trainer.total_epochs"
+    assert errors_of(config({steps: 16, epochs: 2})) == []  # 64 rows, 8 a step
+    assert errors_of(config({steps: None, epochs: 2})) == []
+    expect(
+        config({steps: 17, epochs: 2}),
+        f"{steps}=17, but {epochs}=2 of 8 steps",
+        "end the run after step 16, without the checkpoint",
+        f"Fix: {epochs}=3, or {steps}=16",
+    )
+    fewer = {steps: 16, epochs: 2, "data.train_max_samples": 56}
+    expect(config(fewer), f"{epochs}=2 of 7 steps", f"Fix: {epochs}=3, or {steps}=14")
 
 
 def test_large_files_are_read_in_seconds(tmp_path):
@@ -717,6 +764,13 @@ def test_variants_of_the_objective_are_refused_where_nothing_reads_them(config, 
     expect(config({key: value, "gad.stage": "seqkd", "critic.enable": False}), f"{key}={value}", f"Fix: {key}=")
 
 
+@pytest.mark.parametrize("key", [f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward"])
+def test_imitation_refuses_a_kl_term_that_it_would_not_compute(config, gad, key):
+    expect(config({key: True}), f"{key}=True: imitation has no KL term", f"Fix: {key}=False")
+    expect(config({key: True, "gad.stage": "seqkd", "critic.enable": False}), f"{key}=True: imitation")
+    assert errors_of(gad({key: True})) == []
+
+
 def test_credit_per_token_needs_a_discriminator(config):
     assert errors_of(config({"gad.credit": "token"})) == []  # the warmup's learns on prefixes
     expect(config({"gad.credit": "token", "gad.stage": "seqkd", "critic.enable": False}), "gad.credit=token", "seqkd")
@@ -834,14 +888,15 @@ def test_megatron_ranks(gpu):
         (f"{ROLLOUT}.max_model_len", 28),
     ],
 )
-def test_token_limits(config, key, needed):
-    followers = {  # keys that follow the one under test by default
+def test_token_limits(gad, key, needed):
+    followers = {  # keys that follow the one under test by default, and a reference
         "critic.forward_max_token_len_per_gpu": 1000,
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu": 1000,
         "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 1000,
+        f"{ACTOR}.use_kl_loss": True,
     }
-    assert errors_of(config({**followers, key: needed})) == []
-    expect(config({**followers, key: needed - 1}), f"{key}={needed - 1}", f"= {needed} tokens", f"Fix: {key}={needed}")
+    assert errors_of(gad({**followers, key: needed})) == []
+    expect(gad({**followers, key: needed - 1}), f"{key}={needed - 1}", f"= {needed} tokens", f"Fix: {key}={needed}")
 
 
 def test_the_paper_barely_fits_the_default(gpu):
@@ -853,30 +908,31 @@ def test_the_paper_barely_fits_the_default(gpu):
     expect(gpu({**paper, **shared, f"{ROLLOUT}.n": 20}), "32768 x 2 GPUs", "75264", "37632 or more")
 
 
-def test_the_reference_counts_only_when_it_runs(config):
+def test_the_reference_counts_only_when_it_runs(gad):
     key = "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"
-    assert errors_of(config({key: 1, f"{ACTOR}.use_kl_loss": False})) == []
+    assert errors_of(gad({key: 1, f"{ACTOR}.use_kl_loss": False})) == []
 
 
-def test_fixed_micro_batches(config):
+def test_fixed_micro_batches(gad):
     fixed = {
+        f"{ACTOR}.use_kl_loss": True,
         f"{ACTOR}.use_dynamic_bsz": False,
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": 2,
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": 2,
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 2,
         "critic.ppo_micro_batch_size_per_gpu": 5,
     }
-    assert errors_of(config(fixed)) == []
+    assert errors_of(gad(fixed)) == []
     small = {**fixed, "critic.ppo_micro_batch_size_per_gpu": 4}
     expect(
-        config(small),
+        gad(small),
         "critic.ppo_micro_batch_size_per_gpu=4",
         "never split",
         "Fix: critic.ppo_micro_batch_size_per_gpu=5",
     )
-    for key in list(fixed)[1:4]:
-        expect(config({**fixed, key: None}), f"{key}=None")
-    expect(config({**fixed, f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}), "log_prob_use_dynamic_bsz", "must equal")
+    for key in list(fixed)[2:5]:
+        expect(gad({**fixed, key: None}), f"{key}=None")
+    expect(gad({**fixed, f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}), "log_prob_use_dynamic_bsz", "must equal")
 
 
 # ---------------------------------------------------------------------- output folder

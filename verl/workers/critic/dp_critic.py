@@ -90,6 +90,7 @@ class DataParallelPPOCritic:
         rollout_n: student samples per prompt.
         loss: of groups, an engine loss as :func:`discriminator_loss`.
         averages: the workers keep an average of D's weights, which scores (``gad.discriminator_ema``).
+        teachers: teacher rows per prompt in an update (``gad.teacher_answers``).
     """
 
     def __init__(
@@ -99,18 +100,15 @@ class DataParallelPPOCritic:
         rollout_n: int,
         loss: Callable = discriminator_loss,
         averages: bool = False,
+        teachers: int = 1,
     ):
         self.critic_wg = critic_wg
         self.config = config
         self.rollout_n = rollout_n
         self.group_loss = loss
         self.averages = averages
+        self.group_size = rollout_n + teachers  # rows of one prompt in an update
         self._loss: Callable | None = None
-
-    @property
-    def group_size(self) -> int:
-        """Rows of one prompt: the teacher and its n students."""
-        return self.rollout_n + 1
 
     def data_parallel_size(self) -> int:
         """Data-parallel ranks that D runs on."""

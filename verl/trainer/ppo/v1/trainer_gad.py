@@ -67,7 +67,6 @@ from verl.workers.critic.dp_critic import (
     SCORING_FIELDS,
     DataParallelPPOCritic,
     data_parallel_size,
-    discriminator_loss,
     largest_divisor,
 )
 from verl.workers.utils.losses import ppo_loss
@@ -128,10 +127,11 @@ class PPOTrainerGAD(PPOTrainerSync):
     def _setup(self):
         super()._setup()
         if self.use_critic:
-            loss = prefix_discriminator_loss if self.config.gad.credit == "token" else discriminator_loss
+            loss = prefix_discriminator_loss if self.config.gad.credit == "token" else self._teachers.loss
             averages = self.config.gad.discriminator_ema > 0
             critic = self.config.critic
-            self.discriminator = DataParallelPPOCritic(self.critic_wg, critic, self.rollout_n, loss, averages)
+            layout = self.rollout_n, loss, averages, self._teachers.most
+            self.discriminator = DataParallelPPOCritic(self.critic_wg, critic, *layout)
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
@@ -273,6 +273,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         for group in self._groups:
             group.teacher_tokens = rows[group.teacher.key]["input_ids"].numel()
         metrics.update(gad_rows.teacher_length_metrics(rows, limit))
+        rows |= self._teachers.other_rows(self._groups, rows, self.tokenizer.eos_token_id)
         metrics["response_length/cut_ratio"] = float(np.mean([tag["response_len"] >= limit for tag in batch.tags]))
         metrics["gad/missing_rollouts"] = (len(self._groups) + len(self._unlabelled)) * self.rollout_n - len(batch)
         known = {*rows, *batch.keys}
@@ -450,7 +451,8 @@ class PPOTrainerGAD(PPOTrainerSync):
             key of a row -> its score in the update's forward pass, before the optimizer step.
         """
         past = self._put_past_rows(partition_id) if self._replay.count else []
-        groups, critic = [*read_as(self._groups, self._read_as), *past], self.config.critic
+        fresh = self._teachers.with_others(read_as(self._groups, self._read_as))
+        groups, critic = [*fresh, *past], self.config.critic
         sizes = [group.tokens for group in groups]
         n_ranks = self.discriminator.data_parallel_size()
         mini_batch = labelled_mini_batch(self.config)
@@ -458,7 +460,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             ppo_mini_batch_size=mini_batch, shuffle=critic.shuffle, data_loader_seed=critic.data_loader_seed
         )
         ranks = spread_both(sizes, len(self._groups), update, n_ranks, self.global_steps)
-        weights = gad_rows.pair_weights(groups, ranks)
+        weights = gad_rows.pair_weights(groups, ranks) | self._teachers.shares(fresh)
         keys, fields = list(weights), TensorDict(gad_rows.update_fields(weights), batch_size=len(weights))
         tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=fields)
         prompts = len(groups) // len(ranks[0])
