@@ -24,7 +24,7 @@ start=(${MODEL:+--model "$MODEL"} ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"
 run() { # run STAGE [flags ...]
   local stage=$1; shift
   stoppable bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" \
-    --output_dir "$base/$stage" ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
+    --output_dir "$base/$stage" -- ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
 }
 run seqkd "${start[@]}"
 if [ -n "$DRY_RUN" ]; then # the checkpoints do not exist yet
