@@ -301,13 +301,14 @@ def test_the_users_overrides_win(separator):
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_the_pipeline_prints_its_three_stages(device):
-    flags = ["--exp_name", "try", "--output_dir", "/out", "--device", device]
-    commands = dry_run("run_pipeline.sh", *flags, "data.seed=5")
+    flags = ["--exp_name", "try", "--output_dir", "/out", "--device", device, "--seqkd_epochs", "20"]
+    commands = dry_run("run_pipeline.sh", *flags, "data.seed=5", "trainer.total_epochs=3")
     configs = [command.compose() for command in commands]
     assert [config.gad.stage for config in configs] == STAGES
     assert [config.trainer.default_local_dir for config in configs] == [f"/out/{stage}" for stage in STAGES]
     assert [config.trainer.experiment_name for config in configs] == [f"try-{stage}" for stage in STAGES]
     assert {config.data.seed for config in configs} == {5}
+    assert [config.trainer.total_epochs for config in configs] == [20, 3, 3]
     seqkd, warmup, gad = configs
     assert seqkd.actor_rollout_ref.model.path == warmup.critic.model.path == "org/student"
     assert warmup.actor_rollout_ref.model.path == "/out/seqkd/global_step_N/actor/huggingface"
