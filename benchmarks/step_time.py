@@ -48,12 +48,11 @@ SIZES = {  # of well-known models of these sizes, as a Llama
     "7b": (3584, 18944, 28, 28, 4, 152064),
 }
 PHASES = "gen old_log_prob ref values adv update_critic update_actor update_weights step".split()
-PROMPT_WORDS = 48
-PROMPT_TOKENS = PROMPT_WORDS + 16
-"""Limit of a prompt: its words and the chat template's tokens."""
+TEMPLATE_TOKENS = 16
+"""At most as many tokens of a prompt come from the chat template; the others are one per word."""
 
 
-def build_problem(folder: Path, size: str, response_length: int, prompts: int) -> None:
+def build_problem(folder: Path, size: str, prompt_length: int, response_length: int, prompts: int) -> None:
     """Random model, tokenizer of one token per word, and data whose teacher answers fill the response length."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -91,7 +90,7 @@ def build_problem(folder: Path, size: str, response_length: int, prompts: int) -
     rng = random.Random(0)
     rows = [
         {
-            "content": [{"role": "user", "content": " ".join(rng.choices(words, k=PROMPT_WORDS))}],
+            "content": [{"role": "user", "content": " ".join(rng.choices(words, k=prompt_length - TEMPLATE_TOKENS))}],
             "teacher_response": " ".join(rng.choices(words, k=response_length)),
             "data_source": "random",
             "extra_info": {"index": index},
@@ -102,7 +101,7 @@ def build_problem(folder: Path, size: str, response_length: int, prompts: int) -
 
 
 def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
-    tokens = max(32768, (args.n + 1) * (PROMPT_WORDS + 8 + args.response))
+    tokens = max(32768, (args.n + 1) * (args.prompt + args.response))
     return [
         f"device={args.device}",
         "gad.stage=warmup",  # D's score head is random
@@ -110,12 +109,12 @@ def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
         f"data.train_files={folder}/train.parquet",
         f"data.val_files={folder}/train.parquet",
         f"data.train_batch_size={args.prompts}",
-        f"data.max_prompt_length={PROMPT_TOKENS}",
+        f"data.max_prompt_length={args.prompt}",
         f"data.max_response_length={args.response}",
         "data.dataloader_num_workers=0",
         f"actor_rollout_ref.rollout.n={args.n}",
         "actor_rollout_ref.rollout.ignore_eos=True",
-        f"actor_rollout_ref.rollout.max_model_len={PROMPT_TOKENS + args.response}",
+        f"actor_rollout_ref.rollout.max_model_len={args.prompt + args.response}",
         f"actor_rollout_ref.rollout.max_num_seqs={args.prompts * args.n}",
         f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={tokens}",
         f"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu={tokens}",
@@ -321,6 +320,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--n", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64, help="most tokens of a prompt; it has a few fewer")
     parser.add_argument("--response", type=int, default=512, help="tokens of every answer")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of every side")
     parser.add_argument("--warmup_rounds", type=int, default=1)
@@ -341,7 +341,7 @@ def main() -> None:
     sides = tuple(args.sides)
     steps = (args.warmup_rounds + args.rounds) * len(sides)
     with tempfile.TemporaryDirectory(prefix="gad-step-time-") as name:
-        build_problem(Path(name), args.size, args.response, prompts=4 * args.prompts)
+        build_problem(Path(name), args.size, args.prompt, args.response, prompts=4 * args.prompts)
         memory = DeviceMemory()
         if args.device == "gpu":
             memory.start()

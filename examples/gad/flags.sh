@@ -1,6 +1,10 @@
 # Reads the flags of the scripts in this folder. Sourced, not run.
 
-fail() { echo "error: $*" >&2; exit 2; }
+fail() { # without the control characters of what was given
+  local message="error: $*"
+  printf '%s\n' "${message//[[:cntrl:]]/?}" >&2
+  exit 2
+}
 
 # read_flags "NAME ..." "SWITCH ..." ARGUMENT...
 # --name VALUE sets NAME=VALUE, --switch sets SWITCH=1, --help calls usage; - and _ in a name are the same.

@@ -350,7 +350,8 @@ class _Failure:
         if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
             return cls("the server did not answer in time", passing=True)
         if isinstance(error, openai.APIConnectionError):
-            return cls(f"no connection to the server ({error.__cause__ or error})", passing=True, hopeless=True)
+            cause = error.__cause__ or error
+            return cls(f"no connection to the server ({str(cause) or repr(cause)})", passing=True, hopeless=True)
         if isinstance(error, openai.APIError | _UnreadableAnswer):
             return cls(str(error), passing=True)
         if isinstance(error, UnicodeEncodeError):

@@ -587,6 +587,9 @@ def test_seqkd_trains_on_the_teacher_alone(seqkd):
     assert log[STEPS]["actor/sft_loss"] < log[1]["actor/sft_loss"]
     assert not any(key.startswith("critic/") for key in log[STEPS])
     assert any(key.startswith("val-aux/tiny/rouge_l/mean") for key in log[STEPS])
+    lines = [json.loads(line) for line in (seqkd / "metrics.jsonl").read_text().splitlines()]
+    sent = [line["step"] for line in lines if "timing_s/update_weights" in line["data"]]
+    assert sent == [STEPS], "the rollout engine gets weights where a step validates, and there alone"
 
 
 def test_a_seqkd_run_that_never_validates_learns_the_same_without_a_rollout_engine(seqkd, seqkd_without_validation):

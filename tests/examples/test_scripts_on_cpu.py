@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import ray
@@ -16,7 +17,11 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
+
+from tests.generated import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples/gad"
@@ -34,6 +39,7 @@ def sh(script, *arguments, cwd=ROOT, **environment):
         env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True,
         text=True,
+        errors="surrogateescape",  # what is not UTF-8
         timeout=120,
     )
 
@@ -41,7 +47,8 @@ def sh(script, *arguments, cwd=ROOT, **environment):
 def unquoted(line):
     """The words of a line as bash reads them."""
     script = 'eval "set -- $1"; printf "%s\\0" "$@"'
-    return subprocess.run(["bash", "-c", script, "bash", line], capture_output=True, text=True).stdout.split("\0")[:-1]
+    done = subprocess.run(["bash", "-c", script, "bash", line], capture_output=True, errors="surrogateescape")
+    return done.stdout.split("\0")[:-1]
 
 
 class Command:
@@ -294,13 +301,14 @@ def test_the_users_overrides_win(separator):
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_the_pipeline_prints_its_three_stages(device):
-    flags = ["--exp_name", "try", "--output_dir", "/out", "--device", device]
-    commands = dry_run("run_pipeline.sh", *flags, "data.seed=5")
+    flags = ["--exp_name", "try", "--output_dir", "/out", "--device", device, "--seqkd_epochs", "20"]
+    commands = dry_run("run_pipeline.sh", *flags, "data.seed=5", "trainer.total_epochs=3")
     configs = [command.compose() for command in commands]
     assert [config.gad.stage for config in configs] == STAGES
     assert [config.trainer.default_local_dir for config in configs] == [f"/out/{stage}" for stage in STAGES]
     assert [config.trainer.experiment_name for config in configs] == [f"try-{stage}" for stage in STAGES]
     assert {config.data.seed for config in configs} == {5}
+    assert [config.trainer.total_epochs for config in configs] == [20, 3, 3]
     seqkd, warmup, gad = configs
     assert seqkd.actor_rollout_ref.model.path == warmup.critic.model.path == "org/student"
     assert warmup.actor_rollout_ref.model.path == "/out/seqkd/global_step_N/actor/huggingface"
@@ -582,6 +590,126 @@ def test_texts_that_no_layer_below_keeps_are_refused_by_name(fake, flag, text, r
 def test_the_warmups_folder_is_refused_by_name_too(fake):
     done, calls = fake("run_gad.sh", "--warmup_dir", "w\n", "--train_files", "t")
     assert done.returncode == 2 and "error: --warmup_dir has a newline" in done.stderr and calls == []
+
+
+PATHS = {"model", "reward_model", "train_files", "val_files", "output_dir", "exp_name"}
+FLAG_NAMES = PATHS | {"nnodes", "device", "resume_step"}
+SWITCHES = {"dry_run", "skip_doctor", "raw_log"}
+PIECES = [*"ab01 ./-_=,()[]{}:;#&|~'\"`\\!?*<>%@+^$\n\x1bäß日🎉", "\udcff", "--", "null", "${a}", "::", "http://"]
+VALUES = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
+VALUES |= st.sampled_from(["x", "2", "0.2", "cpu", "a b", *ODD])
+OVERRIDES = [[], ["gad.replay=0.5", "a='b c'"], ["--", "-h"], ["--", "--model", "x"]]
+
+
+@st.composite
+def arguments(draw):
+    """A launch script, and words after its name: flags with any values, often repeated, and overrides."""
+    script = draw(st.sampled_from(LAUNCHERS))
+    words = ["--dry-run", *draw(st.sampled_from([GOOD] * 9 + [GOOD[:2]]))]
+    names = st.sampled_from([*sorted(PATHS | SWITCHES), *sorted(PATHS), "nnodes", "device"])
+    for name in draw(st.lists(names, max_size=5)):
+        words.append(draw(st.sampled_from([f"--{name}", f"--{name.replace('_', '-')}"])))
+        if name not in SWITCHES:
+            words.append(draw({"nnodes": st.just("2"), "device": st.just("cpu")}.get(name, VALUES) | VALUES))
+    if draw(st.integers(0, 4)) == 4:  # a value is missing, a flag is unknown, or a word is too many
+        other = draw(st.sampled_from(["--model", "--beta", "-h", "--", "x"]) | VALUES)
+        words.insert(draw(st.integers(1, len(words))), other)
+    return script, words + draw(st.sampled_from(OVERRIDES))
+
+
+def read_words(words, names, switches):
+    """(flag -> value, overrides) of a script's words; None: they are wrong; "help": they ask for help."""
+    found = {}
+    while words:
+        word, *words = words
+        if word in ("--help", "-h"):
+            return "help"
+        if word == "--":
+            break
+        if not word.startswith("--"):
+            words = [word, *words]
+            break
+        name = word[2:].replace("-", "_")
+        if name in switches:
+            found[name] = "1"
+        elif name not in names or not words or not words[0] or words[0].startswith("--"):
+            return None
+        else:
+            found[name], *words = words
+    return found, words
+
+
+def is_refused(flags):
+    """Whether a script must refuse these flags, by the rules that its help and errors state."""
+    texts = [flags[name] for name in PATHS & flags.keys()]
+    data = [flags[name] for name in {"train_files", "val_files"} & flags.keys()]
+    return (
+        not {"model", "train_files"} <= flags.keys()
+        or "resume_step" in flags
+        or flags.get("device", "cpu") not in ("cpu", "gpu")
+        or not re.fullmatch("[0-9]+", flags.get("nnodes", "1"))
+        or not re.fullmatch("[0-9.eE+-]+", flags.get("beta", "1"))
+        or any(re.search(r"[\x00-\x1f\x7f$\udc80-\udcff]", text) for text in texts)
+        or any(re.search(r"[*?[]|::", text) for text in data)
+    )
+
+
+@cases(20)
+@given(arguments())
+def test_any_arguments_give_help_or_the_command_or_one_error(case):
+    script, words = case
+    soda = script == "run_soda.sh"
+    read = read_words(words, FLAG_NAMES | {"beta"} if soda else FLAG_NAMES, SWITCHES | {"online"} if soda else SWITCHES)
+    with TemporaryDirectory() as folder:
+        done = sh(script, *words, cwd=folder)
+        assert os.listdir(folder) == []
+        if read == "help":
+            assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ")
+            return
+        if read is None or is_refused(read[0]):
+            assert (done.returncode, done.stdout) == (2, "")
+            assert re.fullmatch(r"error: [^\x00-\x1f]+\n", done.stderr), done.stderr
+            return
+        assert (done.returncode, done.stderr) == (0, "")
+        flags, overrides = read
+        for command, stage in zip(map(Command, done.stdout.splitlines()), STAGES, strict=False):
+            assert command.overrides[len(command.overrides) - len(overrides) :] == overrides
+            check_command(command, flags, folder, stage if script == "run_pipeline.sh" else None)
+
+
+def check_command(command, flags, folder, pipeline_stage):
+    """The command holds the texts of the flags as they were given; ``absolute`` is what the help says of paths."""
+
+    def absolute(path):
+        return path if "://" in path or not os.path.exists(os.path.join(folder, path)) else os.path.join(folder, path)
+
+    own = [word for word in command.overrides if word.split("=")[0] in KEYS_OF_FLAGS]
+    parsed = OverridesParser.create().parse_overrides(own)
+    values = {override.key_or_group: override.value() for override in parsed}
+    stage = pipeline_stage or values["gad.stage"]
+    name = flags.get("exp_name", stage)
+    output = flags.get("output_dir", f"checkpoints/gad/{name}")
+    if pipeline_stage is not None:
+        output = f"{flags.get('output_dir', 'checkpoints/gad/' + flags.get('exp_name', 'pipeline'))}/{stage}"
+        name = f"{flags['exp_name']}-{stage}" if "exp_name" in flags else stage
+    data = absolute(flags["train_files"])
+    expected = {
+        "gad.stage": stage,
+        "data.train_files": data,
+        "data.val_files": absolute(flags["val_files"]) if "val_files" in flags else data,
+        "trainer.experiment_name": name,
+        "trainer.default_local_dir": os.path.join(folder, output),
+    }
+    if pipeline_stage in (None, "seqkd"):
+        expected["actor_rollout_ref.model.path"] = absolute(flags["model"])
+        expected["critic.model.path"] = absolute(flags.get("reward_model", flags["model"]))
+    assert {key: values[key] for key in expected} == expected
+    assert f"trainer.nnodes={flags.get('nnodes', '1')}" in command.overrides
+    assert f"device={flags.get('device', 'gpu')}" in command.overrides
+
+
+KEYS_OF_FLAGS = {"gad.stage", "data.train_files", "data.val_files", "trainer.experiment_name", "critic.model.path"}
+KEYS_OF_FLAGS |= {"trainer.default_local_dir", "actor_rollout_ref.model.path"}
 
 
 # ---------------------------------------------------------------------- the configuration files

@@ -184,31 +184,6 @@ def test_prepare_writes_whole_files_or_none(tmp_path, seed):
     assert 0 < sum(pq.read_table(out / f"{name}.parquet").num_rows for name in ("train", "val")) <= len(rows) + 3
 
 
-@cases(50)
-def test_every_row_is_kept_or_counted(tmp_path, seed):
-    """100,000 rows in all, a third of them damaged: the good ones are written as they are, and the sums are right."""
-    rng = random.Random(seed)
-    layout, rows, good = json.dumps(LAYOUTS[seed % len(LAYOUTS)]), [], {}
-    for i in range(2000):
-        row = json.loads(layout.replace("{i}", str(i)))
-        if rng.random() < 1 / 3:
-            row = damaged_value(rng, row)
-        else:
-            good[f"do {i}" if "instruction" in row else f"q {i}"] = f"an answer {i}"
-        rows.append(json.dumps(row))
-    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    file.write_text("\n".join(rows) + "\n")
-    code, text = gad("prepare", file, "--output_dir", out, "--val_fraction", "0.2")
-    assert code == 0, text
-    counts = {name: int(n.replace(",", "")) for name, n in re.findall(r"^(\w+) +([\d,]+) rows", text, re.MULTILINE)}
-    written = [row for name in ("train", "val") for row in pq.read_table(out / f"{name}.parquet").to_pylist()]
-    rejects = (out / "rejects.jsonl").read_text().splitlines()
-    assert counts["train"] + counts["val"] == len(written) and counts["rejected"] == len(rejects)
-    assert counts["read"] == len(rows) == len(written) + len(rejects) + counts.get("duplicates", 0)
-    read_back = {row["content"][-1]["content"]: row["teacher_response"] for row in written}
-    assert {prompt: read_back.get(prompt) for prompt in good} == good
-
-
 # ---------------------------------------------------------------------- collect
 
 

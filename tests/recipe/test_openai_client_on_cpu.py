@@ -6,7 +6,9 @@ import email.utils
 import itertools
 import json
 import random
+import socket
 import string
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -218,6 +220,20 @@ def test_a_server_that_is_not_there_is_hopeless_and_named_at_once(chat_server, c
     assert failure.value.hopeless
     printed = capsys.readouterr().err
     assert printed.count("no connection to the server") == 1 and "trying again, up to 2 times" in printed
+
+
+def test_a_connection_that_breaks_without_a_word_is_named():
+    def reset(server):
+        connection, _ = server.accept()
+        connection.recv(1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets it
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=reset, args=(server,), daemon=True).start()
+        client = ChatClient(f"http://127.0.0.1:{server.getsockname()[1]}/v1", max_retries=0)
+        with pytest.raises(RequestFailed, match=r"no connection to the server \(\w*Error\(.*\)\) \(1 attempts\)"):
+            asyncio.run(client.complete(PROMPT, model="m"))
 
 
 def test_retry_after_is_honoured_by_all_requests(chat_server):

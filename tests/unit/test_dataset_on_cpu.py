@@ -94,6 +94,26 @@ def test_columns_of_the_file_win_over_what_is_filled_in(tokenizer, parquet, tmp_
     assert row["data_source"] == "source 3" and row["reward_model"] == reward
 
 
+def test_columns_with_the_names_of_our_own_are_replaced(tokenizer, parquet, tmp_path):
+    own = {
+        "teacher_response_ids": str,
+        "teacher_response_length": lambda i: f"{i} words",
+        "teacher_answers": lambda i: {"text": "x"},
+    }
+    path, mixed = parquet(**own), tmp_path / "mixed.jsonl"
+    rows = pq.read_table(path).to_pylist()
+    mixed.write_text(
+        "\n".join(json.dumps({**row, "teacher_response_length": [{}, 5][i % 2]}) for i, row in enumerate(rows))
+    )
+    plain = RLHFDataset(parquet("plain.parquet"), tokenizer, config(tmp_path))
+    for file in (path, str(mixed)):
+        dataset = RLHFDataset(file, tokenizer, config(tmp_path))
+        assert dataset.dataframe.column_names == plain.dataframe.column_names
+        assert [row["teacher_response_ids"] for row in dataset] == [row["teacher_response_ids"] for row in plain]
+        batch = object()
+        assert Teachers(dataset, 7, named=False).draw(batch, 1) is batch
+
+
 def test_another_teacher_column_is_read(tokenizer, parquet, tmp_path):
     path = parquet(gold=lambda i: ANSWERS[-1 - i])
     row = RLHFDataset(path, tokenizer, config(tmp_path, teacher_key="gold"))[0]

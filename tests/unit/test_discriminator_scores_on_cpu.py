@@ -1,5 +1,7 @@
 """D's scores and its engine loss (verl/workers/critic/dp_critic.py): jagged tensors by hand, and a real small model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,19 @@ def test_scores_do_not_depend_on_padding_order_or_micro_batches(model, tokenizer
     assert score_padded(model, rows[::-1], pad, side)[::-1] == pytest.approx(expected, abs=1e-5)
     in_parts = score_padded(model, rows[:1], pad, side) + score_padded(model, rows[1:], pad, side)
     assert in_parts == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scores_in_an_update_are_those_of_a_pass_without_one(model, rows, checkpointing):
+    """D scores while it trains, where gradients are kept or computed again. verl sets the head's dropout to 0."""
+    training = copy.deepcopy(model).train()
+    training.dropout = torch.nn.Identity()
+    if checkpointing:
+        training.gradient_checkpointing_enable()
+    scores = [training(input_ids=torch.tensor([row])).logits[0, -1, 0] for row in rows]
+    assert [score.item() for score in scores] == pytest.approx([score_alone(model, row) for row in rows], abs=1e-6)
+    sum(scores).backward()
+    assert all(parameter.grad is not None for parameter in training.parameters())
 
 
 @pytest.mark.parametrize("limit", [None, 3], ids=["whole", "cut"])

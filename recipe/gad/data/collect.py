@@ -79,6 +79,8 @@ class Collected:
     """Id -> reason, for the requests whose last attempt failed."""
     rejected: int = 0
     """Rows of the input without a usable prompt."""
+    duplicates: int = 0
+    """Rows of the input with the prompt of an earlier row."""
     new: int = 0
     """Requests finished by this run."""
     prompt_tokens: int = 0
@@ -146,7 +148,7 @@ async def collect_answers(
         if retry_failed:
             done.difference_update(result.reasons)
         with open_rejects(out.with_suffix(".rejects.jsonl")) as rejects:
-            to_do = sum(1 for _ in _open_requests(inputs, samples, prompt_key, settings, set(done), rejects))
+            to_do = sum(1 for _ in _open_requests(inputs, samples, prompt_key, settings, set(done), rejects, result))
         result.rejected = rejects.count
         if not done:
             if not to_do:
@@ -178,6 +180,8 @@ def summary(result: Collected, out: str | Path, prices: tuple[float, float]) -> 
         lines.append(f"failed      {count:>9,} {reason}, in {out.with_suffix('.failed.jsonl')}")
     if result.rejected:
         lines.append(f"rejected    {result.rejected:>9,} rows without a prompt, in {out.with_suffix('.rejects.jsonl')}")
+    if result.duplicates:
+        lines.append(f"duplicates  {result.duplicates:>9,} rows: an earlier row has the same prompt")
     lines.append(f"tokens      {result.prompt_tokens:>9,} of prompts, {result.completion_tokens:,} of answers")
     if any(prices):
         lines.append(f"cost        {result.cost(*prices):>9,.4f}")
@@ -193,8 +197,11 @@ def _open_requests(
     settings: RequestSettings,
     done: set[str],
     rejects: Rejects | None = None,
+    result: Collected | None = None,
 ) -> Iterator[Request]:
-    """Requests whose id is not in ``done``, which gets it; rows without a prompt go to ``rejects``."""
+    """Requests whose id is not in ``done``, which gets it; rows without a prompt go to ``rejects``, and ``result``
+    counts those with the prompt of an earlier row."""
+    seen: set[str] = set()
     for row in (row for source in inputs for row in read_rows(source)):
         try:
             prompt = read_prompt(row, prompt_key)
@@ -205,6 +212,9 @@ def _open_requests(
         for sample in range(samples):
             text = json.dumps([prompt, sample, asdict(settings)], sort_keys=True)
             request_id = blake2b(text.encode(), digest_size=ID_BYTES).hexdigest()
+            if result is not None and sample == 0:
+                result.duplicates += request_id in seen
+                seen.add(request_id)
             if request_id not in done:
                 done.add(request_id)
                 yield Request(request_id, prompt, sample, data_source_of(row))

@@ -383,7 +383,10 @@ def _alpaca_messages(messages: list[Message], columns: dict[str, Any]) -> list[M
     if columns.get("input"):
         messages[-1]["content"] += "\n\n" + _text("input", columns["input"])
     turns: list[Message] = []
-    for pair in columns.get("history") or ():
+    history = columns.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError(f"column 'history' is of type {type(history).__name__}, not a list of [user, assistant]")
+    for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"column 'history' holds {str(pair)[:80]}, not [user, assistant]")
         turns += [

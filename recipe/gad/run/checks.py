@@ -52,7 +52,7 @@ from recipe.gad.run.config import (
     unlabelled_prompts,
     world_size,
 )
-from recipe.gad.run.data_file import data_file_problems, teacher_columns
+from recipe.gad.run.data_file import data_file_problems, joint_problem, teacher_columns
 from recipe.gad.run.findings import (
     Check,
     ConfigError,
@@ -551,6 +551,10 @@ def check_data(config: DictConfig) -> Findings:
                 yield error(f"{key}: verl does not expand ~ in {file}", fix=f"{Path(file).expanduser()}")
             checked[file], problems = data_file_problems(file, prompt_key, teacher_key)
             yield from (problem.about(key) for problem in problems)
+        joined = [file for file in files if file.endswith(".parquet") and checked[file]]
+        if len(joined) > 1 and (problem := joint_problem(joined)) is not None:
+            what = f"{key}: verl cannot join {', '.join(joined)}: {problem.rstrip('.')}"
+            yield error(what, fix="give the column the same type in all files, or drop it")
     rows = [checked[file] for file in files_of(get(config, "data.train_files"))]
     if not rows or not all(rows):
         return

@@ -5,6 +5,7 @@ Files are streamed: parquet by row group, reading two columns only; .json and .j
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ NO_SOURCE, UNLABELLED = "gad", "unlabelled"
 """data_source of rows that name none, and of all prompts of ``gad.unlabelled_files``."""
 PROMPT_FORM = "a list of chat messages [{role, content}, ...] that ends with the user's (or a tool's) message"
 TEACHER_FORM = "the teacher's answer: text, or one chat message {role, content}, or a list of such answers"
+
+DATE = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d(:\d\d(:\d\d)?)?(Z|[+-]\d\d(:?\d\d)?)?)?")
+"""verl's reader of JSON makes points in time of a column in which each text has this form."""
+DEEPEST = 63
+"""Most levels of lists and objects in a row, the row included, that verl's reader of JSON takes."""
 
 TeacherKey = str | Iterable[str] | None
 """data.teacher_key: the column with the teacher's answers, or one for each teacher; None: answers are not read."""
@@ -100,9 +106,11 @@ def prompt_problem(messages: Any) -> str | None:
     for position, message in enumerate(messages):
         if not isinstance(message, dict):
             return f"has a message (number {position}) of type {type(message).__name__}, not {{role, content}}"
-        for key in ("role", "content"):
-            if message.get(key) is None:
+        for key, kinds in (("role", str), ("content", str | list)):  # a list holds parts, such as text and images
+            if (value := message.get(key)) is None:
                 return f"has a message (number {position}) without {key}"
+            if not isinstance(value, kinds):
+                return f"has a message (number {position}) with {key} of type {type(value).__name__}, not text"
     last = messages[-1]["role"]
     return None if last in ("user", "tool") else f"ends with a message of role {last!r}"
 
@@ -155,6 +163,20 @@ def column_values(path: str | Path, key: str) -> set[str]:
     return {str(value) for (values,) in batches for value in values}
 
 
+def joint_problem(files: Iterable[str | Path]) -> str | None:
+    """Why verl cannot join parquet files that have passed :func:`data_file_problems`, or None. It reads a row of each:
+    a column needs one type in all files."""
+    import datasets
+
+    firsts = (next(pq.ParquetFile(Path(file).expanduser()).iter_batches(1)) for file in files)
+    tables = [datasets.Dataset(pa.Table.from_batches([first])) for first in firsts]
+    try:
+        datasets.concatenate_datasets(tables)
+    except ValueError as problem:
+        return re.sub(r" of features \{.*\} has", " has", str(problem))
+    return None
+
+
 def data_file_problems(path: str | Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, list[Finding]]:
     """Number of rows of a data file, and errors: one about the file, or one for each kind of bad row."""
     file = Path(path).expanduser()
@@ -181,8 +203,10 @@ def _scan(file: Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, li
         raise InputError(f"unknown ending {file.suffix!r}", fix="convert the file to .parquet, .json or .jsonl")
     if file.stat().st_size == 0:
         raise InputError("the file is empty (0 bytes; download or conversion cut off?)", fix="write it again")
-    batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
-    rows, found, lists = 0, _BadRows(), dict[str, bool]()
+    is_json = file.suffix != ".parquet"
+    objects = ("extra_info", "reward_model") if teachers else ("extra_info",)  # unlabelled prompts get a reward_model
+    batches = _json_columns(file, keys, objects) if is_json else _parquet_columns(file, keys, objects)
+    rows, found, lists, dates = 0, _BadRows(), dict[str, bool](), defaultdict[str, set[bool]](set)
     for prompts, *answers in batches:
         for row, value in enumerate(prompts, start=rows):
             if (problem := prompt_problem(value)) is not None:
@@ -194,14 +218,31 @@ def _scan(file: Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, li
             for key, cell in of_row.items():
                 if cell is not None and lists.setdefault(key, isinstance(cell, list)) != isinstance(cell, list):
                     found.add(key, f"is {'a' if isinstance(cell, list) else 'no'} list, unlike those before it", row)
+        for key, column in zip(keys, (prompts, *answers), strict=True):
+            dates[key] |= {DATE.fullmatch(text) is not None for text in _texts(column)}
         rows += len(prompts)
     if rows == 0:
         raise InputError("holds 0 rows, expected at least one", fix="write it again with data")
     forms = {prompt_key: PROMPT_FORM}
-    return rows, [
+    problems = [
         error(f"{file}, {line}; expected {forms.get(key, TEACHER_FORM)}", fix="repair or drop the row")
         for key, line in found.lines()
     ]
+    for key in [key for key in keys if is_json and dates[key] == {True}]:
+        what = f"{file}: column {key!r} holds only dates, which verl's reader of JSON changes into points in time"
+        problems.append(error(what, fix="write the file as .parquet, as gad prepare does"))
+    return rows, problems
+
+
+def _texts(cell: Any) -> Iterator[str]:
+    """The texts of a cell with messages or answers."""
+    if isinstance(cell, str):
+        yield cell
+    elif isinstance(cell, dict):
+        yield from _texts(cell.get("content", cell.get("text")))
+    elif isinstance(cell, list):
+        for part in cell:
+            yield from _texts(part)
 
 
 def sample_rows(path: str | Path, prompt_key: str, teacher_key: TeacherKey, size: int) -> tuple[int, list, list]:
@@ -264,28 +305,106 @@ def _missing_columns(keys: Iterable[str], columns: Iterable[str]) -> InputError:
     )
 
 
-def _parquet_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
-    """The columns ``keys`` as lists, ``BATCH_ROWS`` rows at a time."""
+def _no_object(key: str, what: str) -> InputError:
+    return InputError(f"column {key!r} {what}; verl reads an object there", fix="write objects, or drop the column")
+
+
+class _Repeated(dict):
+    """An object of JSON that had a key twice; the last value counts."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Repeated(found)
+
+
+def _number(text: str) -> float:
+    """The number with a point or exponent; one too large for a float, such as 1e400, as a large integer."""
+    return found if (found := float(text)) - found == 0 else 2**64
+
+
+def _unreadable(row: dict[str, Any]) -> str | None:
+    """What verl's reader of JSON, the package ``datasets``, fails on or changes in silence; None: nothing."""
+    level, depth = [row], 0
+    while level:  # no recursion: a row may be nested hundreds of levels deep
+        below: list[Any] = []
+        depth += 1
+        for part in level:
+            if isinstance(part, str):
+                if not _is_unicode(part):
+                    return f"text that is not valid Unicode ({part[:40]!a}: half of a surrogate pair)"
+            elif isinstance(part, dict | list):
+                if depth > DEEPEST:
+                    return f"values that are nested more than {DEEPEST} levels deep"
+                if isinstance(part, _Repeated):
+                    return f"an object with the same key twice (keys: {', '.join(part)})"
+                below += [*part, *part.values()] if isinstance(part, dict) else part
+            elif isinstance(part, int) and not -(2**63) <= part < 2**64:
+                return "a number that does not fit into 64 bits"
+        level = below
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _holds_map(kind: pa.DataType) -> bool:
+    """Whether values of an Arrow type hold a map, or a list_view, at any level; ``datasets`` takes all other types."""
+    is_one = pa.types.is_map(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    return is_one or any(_holds_map(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _cells(column: pa.Array) -> list:
+    """Values of a column; ``datasets`` writes one of mixed types as JSON, and reads it back."""
+    values = column.to_pylist()
+    return [value and json.loads(value) for value in values] if isinstance(column.type, pa.JsonType) else values
+
+
+def _parquet_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -> Iterator[list[list]]:
+    """The columns ``keys`` as lists, ``BATCH_ROWS`` rows at a time. Those of ``objects`` may be missing."""
     try:
         with pq.ParquetFile(file, memory_map=True) as parquet:
-            columns = parquet.schema_arrow.names
+            schema, columns = parquet.schema_arrow, parquet.schema_arrow.names
             if not set(keys) <= set(columns):
                 raise _missing_columns(keys, columns)
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=keys):
-                yield [batch.column(key).to_pylist() for key in keys]
+            for field in schema:
+                if columns.count(field.name) > 1:
+                    raise InputError(f"has two columns {field.name!r}", fix="rename or drop one of them")
+                if _holds_map(field.type):
+                    what = f"column {field.name!r} holds {field.type}, which verl's reader does not know"
+                    raise InputError(what, fix="write structs or lists instead, or drop the column")
+                known = isinstance(field.type, pa.StructType | pa.JsonType) or pa.types.is_null(field.type)
+                if field.name in objects and not known:
+                    raise _no_object(field.name, f"holds {field.type}")
+            as_json = [f.name for f in schema if f.name in objects and isinstance(f.type, pa.JsonType)]
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=[*keys, *as_json]):
+                for key in as_json:
+                    if bad := [value for value in _cells(batch.column(key)) if not isinstance(value, dict | None)]:
+                        raise _no_object(key, f"holds {type(bad[0]).__name__}")
+                yield [_cells(batch.column(key)) for key in keys]
     except (pa.ArrowException, OSError) as problem:
         raise InputError(f"is not a readable parquet file ({problem})", fix="write it again") from None
 
 
-def _json_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
+def _json_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -> Iterator[list[list]]:
     """The same for JSON: one object per line, or one list of objects. The first row names the columns."""
     columns: list[str] = []
     found: list[list[Any]] = [[] for _ in keys]
-    for number, (row, problem) in enumerate(json_rows(file)):
+    for number, (row, problem) in enumerate(json_rows(file, object_pairs_hook=_object, parse_float=_number)):
         if problem is not None:
             raise InputError(f"row {number} {problem}", fix="repair or drop the line")
         if not isinstance(row, dict):
             raise InputError(f"row {number} is of type {type(row).__name__}, not an object", fix="write it again")
+        if (problem := _unreadable(row)) is not None:
+            raise InputError(f"row {number} holds {problem}", fix="repair or drop the row")
+        for key in objects:
+            if not isinstance(row.get(key), dict | None):
+                raise _no_object(key, f"is of type {type(row[key]).__name__} in row {number}")
         columns = columns or list(row)
         if not set(keys) <= set(columns):
             raise _missing_columns(keys, columns)
@@ -297,8 +416,11 @@ def _json_columns(file: Path, keys: list[str]) -> Iterator[list[list]]:
     yield found
 
 
-def json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
+def json_rows(file: Path, **hooks: Any) -> Iterator[tuple[Any, str | None]]:
     """Rows of a file that holds one JSON value per line or one JSON list, read in bounded memory.
+
+    Args:
+        hooks: of ``json.JSONDecoder``.
 
     Yields:
         (row, None); or, for a line that is not JSON, (text of the line, "is not valid JSON (...)"). Blank lines are
@@ -309,14 +431,14 @@ def json_rows(file: Path) -> Iterator[tuple[Any, str | None]]:
     """
     with file.open("rb") as lines:
         if lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            yield from ((row, None) for row in _list_rows(file))
+            yield from ((row, None) for row in _list_rows(file, **hooks))
             return
         lines.seek(0)
         for line in lines:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line), None
+                yield json.loads(line, **hooks), None
             except (ValueError, RecursionError) as problem:  # not JSON, not UTF-8, or nested thousands of levels deep
                 yield line.decode("utf-8", "backslashreplace").rstrip("\r\n"), f"is not valid JSON ({problem})"
 
@@ -328,9 +450,9 @@ def _decode(decode: Callable[[str, int], tuple[Any, int]], text: str, start: int
         raise InputError(f"row {number} is nested too deeply", fix="drop the row") from None
 
 
-def _list_rows(file: Path) -> Iterator[Any]:
+def _list_rows(file: Path, **hooks: Any) -> Iterator[Any]:
     """Rows of one JSON list, each decoded as soon as it has been read."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(**hooks).raw_decode
     with file.open(encoding="utf-8-sig") as text:
         buffer, position, number = text.read(CHUNK_CHARS), 0, 0
         while True:

@@ -13,9 +13,12 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
     """Stage seqkd: imitation alone. The teacher's rows come straight from the data; nothing is sampled or scored.
 
     A run that never validates starts no rollout engine, and none of the processes that ask it or score its answers.
+    Otherwise the engine sleeps in all steps that do not validate, and gets no weights after them.
     """
 
     samples_in_training = False
+    _engine_wakes = True
+    """Is the engine awake at the start of a step, and at its end?"""
 
     def __init__(self, config):
         super().__init__(config)
@@ -29,11 +32,20 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
         if self._wakes_engine():
             super().on_init_end()
 
+    def _wakes_engine(self) -> bool:
+        return self._engine_wakes and super()._wakes_engine()
+
+    def on_step_end(self):
+        step, every = self.global_steps, self.config.trainer.test_freq
+        validates_now = every > 0 and (step % every == 0 or step >= self.total_training_steps)  # stock's condition
+        self._engine_wakes = validates_now
+        super().on_step_end()
+
     def prepare_step(self) -> dict:
         return {}
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
-        self.on_sample_end()  # the rollout engine sleeps until the weights are sent to it again
+        self.on_sample_end()  # the rollout engine sleeps until weights are sent to it again
         data = self._next_train_batch(sample_batch_size)
         rows = self._rows_from_data(*(list(data[key]) for key in ("uid", "raw_prompt", TEACHER_IDS)))
         self._put_rows("train", rows)

@@ -190,6 +190,7 @@ BAD = {
     "half a surrogate pair in a prompt": ({"prompt": "\ud83d", "response": "a"}, "not valid Unicode"),
     "half a surrogate pair in an answer": ({"prompt": "q", "response": "\ud83d"}, "not valid Unicode"),
     "history of another form": ({"instruction": "q", "output": "a", "history": ["x"]}, "column 'history' holds"),
+    "history that is no list": ({"instruction": "q", "output": "a", "history": True}, "'history' is of type bool"),
     "not an object": (["q", "a"], "is of type list"),
 }
 

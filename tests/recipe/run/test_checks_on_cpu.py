@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from recipe.gad import plugin
 from recipe.gad.run import checks as check
 from recipe.gad.run.checkpoint import TRACKER, claim_folder
 from recipe.gad.run.checks import check_config, required_ray_cpus
-from recipe.gad.run.data_file import check_data_file, teacher_text
+from recipe.gad.run.data_file import check_data_file, data_file_problems, teacher_text
 from recipe.gad.run.findings import ConfigError, error, warning
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -368,12 +369,113 @@ def test_teacher_answers_that_are_no_text(data):
     )
 
 
+def problems_of(file: Path, lines: list[str], as_list: bool = False) -> str:
+    """What the check says of a JSON file, written as lines or as one list; the reader of verl is asked too."""
+    file.write_text("[" + ",".join(lines) + "]" if as_list else "\n".join(lines))
+    rows, problems = data_file_problems(file, "content", "teacher_response")
+    assert rows == len(lines) or problems
+    try:
+        loaded = datasets.load_dataset("json", data_files=str(file), cache_dir=str(file.parent / "cache"))["train"]
+        kept = list(loaded) == [dict.fromkeys(loaded.column_names) | json.loads(line) for line in lines]
+    except (datasets.exceptions.DatasetGenerationError, ValueError):
+        kept = False
+    assert kept == (not problems), "refused if and only if verl cannot read it, or changes it"
+    return "\n".join(map(str, problems))
+
+
+GOOD_LINE = json.dumps({"content": USER, "teacher_response": "a"})
+BAD_JSON = {
+    "surrogate": (r'"note": "half of \ud83d"', r"text that is not valid Unicode ('half of \ud83d'"),
+    "surrogate in a key": (r'"\udc00": 1', "text that is not valid Unicode"),
+    "integer": (f'"note": {{"a": {-(2**63) - 1}}}', "a number that does not fit into 64 bits"),
+    "float": ('"note": 1e400', "a number that does not fit into 64 bits"),
+    "depth": (f'"note": {"[" * 63 + "]" * 63}', "values that are nested more than 63 levels deep"),
+    "key": ('"a": [{"b": 1, "b": 2}]', "an object with the same key twice (keys: b)"),
+}
+
+
+@pytest.mark.parametrize(("more", "expected"), BAD_JSON.values(), ids=BAD_JSON)
+def test_json_that_verls_reader_fails_on_or_changes(tmp_path, more, expected):
+    assert f"row 1 holds {expected}" in problems_of(tmp_path / "t.jsonl", [GOOD_LINE, f"{GOOD_LINE[:-1]}, {more}}}"])
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_json_that_verls_reader_keeps(tmp_path, as_list):
+    deep = "[" * 61 + "]" * 61
+    more = f'"note": "\\u0000 😀", "deep": [{deep}], "number": {2**63 - 1}, "real": -1e308, "extra_info": null'
+    lines = [GOOD_LINE, f"{GOOD_LINE[:-1]}, {more}}}", f'{GOOD_LINE[:-1]}, "reward_model": {{"ground_truth": "2"}}}}']
+    assert problems_of(tmp_path / "t.json", lines, as_list) == ""
+
+
+def test_a_json_column_of_dates_is_refused(tmp_path):
+    def told(prompts, answers):
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        rows = [{"content": m, "teacher_response": answer} for m, answer in zip(messages, answers, strict=True)]
+        return problems_of(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", [json.dumps(row) for row in rows])
+
+    texts, days = ["a"] * 4, ["2026-01-02", "2026-01-02 10:30:00", "2026-01-02T10:30Z", "2026-01-02 10+01:00"]
+    assert "column 'teacher_response' holds only dates" in told(texts, days)
+    assert "column 'content' holds only dates" in told(days, texts)
+    assert "column 'teacher_response' holds only dates" in told(texts, [[day, day] for day in days])
+    assert told(texts, [*days[:3], "on 2026-01-02"]) == told(texts, ["2026", "20260102", "10:30", "02.01.2026"]) == ""
+
+
+def test_columns_that_verl_reads_as_objects(tmp_path):
+    rows, lines, table = rows_with({}), tmp_path / "t.jsonl", tmp_path / "t.parquet"
+    for key in ("extra_info", "reward_model"):
+        for value, fine in (("x", False), ([1], False), (None, True), ({"index": 1}, True)):
+            lines.write_text("\n".join(json.dumps({**row, key: value}) for row in rows))
+            pq.write_table(pa.Table.from_pylist([{**row, key: value} for row in rows]), table)
+            mixed = pa.array([json.dumps(value)] * len(rows), pa.json_())  # as datasets writes a column of mixed types
+            as_json = pa.Table.from_pylist(rows).append_column(key, mixed)
+            pq.write_table(as_json, tmp_path / "j.parquet")
+            for file in (lines, table, tmp_path / "j.parquet"):
+                problems = [*map(str, data_file_problems(file, "content", "teacher_response")[1])]
+                assert [f"column {key!r}" in problem for problem in problems] == [True] * (not fine), problems
+                unlabelled = data_file_problems(file, "content", None)[1]  # they get a reward_model of ours
+                assert len(unlabelled) == (not fine and key == "extra_info")
+
+
+def test_parquet_columns_that_verls_reader_does_not_know(tmp_path):
+    def told(column, name="note"):
+        table = pa.Table.from_pylist(rows_with({})[:2]).append_column(name, pa.array([column] * 2, kinds.get(name)))
+        pq.write_table(table, file := tmp_path / "t.parquet")
+        return "".join(map(str, data_file_problems(file, "content", "teacher_response")[1]))
+
+    kinds = {"map": pa.map_(pa.string(), pa.int64()), "view": pa.list_view(pa.int64()), "text": pa.string_view()}
+    kinds["inner"] = pa.list_(pa.struct([("a", kinds["map"])]))
+    for name, value in (("map", [("a", 1)]), ("view", [1]), ("inner", [{"a": [("b", 1)]}])):
+        assert f"column {name!r} holds " in told(value, name)
+    assert "has two columns 'content'" in told("x", "content")
+    assert told("x", "text") == told([{"a": [1.5, None]}]) == told(b"x") == ""
+
+
+def test_files_whose_columns_have_different_types(data, tmp_path):
+    def joined(**second):
+        first = data([{**row, "id": 1, "note": {"a": "x"}} for row in rows_with({})])
+        pq.write_table(pa.Table.from_pylist([{**row, **second} for row in rows_with({})]), tmp_path / "b.parquet")
+        OmegaConf.update(first, "data.train_files", [first.data.train_files, f"{tmp_path}/b.parquet"])
+        return first
+
+    expect(
+        joined(id="1"), "data.train_files: verl cannot join ", "b.parquet: The features", "the key id has unexpected"
+    )
+    assert errors_of(joined(id=2, note={"a": "y", "b": 1}, more="z")) == errors_of(joined()) == []
+
+
 def test_prompts_that_are_no_messages(data):
     expect(
         data([{"content": "c a f", "teacher_response": "x"}] * 8), "row 0: column 'content' is of type str, not a list"
     )
     expect(data([{"content": ["c"], "teacher_response": "x"}] * 8), "row 0", "(number 0) of type str")
     expect(data([{"content": [{"text": "c"}], "teacher_response": "x"}] * 8), "row 0", "(number 0) without role")
+    for value, kind in ((5, "int"), ({"text": "c"}, "dict"), (float("inf"), "float")):
+        rows = rows_with({"content": [*USER, {"role": "user", "content": value}]})
+        expect(
+            data(rows, "train.jsonl"), "row 3: column 'content'", f"(number 1) with content of type {kind}, not text"
+        )
+    rows = rows_with({"content": [{"role": 5, "content": "c"}, *USER]})
+    expect(data(rows, "train.jsonl"), "row 3: column 'content'", "(number 0) with role of type int, not text")
 
 
 def test_prompts_may_end_with_a_tool_message_and_hold_parts(data):

@@ -72,9 +72,9 @@ class RLHFDataset(_StockRLHFDataset):
 
         num_proc = self.num_workers if len(dataframe) > 10_000 else None
         options = {"batched": True, "load_from_cache_file": False, "desc": "Tokenizing teacher answers"}
-        dataframe = dataframe.map(tokenize, num_proc=num_proc, **options)
-        found = dataframe[LENGTH][:]
-        lengths = torch.tensor([n for row in found for n in row] if several else found)
+        taken = [name for name in (TEACHER_IDS, ANSWERS, LENGTH) if name in dataframe.column_names and name not in key]
+        dataframe = dataframe.remove_columns(taken).map(tokenize, num_proc=num_proc, **options)
+        lengths = torch.tensor([n for row in dataframe[LENGTH][:] for n in row] if several else dataframe[LENGTH][:])
         n_cut = int((lengths > max_length).sum())
         print(
             f"teacher answers: {len(lengths)}, mean {lengths.float().mean():.1f} tokens, longest {int(lengths.max())}; "
