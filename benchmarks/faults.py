@@ -691,6 +691,7 @@ def table(base: Path) -> str:
     lines = ["| fault | where | exit code | what the user saw | the same command again | left over |", "|" + "---|" * 6]
     for row in (newest[fault.name] for fault in FAULTS if fault.name in newest):
         saw = re.sub(rf"{re.escape(str(base))}/[\w-]+", "DIR", row["saw"]).replace("|", "\\|")
+        saw = re.sub(r"\(process \d+ on \S+, since [\d :-]+\)", "(process N on HOST, since TIME)", saw)
         code = "SIGKILL" if row["code"] == -signal.SIGKILL else row["code"]
         left = ", ".join(row["left"]) or "nothing"
         lines.append(f"| `{row['fault']}` | {row['where']} | {code} | {saw} | {row['again']} | {left} |")

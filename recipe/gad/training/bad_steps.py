@@ -71,8 +71,9 @@ class BadSteps:
             fix += f" from the last good checkpoint: trainer.resume_mode=resume_path trainer.resume_from_path={path}"
         else:
             fix += "; no checkpoint was saved before it"
+        steps = f"steps {first} to {step} have" if first < step else f"step {step} has"
         what = (
-            f"steps {first} to {step} have NaN or infinite metrics ({', '.join(not_finite(metrics))}), and "
+            f"{steps} NaN or infinite metrics ({', '.join(not_finite(metrics))}), and "
             f"gad.stop_after_bad_steps={self.limit}. The rows and metrics of step {step} are in {saved}"
         )
         raise BrokenRunError(str(error(what, fix)))

@@ -50,3 +50,6 @@ def test_the_message_names_the_last_checkpoint_before_the_first_bad_step(tmp_pat
         assert "no checkpoint was saved before it" in text
     assert json.loads((tmp_path / "bad_step_6/metrics.json").read_text())["critic/grad_norm"] == "nan"
     assert json.loads((tmp_path / "bad_step_6/rows.jsonl").read_text())["key"] == "u_0_0"
+    assert (only := BadSteps(1)).must_stop(metrics := dict(BAD))
+    with pytest.raises(BrokenRunError, match="step 6 has NaN"):
+        only.stop(tmp_path, 6, metrics, [])
