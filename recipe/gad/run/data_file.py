@@ -135,20 +135,23 @@ def check_data_file(path: str | Path, prompt_key: str, teacher_key: TeacherKey) 
 def find_teacher(paths: Iterable[str | Path], teacher_key: TeacherKey, text: str) -> str:
     """The first row that has the teacher answer ``text``, as "FILE, row N" (counted from 0) for an error message."""
     for file in map(Path, paths):
-        keys = teacher_columns(teacher_key)
-        batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
-        for row, values in enumerate(values for columns in batches for values in zip(*columns, strict=True)):
-            if text in (answer for _, answer in teacher_answers(dict(zip(keys, values, strict=True)))):
+        for row, answers in enumerate(_answers_by_row(file, teacher_key)):
+            if text in (answer for _, answer in answers):
                 return f"{file}, row {row}"
     raise AssertionError("the text was read from one of these files")
 
 
 def most_answers(path: str | Path, teacher_key: TeacherKey) -> int:
     """Most teacher answers of a row of a data file that has passed :func:`check_data_file`."""
-    file, keys = Path(path).expanduser(), teacher_columns(teacher_key)
-    batches = _parquet_columns(file, keys) if file.suffix == ".parquet" else _json_columns(file, keys)
-    rows = (dict(zip(keys, row, strict=True)) for columns in batches for row in zip(*columns, strict=True))
-    return max(len(teacher_answers(row)) for row in rows)
+    return max(map(len, _answers_by_row(Path(path).expanduser(), teacher_key)))
+
+
+def _answers_by_row(file: Path, teacher_key: TeacherKey) -> Iterator[list[tuple[str, str]]]:
+    """:func:`teacher_answers` of every row."""
+    keys = teacher_columns(teacher_key)
+    for columns in _columns(file, keys):
+        for cells in zip(*columns, strict=True):
+            yield teacher_answers(dict(zip(keys, cells, strict=True)))
 
 
 def column_values(path: str | Path, key: str) -> set[str]:
@@ -158,9 +161,7 @@ def column_values(path: str | Path, key: str) -> set[str]:
         ValueError: the file cannot be read, or has no such column.
         OSError: the file cannot be opened.
     """
-    file = Path(path).expanduser()
-    batches = _parquet_columns(file, [key]) if file.suffix == ".parquet" else _json_columns(file, [key])
-    return {str(value) for (values,) in batches for value in values}
+    return {str(value) for (values,) in _columns(Path(path).expanduser(), [key]) for value in values}
 
 
 def joint_problem(files: Iterable[str | Path]) -> str | None:
@@ -205,9 +206,8 @@ def _scan(file: Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, li
         raise InputError("the file is empty (0 bytes; download or conversion cut off?)", fix="write it again")
     is_json = file.suffix != ".parquet"
     objects = ("extra_info", "reward_model") if teachers else ("extra_info",)  # unlabelled prompts get a reward_model
-    batches = _json_columns(file, keys, objects) if is_json else _parquet_columns(file, keys, objects)
     rows, found, lists, dates = 0, _BadRows(), dict[str, bool](), defaultdict[str, set[bool]](set)
-    for prompts, *answers in batches:
+    for prompts, *answers in _columns(file, keys, objects):
         for row, value in enumerate(prompts, start=rows):
             if (problem := prompt_problem(value)) is not None:
                 found.add(prompt_key, problem, row)
@@ -218,7 +218,7 @@ def _scan(file: Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, li
             for key, cell in of_row.items():
                 if cell is not None and lists.setdefault(key, isinstance(cell, list)) != isinstance(cell, list):
                     found.add(key, f"is {'a' if isinstance(cell, list) else 'no'} list, unlike those before it", row)
-        for key, column in zip(keys, (prompts, *answers), strict=True):
+        for key, column in zip(keys, (prompts, *answers), strict=True) if is_json else ():
             dates[key] |= {DATE.fullmatch(text) is not None for text in _texts(column)}
         rows += len(prompts)
     if rows == 0:
@@ -228,7 +228,7 @@ def _scan(file: Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, li
         error(f"{file}, {line}; expected {forms.get(key, TEACHER_FORM)}", fix="repair or drop the row")
         for key, line in found.lines()
     ]
-    for key in [key for key in keys if is_json and dates[key] == {True}]:
+    for key in [key for key in keys if dates[key] == {True}]:
         what = f"{file}: column {key!r} holds only dates, which verl's reader of JSON changes into points in time"
         problems.append(error(what, fix="write the file as .parquet, as gad prepare does"))
     return rows, problems
@@ -365,8 +365,14 @@ def _cells(column: pa.Array) -> list:
     return [value and json.loads(value) for value in values] if isinstance(column.type, pa.JsonType) else values
 
 
-def _parquet_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -> Iterator[list[list]]:
-    """The columns ``keys`` as lists, ``BATCH_ROWS`` rows at a time. Those of ``objects`` may be missing."""
+def _columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -> Iterator[list[list]]:
+    """The columns ``keys`` of a data file, in batches of rows. Those of ``objects`` may be missing."""
+    read = _parquet_columns if file.suffix == ".parquet" else _json_columns
+    return read(file, keys, objects)
+
+
+def _parquet_columns(file: Path, keys: list[str], objects: Iterable[str]) -> Iterator[list[list]]:
+    """``BATCH_ROWS`` rows at a time."""
     try:
         with pq.ParquetFile(file, memory_map=True) as parquet:
             schema, columns = parquet.schema_arrow, parquet.schema_arrow.names
@@ -391,8 +397,8 @@ def _parquet_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -
         raise InputError(f"is not a readable parquet file ({problem})", fix="write it again") from None
 
 
-def _json_columns(file: Path, keys: list[str], objects: Iterable[str] = ()) -> Iterator[list[list]]:
-    """The same for JSON: one object per line, or one list of objects. The first row names the columns."""
+def _json_columns(file: Path, keys: list[str], objects: Iterable[str]) -> Iterator[list[list]]:
+    """One object per line, or one list of objects. The first row names the columns."""
     columns: list[str] = []
     found: list[list[Any]] = [[] for _ in keys]
     for number, (row, problem) in enumerate(json_rows(file, object_pairs_hook=_object, parse_float=_number)):

@@ -37,8 +37,8 @@ class PPOTrainerSeqKD(PPOTrainerWarmup):
 
     def on_step_end(self):
         step, every = self.global_steps, self.config.trainer.test_freq
-        validates_now = every > 0 and (step % every == 0 or step >= self.total_training_steps)  # stock's condition
-        self._engine_wakes = validates_now
+        # stock's condition of a validation after this step
+        self._engine_wakes = every > 0 and (step % every == 0 or step >= self.total_training_steps)
         super().on_step_end()
 
     def prepare_step(self) -> dict:
