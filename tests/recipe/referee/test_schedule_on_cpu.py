@@ -14,7 +14,7 @@ from recipe.gad.referee.schedule import Job, Running, Scheduler, State, error_of
 from recipe.gad.run.log import MetricLog
 
 WORK = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 folder, steps, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,8 @@ for step in range(first, steps + 1):
     time.sleep(seconds)
     with (folder / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"step": step, "data": {"timing_s/step": seconds}}) + "\\n")
-    saved.write_text(str(step))
+    (folder / "new").write_text(str(step))
+    os.replace(folder / "new", saved)  # a signal may come at any moment
 (folder / "ends").write_text(str(time.time()))
 """
 """A training that logs and saves every step, and resumes after the last one saved."""
