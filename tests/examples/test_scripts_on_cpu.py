@@ -1,6 +1,7 @@
 """The launch scripts of examples/gad: flags, messages, and the commands they print, composed on verl's config."""
 
 import dataclasses
+import importlib
 import inspect
 import os
 import random
@@ -21,6 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from recipe.gad.doctor.checks import memory_findings
+from recipe.gad.quickstart.problem import build_tokenizer
 from tests.generated import cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -478,10 +481,35 @@ def test_the_moe_example_has_its_setting_in_both_stages(fake, tmp_path):
     assert (gad.gad.task_reward.weight, gad.reward.custom_reward_function.path) == (0.7, str(reward))
 
 
+def test_the_slice_of_the_moe_example_fits_one_gpu_by_the_estimate(fake, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    done, calls = fake("moe_gspo/slice.sh", "--layers", "4", "--output_dir", out, "--skip-doctor", "data.seed=7")
+    assert done.returncode == 0, done.stderr
+    folders = [f"{out}/data/{name}" for name in ("model", "student", "discriminator")]
+    assert calls[1].endswith(f"moe_gspo/tiny.py {' '.join(folders)} --shape slice --layers 4")
+    monkeypatch.syspath_prepend(SCRIPTS / "moe_gspo")
+    tiny = importlib.import_module("tiny")
+    for folder, model in zip(folders[1:], tiny.configs(build_tokenizer(), "slice", 4), strict=True):
+        model.save_pretrained(folder)
+    monkeypatch.delitem(sys.modules, "tiny")
+    trained = [call.split() for call in calls if "main_ppo" in call]
+    with initialize_config_module(config_module="recipe.gad.config", version_base=None):
+        configs = [compose("gad_trainer", overrides=words[words.index("gad_trainer") + 1 :]) for words in trained]
+    assert [config.gad.stage for config in configs] == ["warmup", "gad"]
+    for config in configs:
+        rollout = config.actor_rollout_ref.rollout
+        assert (config.trainer.device, rollout.name, rollout.tensor_model_parallel_size) == ("cuda", "vllm", 1)
+        assert (config.trainer.n_gpus_per_node, config.data.seed) == (1, 7)
+        assert config.trainer.critic_warmup < config.trainer.total_training_steps == config.trainer.save_freq
+        config.actor_rollout_ref.model.path, config.critic.model.path = folders[1:]  # the warmup has written nothing
+        assert {finding.level for finding in memory_findings(config, 80e9)} == {"ok"}
+
+
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
         ("moe_gspo/run.sh", ["--model", "m"], "--reward_model is missing"),
+        ("moe_gspo/slice.sh", ["--shape", "tiny"], "unknown flag --shape"),
         ("moe_gspo/run.sh", [*GOOD, "--reward_model", "d", "--reward", "no.py"], "--reward no.py is no file"),
         ("moe_gspo/tiny.sh", ["--model", "m"], "unknown flag --model"),
         ("smollm2_gpt4/run.sh", ["--output_dir", "nothing"], "run prepare.sh --output_dir nothing"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# run.sh on a CPU: a student of two layers and four experts, a dense Llama, and the data of ../task_reward.
+# run.sh with a small random student with experts, a dense Llama, and the data of ../task_reward.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../flags.sh"
@@ -7,20 +7,24 @@ export PYTHON=${PYTHON:-python3}
 
 usage() {
   cat <<'HELP'
-usage: tiny.sh [--output_dir DIR] [--skip-doctor] [hydra.key=value ...]
-  --output_dir DIR  models, data and runs (default: outputs/moe_gspo_tiny)
-  --skip-doctor     do not run `gad doctor` before each stage
+usage: tiny.sh [flags] [hydra.key=value ...]
+  --output_dir DIR     models, data and runs (default: outputs/moe_gspo_tiny)
+  --shape tiny|slice   sizes of the models (default: tiny); slice has the width and the experts of Qwen3-30B-A3B
+  --layers N           layers of each model (default: 2)
+  --device cpu|gpu     gpu with --shape slice: see slice.sh (default: cpu)
+  --skip-doctor        do not run `gad doctor` before each stage
 Hydra overrides go to both stages.
 HELP
 }
 
-OUTPUT_DIR=outputs/moe_gspo_tiny SKIP_DOCTOR=""
-read_flags output_dir skip_doctor "$@"
+OUTPUT_DIR=outputs/moe_gspo_tiny SHAPE=tiny LAYERS=2 DEVICE=cpu SKIP_DOCTOR=""
+read_flags "output_dir shape layers device" skip_doctor "$@"
 case "$OUTPUT_DIR" in /*) out=$OUTPUT_DIR ;; *) out="$PWD/$OUTPUT_DIR" ;; esac
 "$PYTHON" "$here/../task_reward/problem.py" data --output_dir "$out/data"
-"$PYTHON" "$here/tiny.py" "$out/data/model" "$out/data/student" "$out/data/discriminator"
+"$PYTHON" "$here/tiny.py" "$out/data/model" "$out/data/student" "$out/data/discriminator" \
+  --shape "$SHAPE" --layers "$LAYERS"
 
-stoppable bash "$here/run.sh" --device cpu ${SKIP_DOCTOR:+--skip-doctor} --output_dir "$out" \
+stoppable bash "$here/run.sh" --device "$DEVICE" ${SKIP_DOCTOR:+--skip-doctor} --output_dir "$out" \
   --model "$out/data/student" --reward_model "$out/data/discriminator" --reward "$here/../task_reward/json_form.py" \
   --train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet" \
   data.train_batch_size=16 data.max_prompt_length=16 data.max_response_length=16 \
