@@ -259,15 +259,19 @@ def check_workers(step_folder: Path, world_size: int) -> None:
     """Refuse a checkpoint that another number of workers saved: FSDP shards load only with as many.
 
     Raises:
-        InputError: names both numbers.
+        InputError: names both numbers, and the flags of a new run from the checkpoint's models.
     """
     saved_by = shard_counts(step_folder / "actor")[1]
     if saved_by and saved_by != world_size:
+        flags = {"actor": "--model", "critic": "--reward_model"}
+        models = [
+            f"{flags[role]} {step_folder / role / 'huggingface'}" for role in ROLES if (step_folder / role).is_dir()
+        ]
         raise InputError(
             f"{saved_by} workers saved {step_folder}, and only as many can resume it; this run has {world_size} "
             "(trainer.nnodes x trainer.n_gpus_per_node)",
-            fix=f"run with {saved_by}, or start a new run in another trainer.default_local_dir from its huggingface "
-            "folders",
+            fix=f"run with {saved_by}, or start a new run (another --output_dir) from its models: {' '.join(models)}; "
+            "gad export writes a model whose folder is missing",
         )
 
 
