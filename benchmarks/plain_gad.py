@@ -71,13 +71,20 @@ class Stage:
     """imitate (SeqKD), lead (the discriminator alone) or gad."""
     steps: int
     lr: float
-    """Of the side that trains; the student's falls to 0 along a cosine, the discriminator's is constant."""
+    """Of the side that trains; the student's falls to 0 along half a cosine, the discriminator's is constant."""
     student: str | None = None
     discriminator: str | None = None
     d_lr: float = 0.0
     prompts: int = 32
     imitation: float = 0.0
     """gad: weight of the mean of -log pi over the teacher's tokens, beside the policy gradient."""
+    max_seconds: float = math.inf
+    """The stage takes no longer, if need be with fewer steps: the student's rate then falls over the seconds."""
+
+    def student_lr(self, step: int, seconds: float) -> float:
+        """Rate of a step, counted from 0, that begins ``seconds`` after the first."""
+        done = min(max(step / self.steps, seconds / self.max_seconds), 1.0)
+        return self.lr * (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True)
@@ -388,7 +395,7 @@ def batches(rows: Sequence[Any], size: int, rng: random.Random) -> Iterator[list
 
 def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
     """Train one stage of one seed; its folder gets the student or discriminator, and metrics.jsonl."""
-    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+    from transformers import AutoModelForCausalLM
 
     stage, out = plan.stages[name], folder / f"{name}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
@@ -403,7 +410,6 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
     trains_student, trains_d = stage.does != "lead", stage.does != "imitate"
     if trains_student:
         optimizer = optimizer_of(student, stage.lr)
-        schedule = get_cosine_schedule_with_warmup(optimizer, 0, stage.steps)
     if trains_d:
         d = fresh_discriminator(load_base(plan.model), seed)
         if stage.discriminator:
@@ -412,10 +418,12 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
         d_optimizer = optimizer_of(d, stage.lr if stage.does == "lead" else stage.d_lr)
         sampler = Sampler(student, data.stop_ids, plan.rows, plan.max_response_length, plan.temperature)
     with (out / "metrics.jsonl").open("w") as log:
-        source = batches(rows, stage.prompts, random.Random(own))
+        source, first = batches(rows, stage.prompts, random.Random(own)), time.monotonic()
         for step in range(1, stage.steps + 1):
             batch = next(source)
             began, metrics = time.monotonic(), {}
+            if (seconds := began - first) >= stage.max_seconds:
+                break
             prompts, teachers = [prompt for prompt, _ in batch], [answer for _, answer in batch]
             if trains_d:
                 groups = sampler.answers(prompts)
@@ -429,8 +437,9 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
             if weight := 1.0 if stage.does == "imitate" else stage.imitation:
                 metrics["actor/imitation_loss"] = imitation_gradient(student, batch, weight)
             if trains_student:
+                for group in optimizer.param_groups:
+                    group["lr"] = metrics["actor/lr"] = stage.student_lr(step - 1, seconds)
                 metrics["actor/grad_norm"] = step_of(student, optimizer)
-                schedule.step()
             if trains_d and (step % WATCH_EVERY == 0 or step == stage.steps):
                 metrics["val-aux/d_acc"] = held_out_accuracy(d, sampler, watched, stage.prompts)
             metrics["timing_s/step"] = time.monotonic() - began

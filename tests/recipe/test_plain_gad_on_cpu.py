@@ -196,6 +196,25 @@ def test_a_plan_from_end_to_end(plain, tiny_problem, tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_the_rate_falls_over_the_steps_or_over_the_seconds(plain):
+    stage = plain.Stage("imitate", steps=4, lr=2.0)
+    assert [stage.student_lr(step, 1e9) for step in range(4)] == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    stage = plain.Stage("imitate", steps=4, lr=2.0, max_seconds=10)
+    assert stage.student_lr(1, 5) == pytest.approx(1.0) and stage.student_lr(2, 1) == pytest.approx(1.0)
+    assert stage.student_lr(3, 11) == 0
+
+
+def test_a_stage_ends_when_its_time_is_over(plain, tiny_problem, tmp_path):
+    values = plan_of(tiny_problem)
+    values["stages"]["seqkd"] |= {"steps": 10**6, "max_seconds": 1.0}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    plan = plain.Plan.read(tmp_path / "plan.yaml")
+    plain.split(plan, tmp_path / "runs")
+    plain.run_stage(plan, tmp_path / "runs", 0, "seqkd")
+    lines = (tmp_path / "runs/seqkd-0/metrics.jsonl").read_text().splitlines()
+    assert 0 < len(lines) < 10**6 and (tmp_path / "runs/seqkd-0/model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
