@@ -85,8 +85,8 @@ def pytest_terminal_summary(terminalreporter):
 def load_script():
     """Function from a name to scripts/NAME.py as a module (no package: the verl wheel ships one so named)."""
 
-    def load(name: str):
-        file = Path(__file__).resolve().parents[1] / f"scripts/{name}.py"
+    def load(name: str, folder: str = "scripts"):
+        file = Path(__file__).resolve().parents[1] / folder / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"gad_{name}", file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module

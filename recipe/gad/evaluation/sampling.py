@@ -237,10 +237,18 @@ def make_answers(
         sampled = _sample_vllm(settings, prompts, rows.stop_ids, vllm_options or {})
     else:
         sampled = _sample_hf(settings, prompts, rows.stop_ids)
+    return write_answers(folder, record, rows, sampled)
+
+
+def write_answers(
+    folder: Path, record: dict[str, Any], rows: "TokenizedRows", sampled: list[list[list[int]]]
+) -> list[dict[str, Any]]:
+    """Write sampled token ids, a list of answers for each row, as ``answers.jsonl``; returns its lines."""
     answers = [
         rows.answer(index, sample, ids) for index, group in enumerate(sampled) for sample, ids in enumerate(group)
     ]
-    write_atomically(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    write_atomically(folder / ANSWERS, text)
     write_atomically(folder / SETTINGS, json.dumps({**record, DIGEST: answers_hash(folder)}, indent=2) + "\n")
     return answers
 

@@ -214,7 +214,7 @@ def fresh_discriminator(base, seed: int):
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _last_token_values(model, sequences: Sequence[Sequence[int]]):
+def last_token_values(model, sequences: Sequence[Sequence[int]]):
     """Scores (B,) in float32; padding is on the right, where a causal model does not see it."""
     import torch
 
@@ -249,7 +249,7 @@ def score(model, sequences: Sequence[Sequence[int]]):
     for batch in batches_by_tokens([len(sequences[i]) for i in order], MAX_BATCH_TOKENS):
         rows = [order[i] for i in batch]
         with torch.inference_mode():
-            scores[rows] = _last_token_values(model, [sequences[i] for i in rows]).cpu()
+            scores[rows] = last_token_values(model, [sequences[i] for i in rows]).cpu()
     return scores
 
 
@@ -279,7 +279,7 @@ def train_discriminator(model, pairs: Sequence[Pair], settings: TwoSampleSetting
             lengths = [max(len(pair.student), len(pair.teacher)) for pair in batch]
             for part in batches_by_tokens(lengths, MAX_BATCH_TOKENS // 2):  # a pair is two rows
                 rows = [batch[i] for i in part]
-                values = _last_token_values(model, [pair.student for pair in rows] + [pair.teacher for pair in rows])
+                values = last_token_values(model, [pair.student for pair in rows] + [pair.teacher for pair in rows])
                 student, teacher = values[: len(rows), None], values[len(rows) :, None]
                 loss, _ = compute_discriminator_loss(
                     student, teacher, torch.ones_like(student), torch.ones_like(teacher)

@@ -7,6 +7,7 @@ the page come from the other half. So no arm gains by having more checkpoints to
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from recipe.gad.evaluation.intervals import Estimate, by_key
@@ -56,9 +57,9 @@ def _means(prompts: Sequence[int], values: Sequence[float]) -> ByPrompt:
     return {prompt: sum(group) / len(group) for prompt, group in zip(dict.fromkeys(prompts), groups, strict=True)}
 
 
-def read_values(evaluation: Evaluation) -> Values:
-    """Values per prompt of a finished evaluation."""
-    answers, scores = read_answers(evaluation.folder), read_scores(evaluation.folder)
+def read_values(folder: Path) -> Values:
+    """Values per prompt of a finished evaluation folder."""
+    answers, scores = read_answers(folder), read_scores(folder)
     prompts = [answer["index"] for answer in answers]
     rows = [answer_metrics(answer) for answer in answers]
     names = [metric for metric in METRICS if (metric, "student") in rows[0]]
@@ -160,7 +161,7 @@ def results(plan: Plan, runs: Sequence[Run]) -> list[SizeResult]:
         raise ValueError("no evaluation is finished, so there is nothing to compare; see the logs")
     if len(finished) > 1:
         check_comparable([evaluation.folder for evaluation in finished.values()])
-    values = {name: read_values(evaluation) for name, evaluation in finished.items()}
+    values = {name: read_values(evaluation.folder) for name, evaluation in finished.items()}
     choosing, reporting = halves(list(next(iter(values.values())).metrics["rouge_l"]))
     return [
         _size(plan, rows, [run for run in runs if run.rows == rows], values, choosing, reporting)

@@ -64,7 +64,7 @@ def test_wins_of_a_prompt_are_the_mean_over_its_answers():
 def test_values_are_those_of_gad_eval(plan, tmp_path, write_evaluation):
     evaluation = expand(plan, tmp_path)[0].evaluations[0]
     write_evaluation(evaluation, 0.7, wins=0.5)
-    values = read_values(evaluation)
+    values = read_values(evaluation.folder)
     text = json.loads((evaluation.folder / "scores.json").read_text())["text"]
     everything = list(range(24))
     for metric in ("rouge_l", "length", "cut", "repetition"):

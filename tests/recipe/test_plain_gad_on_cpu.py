@@ -1,0 +1,229 @@
+"""benchmarks/plain_gad.py: its sampler against transformers, its gradients against float64, a plan from end to end."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from recipe.gad.evaluation.sampling import read_answers
+from recipe.gad.evaluation.two_sample import fresh_discriminator, load_base
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
+ANSWERS = [[[10, 11, 1], [12, 13]], [[14, 15, 6, 7], [1]], [[8], [9, 10]]]
+TEACHERS = [[11, 12, 1], [13, 1], [14, 15, 6, 7, 1]]
+STUDENT_ROWS = [(prompt, answer) for prompt, group in zip(PROMPTS, ANSWERS, strict=True) for answer in group]
+
+
+@pytest.fixture(scope="module")
+def plain(load_script):
+    return load_script("plain_gad", "benchmarks")
+
+
+@pytest.fixture
+def student(tiny_problem):
+    return AutoModelForCausalLM.from_pretrained(tiny_problem / "model", dtype=torch.float32)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    scale = max(float(value.abs().max()) for value in expected.values())
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() <= 1e-5 * scale, name
+
+
+def log_prob(model, prompt: list[int], answer: list[int], temperature: float) -> torch.Tensor:
+    """Log-probabilities of the answer's tokens, one sequence alone."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[range(len(answer)), answer]
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_sampler_computes_the_logits_of_transformers(plain, tiny_problem, monkeypatch, heads):
+    config = AutoConfig.from_pretrained(tiny_problem / "model", num_attention_heads=heads)  # and two of keys and values
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    sampler = plain.Sampler(student, [1], rows=6, max_tokens=4, temperature=0.8)
+    for prompts in (PROMPTS, PROMPTS[::-1]):  # the second call reuses cache and masks
+        told = torch.randint(4, 20, (3, 4)).repeat_interleave(2, dim=0)
+        seen: list[torch.Tensor] = []
+
+        def draw(logits, seen=seen, told=told):
+            seen.append(logits)
+            return told[:, len(seen) - 1]
+
+        monkeypatch.setattr(sampler, "_draw", draw)
+        assert sampler.answers(prompts) == [[told[2 * i].tolist()] * 2 for i in range(3)]
+        for row, answer in enumerate(told.tolist()):
+            with torch.no_grad():
+                whole = student(input_ids=torch.tensor([prompts[row // 2] + answer])).logits[0]
+            expected = whole[len(prompts[row // 2]) - 1 : -1]
+            assert (torch.stack([logits[row] for logits in seen]) - expected).abs().max() < 1e-5
+
+
+def test_draws_follow_the_softmax_at_the_temperature_and_stop(plain, student):
+    torch.manual_seed(0)
+    sampler = plain.Sampler(student, [2], rows=20000, max_tokens=1, temperature=0.5)
+    logits = torch.tensor([0.0, 0.5, 1.0])
+    expected = (logits.double() / 0.5).softmax(0)
+    counts = sampler._draw(logits.expand(20000, 3)).bincount() / 20000
+    assert ((counts - expected).abs() < 4 * (expected * (1 - expected) / 20000).sqrt()).all()
+
+
+def test_an_answer_ends_with_its_stop_token(plain, student, monkeypatch):
+    sampler = plain.Sampler(student, [7, 9], rows=2, max_tokens=40, temperature=1.0)
+    steps = iter([[1, 7], [2, 3], [9, 4], *[[5, 5]] * 37])
+    monkeypatch.setattr(sampler, "_draw", lambda logits: torch.tensor(next(steps)))
+    assert sampler.answers([[3, 4]]) == [[[1, 2, 9], [7]]]
+    assert len(list(steps)) == 40 - plain.LOOK_EVERY  # nobody waits for rows that have ended
+
+
+@pytest.mark.parametrize("tokens", [16384, 12])
+def test_gradients_of_the_student(plain, student, monkeypatch, tokens):
+    monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
+    advantages, weight, temperature = [0.5, -1.0, 2.0, 0.25, -0.75, 1.5], 0.2, 0.8
+    plain.policy_gradient(student, STUDENT_ROWS, advantages, temperature)
+    teachers = list(zip(PROMPTS, TEACHERS, strict=True))
+    loss = plain.imitation_gradient(student, teachers, weight)
+    found = gradients(student)
+
+    student.zero_grad()
+    student.double()
+    policy = sum(
+        a * log_prob(student, *row, temperature).sum() for a, row in zip(advantages, STUDENT_ROWS, strict=True)
+    )
+    imitation = -torch.cat([log_prob(student, *row, 1.0) for row in teachers]).mean()
+    (-policy / sum(len(answer) for _, answer in STUDENT_ROWS) + weight * imitation).backward()
+    check_equal(found, gradients(student))
+    assert loss == pytest.approx(float(imitation.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [16384, 24])
+def test_gradients_of_the_discriminator(plain, tiny_problem, monkeypatch, tokens):
+    monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
+    d = fresh_discriminator(load_base(str(tiny_problem / "model")), seed=0)
+    scores, right = plain.discriminator_gradient(d, PROMPTS, ANSWERS, TEACHERS)
+    found = gradients(d)
+
+    d.zero_grad()
+    d.double()
+
+    def value(prompt: list[int], answer: list[int]) -> torch.Tensor:
+        return d(input_ids=torch.tensor([prompt + answer])).logits[0, -1, 0]
+
+    expected = torch.stack([value(*row) for row in STUDENT_ROWS]).view(3, 2)
+    teachers = torch.stack([value(*row) for row in zip(PROMPTS, TEACHERS, strict=True)])[:, None]
+    (torch.log1p((expected - teachers).exp()).mean()).backward()
+    check_equal(found, gradients(d))
+    assert (scores - expected.detach()).abs().max() < 1e-5
+    assert right == pytest.approx(float((teachers > expected).double().mean().detach()))
+
+
+def plan_of(tiny_problem, **changes) -> dict:
+    return {
+        "model": str(tiny_problem / "model"),
+        "data": str(tiny_problem / "train.parquet"),
+        "watch": str(tiny_problem / "val.parquet"),
+        "held_out": 12,
+        "seeds": [3, 4],
+        "max_prompt_length": 16,
+        "max_response_length": 12,
+        "rows": 16,
+        "stages": {
+            "seqkd": {"does": "imitate", "steps": 30, "lr": 1e-3, "prompts": 8},
+            "lead": {"does": "lead", "student": "seqkd", "steps": 2, "lr": 1e-3, "prompts": 8},
+            "gad": {
+                "does": "gad",
+                "student": "seqkd",
+                "discriminator": "lead",
+                "steps": 3,
+                "lr": 1e-4,
+                "d_lr": 1e-3,
+                "prompts": 4,
+                "imitation": 0.2,
+            },
+        },
+        "controls": ["seqkd"],
+        "arms": ["gad"],
+        "answers": 2,
+        "judge": {"seeds": [0, 1], "epochs": 1},
+        **changes,
+    }
+
+
+def test_a_plan_from_end_to_end(plain, tiny_problem, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump(plan_of(tiny_problem), sort_keys=False))
+    folder = tmp_path / "runs"
+    plain.split(plain.Plan.read(plan), folder)
+    jobs = plain.jobs_of(plain.Plan.read(plan), plan, folder)
+    assert [job.name for job in jobs] == [
+        *(f"stage-{stage}-{seed}" for stage in ("seqkd", "lead", "gad") for seed in (3, 4)),
+        *(f"judge-{stage}-{seed}" for stage in ("seqkd", "gad") for seed in (3, 4)),
+    ]
+    assert jobs[4].needs == ("stage-seqkd-3", "stage-lead-3") and jobs[6].needs == ("stage-seqkd-3",)
+    for job in jobs:
+        assert not job.is_finished()
+        assert plain.main(job.command[2:]) == 0
+        assert job.is_finished()
+
+    def metrics(stage: str) -> list[dict]:
+        return [json.loads(line)["data"] for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+
+    imitation = [line["actor/imitation_loss"] for line in metrics("seqkd-3")]
+    assert len(imitation) == 30 and imitation[-1] < imitation[0]
+    assert [sorted(line) for line in metrics("lead-4")][-1] == [
+        "critic/d_acc", "critic/grad_norm", "response_length/mean", "timing_s/step", "val-aux/d_acc",
+    ]  # fmt: skip
+    assert all(math.isfinite(line["actor/grad_norm"]) for line in metrics("gad-3"))
+    assert (folder / "seqkd-3/model.safetensors").read_bytes() != (folder / "gad-3/model.safetensors").read_bytes()
+
+    prompts = {json.dumps(a["messages"]) for a in read_answers(folder / "eval/gad-3")}
+    trained = {json.dumps(row["messages"]) for row in plain.Plan.read(plan).rows_of(folder / "train.parquet").rows}
+    assert len(prompts) == 12 and not prompts & trained
+
+    capsys.readouterr()
+    assert plain.main([str(plan), "--folder", str(folder), "--table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| stage", "|---|---|---|---|---|---|---|", "| seqkd", "| gad", "",
+        "| difference", "|---|---|---|---|---|---|---|", "| gad - seqkd",
+    ]  # fmt: skip
+
+
+def test_the_rate_falls_over_the_steps_or_over_the_seconds(plain):
+    stage = plain.Stage("imitate", steps=4, lr=2.0)
+    assert [stage.student_lr(step, 1e9) for step in range(4)] == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    stage = plain.Stage("imitate", steps=4, lr=2.0, max_seconds=10)
+    assert stage.student_lr(1, 5) == pytest.approx(1.0) and stage.student_lr(2, 1) == pytest.approx(1.0)
+    assert stage.student_lr(3, 11) == 0
+
+
+def test_a_stage_ends_when_its_time_is_over(plain, tiny_problem, tmp_path):
+    values = plan_of(tiny_problem)
+    values["stages"]["seqkd"] |= {"steps": 10**6, "max_seconds": 1.0}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    plan = plain.Plan.read(tmp_path / "plan.yaml")
+    plain.split(plan, tmp_path / "runs")
+    plain.run_stage(plan, tmp_path / "runs", 0, "seqkd")
+    lines = (tmp_path / "runs/seqkd-0/metrics.jsonl").read_text().splitlines()
+    assert 0 < len(lines) < 10**6 and (tmp_path / "runs/seqkd-0/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"sedes": [1]}, "unknown keys"),
+        ({"arms": ["gdd"]}, r"no stages \['gdd'\]"),
+        ({"stages": {"gad": {"does": "gad", "steps": 1, "lr": 1e-3, "student": "seqkd"}}}, "no stages"),
+    ],
+)
+def test_a_mistake_in_a_plan_is_named(plain, tiny_problem, tmp_path, change, error):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan_of(tiny_problem, **change)))
+    with pytest.raises(ValueError, match=error):
+        plain.Plan.read(tmp_path / "plan.yaml")
