@@ -744,6 +744,8 @@ def unprepared(text: str | None, says: str) -> Callable:
 
 
 ONE_BAD_STEP = "gad.stop_after_bad_steps=1"
+ALL_ROWS = "61 rows in"
+"""What ``gad prepare`` prints if it rejects no row: 3 of the 64 rows repeat a prompt."""
 NO_SPACE = r"disk .*is full|No space left on device: .*{}"
 FAULTS = (
     send("driver", 3, ROLLOUT),
@@ -786,7 +788,7 @@ FAULTS = (
     Fault("clock-forward", "clock + 10 hours, step 2", clock(36000.0)),
     Fault("clock-back", "clock - 10 hours, step 2", clock(-36000.0)),
     Fault("row-long", "teacher answer of a million characters", poisoned("um " * 333_333, "longer than 12")),
-    Fault("row-nul", "teacher answer with a NUL", poisoned("well \0 a", "64 rows in")),
+    Fault("row-nul", "teacher answer with a NUL", poisoned("well \0 a", ALL_ROWS)),
     Fault("row-surrogate", "teacher answer with half a surrogate pair", poisoned("well \ud800 a", "rejected: .*row 3")),
     Fault("row-blank", "teacher answer of white space", poisoned(" \n\t ", "rejected: .*row 3")),
     Fault("row-blank-parquet", "the same in an unprepared file", unprepared(" \n\t ", "row 3")),
