@@ -13,8 +13,9 @@ second step. After it, the same command is started again. A fault passes if
   empty lock files (ckpt_*.lock) that verl leaves there.
 
 Faults inside a run come from :func:`inside`, which Ray calls in each of its processes. It asks the phases of
-recipe/gad/run/watchdog.py when to strike. Disks are small tmpfs mounts, so those faults need root. A memory limit
-(RLIMIT_AS) takes the place of a full memory, and a clock jumps for ``time.time`` in Python, not for the machine.
+recipe/gad/run/watchdog.py when to strike. Disks are small tmpfs mounts, and a network is a bridge between two network
+namespaces (iproute2), so those faults need root. A memory limit (RLIMIT_AS) takes the place of a full memory, and a
+clock jumps for ``time.time`` in Python, not for the machine.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ TIMEOUT = 400.0
 """Seconds after which a run counts as lost."""
 GRACE = 20.0
 """Seconds that the processes of a run get to end after it."""
+CUT_OFF = 300.0
+"""The same on two nodes: Ray on a node that is cut off ends itself minutes after the network has dropped."""
 DISK = "60m"
 NOT_REPEATABLE = ("timing", "perf/", "critic/perf", "actor/perf")
 ROLLOUT, ACTOR, D, SAVE = "the rollout", "the update of the actor", "the update of the discriminator", "the save"
@@ -151,6 +154,15 @@ def _shift_clock(flag: Path, seconds: float) -> None:
     time.time = lambda: real() + seconds
 
 
+def _cut(plan: dict) -> str:
+    ip(f"-n {plan['switch']} link set bridge down")
+    return f"network down; the trainer is on node {os.environ['GAD_FAULTS_NODE']}"
+
+
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
+
+
 def _infinite_score(plan: dict) -> str:
     """The discriminator's first score of every batch is infinite from now on."""
     trainer = sys.modules["verl.trainer.ppo.v1.trainer_gad"].PPOTrainerGAD
@@ -166,6 +178,7 @@ def _infinite_score(plan: dict) -> str:
 
 
 STRIKES: dict[str, Callable[[dict], str]] = {
+    "cut": _cut,
     "infinite_score": _infinite_score,
     "send": _send,
     "limit_memory": _limit_memory,
@@ -196,6 +209,9 @@ class Ended:
     text: str
     left: list[str]
     struck: str = ""
+    late: float = 0.0
+    gone: float = 0.0
+    """Seconds from the strike to the end of the run, and of its last process."""
 
 
 class Skip(Exception):
@@ -205,9 +221,10 @@ class Skip(Exception):
 class Bench:
     """Problem, warmup and reference run, which all faults share, and their folder."""
 
-    def __init__(self, base: Path, timeout: float = TIMEOUT):
+    def __init__(self, base: Path, timeout: float = TIMEOUT, nodes: "TwoNodes | None" = None):
         self.base = base
         self.timeout = timeout
+        self.nodes = nodes
         self.problem = base / "problem"
         self.warmup = base / "warmup"
 
@@ -254,30 +271,20 @@ class Bench:
         tmp = Path(tempfile.mkdtemp(prefix="gad-fault-", dir="/tmp"))
         mark, temporary = uuid.uuid4().hex, tmp / "tmp"
         temporary.mkdir()
-        paths = [str(ROOT), f"{ROOT}/benchmarks", os.environ.get("PYTHONPATH", "")]
-        environment = {
-            **os.environ,
-            "PYTHON": sys.executable,
-            "PYTHONPATH": ":".join(filter(None, paths)),
-            "HYDRA_FULL_ERROR": "0",
-            "GAD_FAULTS_ID": mark,
-            "TMPDIR": str(temporary),
-            "RAY_prestart_worker_first_driver": "0",  # no idle workers: a run starts faster
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        own = {"GAD_FAULTS_ID": mark, "TMPDIR": str(temporary)}
         command = [*command]
-        if command[0] == "bash":
-            command.append(f"+ray_kwargs.ray_init._temp_dir={tmp}/ray")
         record = tmp / "struck"
         if plan:
-            environment["GAD_FAULT"] = json.dumps({"record": str(record), **plan})
+            own["GAD_FAULT"] = json.dumps({"record": str(record), **plan})
             command.append(f"+ray_kwargs.ray_init.runtime_env.worker_process_setup_hook={hook}")
+        if self.nodes:
+            command, own = self.nodes.command(command, own)
+        elif command[0] == "bash":
+            command.append(f"+ray_kwargs.ray_init._temp_dir={tmp}/ray")
         before = shared_memory()
         with (tmp / "console").open("w") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=tmp, start_new_session=True
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment(own), cwd=tmp, start_new_session=True
             )
             if outside is not None:
                 outside(process)
@@ -285,13 +292,116 @@ class Bench:
                 code: int | None = process.wait(self.timeout)
             except subprocess.TimeoutExpired:
                 code = None
-        left = leftover_processes(mark, 0 if code is None else GRACE)
+        grace = CUT_OFF if self.nodes else GRACE
+        since = record.stat().st_mtime if record.exists() else time.time()
+        late = time.time() - since
+        left = leftover_processes(mark, 0 if code is None else grace)
+        gone = time.time() - since
         files = [path for path in temporary.rglob("*") if not path.is_dir() and not path.name.startswith("ckpt_")]
         left += [str(path.relative_to(temporary)) for path in files] + sorted(shared_memory() - before - held())
         text = (tmp / "console").read_text(errors="replace")
         struck = record.read_text() if record.exists() else ""
         shutil.rmtree(tmp, ignore_errors=True)
-        return Ended(code, text, left, struck)
+        return Ended(code, text, left, struck, late, gone)
+
+
+def environment(own: dict[str, str]) -> dict[str, str]:
+    """Environment of a run or of a Ray node; ``own``: variables of this one alone."""
+    paths = [str(ROOT), f"{ROOT}/benchmarks", os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": ":".join(filter(None, paths)),
+        "HYDRA_FULL_ERROR": "0",
+        "RAY_prestart_worker_first_driver": "0",  # no idle workers: a run starts faster
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **own,
+    }
+
+
+class TwoNodes:
+    """Ray nodes 1 and 2, each in its own network namespace, joined by a bridge in a third one; a context manager."""
+
+    ADDRESS = "192.0.2.1:6379"  # a network for documentation (RFC 5737)
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.name = f"gad-{self.mark[:6]}"
+        self.switch = f"{self.name}-switch"
+        self.spaces = [self.switch, *(self.space(node) for node in (1, 2))]
+        self.folder = Path(tempfile.mkdtemp(prefix="gad-net-", dir="/tmp"))
+        self.shared = {"GAD_FAULTS_ID": self.mark, "RAY_ADDRESS": self.ADDRESS, "RAY_AUTH_MODE": "disabled"}
+        self.ray: dict[int, subprocess.Popen] = {}
+
+    def space(self, node: int) -> str:
+        return f"{self.name}-{node}"
+
+    def on(self, node: int) -> list[str]:
+        return ["ip", "netns", "exec", self.space(node)]
+
+    def __enter__(self) -> "TwoNodes":
+        try:
+            self._link()
+            for node in (1, 2):
+                self.start(node)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _link(self) -> None:
+        try:
+            for space in self.spaces:
+                ip(f"netns add {space}")
+            ip(f"-n {self.switch} link add bridge type bridge")
+            ip(f"-n {self.switch} link set bridge up")
+            for node in (1, 2):
+                ip(f"-n {self.space(node)} link add gad0 type veth peer name port{node} netns {self.switch}")
+                ip(f"-n {self.switch} link set port{node} master bridge up")
+                ip(f"-n {self.space(node)} addr add 192.0.2.{node}/24 dev gad0")
+                for device in ("gad0", "lo"):
+                    ip(f"-n {self.space(node)} link set {device} up")
+        except (OSError, subprocess.CalledProcessError) as problem:
+            raise Skip(f"{problem} {getattr(problem, 'stderr', '')}".strip()) from None
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.ray.values():
+            process.terminate()
+        leftover_processes(self.mark, GRACE)
+        for space in self.spaces:
+            with suppress(OSError, subprocess.CalledProcessError):  # it was never made
+                ip(f"netns del {space}")  # its links go with it
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self, node: int) -> None:
+        """Start Ray on a node and wait until it has joined."""
+        role = ["--head", "--port=6379", "--include-dashboard=false"] if node == 1 else [f"--address={self.ADDRESS}"]
+        size = ["--num-cpus=8", "--num-gpus=1", "--object-store-memory=150000000"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address=192.0.2.{node}"]
+        own = {"GAD_FAULTS_NODE": str(node), "GLOO_SOCKET_IFNAME": "gad0", "RAY_TMPDIR": str(self.folder)}
+        variables, log = environment({**self.shared, **own}), self.folder / f"node{node}.log"
+        with log.open("a") as output:
+            command = [*self.on(node), *ray, *role, *size]
+            self.ray[node] = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+            )
+        wait = [*self.on(1), sys.executable, f"{ROOT}/examples/cluster/wait_for_nodes.py", str(node), "60"]
+        done = subprocess.run(wait, env=variables, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"node {node} did not join: {done.stderr[-2000:]} {log.read_text()[-2000:]}")
+
+    def command(self, command: list[str], own: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+        """The command on node 1 and its variables; Ray passes ``own`` on to the run's processes on both nodes."""
+        carried = [f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}='{value}'" for name, value in own.items()]
+        return [*self.on(1), *command, *carried], {**self.shared, **own}
+
+    def mend(self) -> None:
+        """The network is up again, and Ray is started on node 2, where it has ended without its head."""
+        self.ray[2].wait(GRACE)
+        ip(f"-n {self.switch} link set bridge up")
+        self.start(2)
 
 
 def metrics(out: Path) -> dict[int, dict[str, float]]:
@@ -472,6 +582,29 @@ def full_disk(name: str, where: str, step: int, phase: str, says: str, leave: in
     return Fault(name, f"{where}, step {step}", inject)
 
 
+def cut(phase: str) -> Fault:
+    """The network between two Ray nodes drops in a phase of step 3 and comes back after the run has ended."""
+
+    def inject(bench: Bench, out: Path) -> Result:
+        with TwoNodes() as nodes:
+            pair = Bench(bench.base, nodes=nodes)
+            size = ("--nnodes", "2", "ray_kwargs.ray_init.num_cpus=null", "ray_kwargs.ray_init.num_gpus=null")
+            reference = pair.run(pair.gad(clean(out / "reference"), *size))
+            if reference.code != 0:
+                raise RuntimeError(f"the run without a fault failed: {last_words(reference.text)}")
+            pair.expected = metrics(out / "reference")
+            command = pair.gad(clean(out / "cut"), *size)
+            plan = {"do": "cut", "switch": nodes.switch, "step": 3, "phase": phase}
+            first = pair.run(command, plan)
+            result = judged(pair, out / "cut", first, command, r"error: .*Ray has lost node 192\.0\.2\.", nodes.mend)
+            times = f"{first.late:.0f} s after the drop, and the last process ended {first.gone:.0f} s after it"
+            result.saw += f" ({times}; {first.struck.partition('; ')[2]})"
+            return result
+
+    where = f"the network between two Ray nodes drops, step 3, {phase}"
+    return Fault(f"network-{phase}".replace("the ", "").replace(" ", "-"), where, inject)
+
+
 def full_disk_at_hand_over(bench: Bench, out: Path) -> Result:
     with small_disk(out):
         fill(out)
@@ -611,6 +744,8 @@ def unprepared(text: str | None, says: str) -> Callable:
 
 
 ONE_BAD_STEP = "gad.stop_after_bad_steps=1"
+ALL_ROWS = "61 rows in"
+"""What ``gad prepare`` prints if it rejects no row: 3 of the 64 rows repeat a prompt."""
 NO_SPACE = r"disk .*is full|No space left on device: .*{}"
 FAULTS = (
     send("driver", 3, ROLLOUT),
@@ -648,10 +783,12 @@ FAULTS = (
         strike("NaN or infinite", extra=(ONE_BAD_STEP,), do="infinite_score", step=3, phase=ROLLOUT),
     ),
     Fault("two-runs", "a second run in the folder of a living one", two_runs),
+    cut(ROLLOUT),
+    cut(ACTOR),
     Fault("clock-forward", "clock + 10 hours, step 2", clock(36000.0)),
     Fault("clock-back", "clock - 10 hours, step 2", clock(-36000.0)),
     Fault("row-long", "teacher answer of a million characters", poisoned("um " * 333_333, "longer than 12")),
-    Fault("row-nul", "teacher answer with a NUL", poisoned("well \0 a", "64 rows in")),
+    Fault("row-nul", "teacher answer with a NUL", poisoned("well \0 a", ALL_ROWS)),
     Fault("row-surrogate", "teacher answer with half a surrogate pair", poisoned("well \ud800 a", "rejected: .*row 3")),
     Fault("row-blank", "teacher answer of white space", poisoned(" \n\t ", "rejected: .*row 3")),
     Fault("row-blank-parquet", "the same in an unprepared file", unprepared(" \n\t ", "row 3")),

@@ -41,7 +41,7 @@ while [[ "$1" == --* ]]; do shift; done
 exec "$@" """,
     "hostname": 'echo "10.0.0.1 fe80::1"',
     "ray": r"""
-echo "ray $*" >> "$CALLS"
+echo "ray $*${RAY_AUTH_MODE:+, $RAY_AUTH_MODE}" >> "$CALLS"
 [ "$1" != start ] || exec sleep 60""",
     "python": r"""
 echo "python $*" >> "$CALLS"
@@ -64,6 +64,7 @@ def slurm(tmp_path):
         "PYTHON": f"{tmp_path}/bin/python",
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "1",
+        "HOME": str(tmp_path),
         "HEAD_START": "0",
         "JOBS": f"{tmp_path}/jobs",
         "REQUEUED": f"{tmp_path}/requeued",
@@ -151,7 +152,7 @@ def test_the_evaluation_scores_three_runs_and_compares_them(slurm, tmp_path):
 # as a launch script does: a signal -> save, exit code 0; without one it ends after CODE
 STUB = """
 trap 'sleep 0.3; echo saved >> "$LOG"; exit "$CODE"' TERM
-echo "started ${RAY_ADDRESS:-alone}" >> "$LOG"
+echo "started ${RAY_ADDRESS:-alone}${RAY_AUTH_MODE:+, $RAY_AUTH_MODE}" >> "$LOG"
 for _ in $(seq "$TURNS"); do sleep 0.05; done
 exit "$CODE"
 """
@@ -218,6 +219,19 @@ def test_ray_starts_on_every_node_and_ends_with_the_job(slurm, tmp_path):
     assert f"--nodelist=node1 --overlap {head}" in calls
     assert "srun --nodes=2 --ntasks=2 --exclude=node1 --overlap ray start --address=10.0.0.1:6379 --block" in calls
     assert f"python {Path('examples/cluster/wait_for_nodes.py')} 3 300" in calls
+
+
+@pytest.mark.parametrize("stored, given, mode", [(1, "", ", token"), (0, "", ""), (1, "disabled", ", disabled")])
+def test_all_of_ray_uses_the_stored_token_or_nothing_does(slurm, tmp_path, stored, given, mode):
+    if stored:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text("secret")
+    several = {"SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "node[1-3]", "RAY_AUTH_MODE": given}
+    code, output, log = job(slurm, tmp_path, **several)
+    assert code == 0, output
+    assert log == [f"started 10.0.0.1:6379{mode}"]
+    nodes = [line for line in Path(slurm["CALLS"]).read_text().splitlines() if line.startswith("ray start")]
+    assert len(nodes) == 2 and all(line.endswith(f"--block{mode}") for line in nodes)
 
 
 def test_a_job_outside_the_repository_says_so(slurm, tmp_path):

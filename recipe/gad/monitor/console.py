@@ -92,11 +92,11 @@ class ShortConsole(Callback):
             full = full_disk(Path(config.trainer.default_local_dir).absolute())
             self._close(f"error: {error(full + where, 'free space there, and rerun the same command to resume')}")
         else:
-            text = str(cause).strip().splitlines() or [""]
-            of_ray = [line.strip() for line in text if line.strip().startswith("class_name: ")]  # which actor died
-            self._close(
-                f"error: the run failed: {type(cause).__name__}: {' '.join(text[:1] + of_ray)}", last_lines=True
-            )
+            text = [line.strip() for line in str(cause).strip().splitlines()] or [""]
+            what = [*text[:1], *(line for line in text if line.startswith("class_name: "))]  # which actor died
+            if any("its node has died" in line for line in text):
+                what += [f"Ray has lost node {line[4:]}" for line in text if line.startswith("ip: ")]
+            self._close(f"error: the run failed: {type(cause).__name__}: {' '.join(what)}", last_lines=True)
 
     def _say(self, *lines: str) -> None:
         for text in lines:

@@ -97,6 +97,14 @@ def live_actors() -> set[str]:
     return {actor["Name"] or f"{actor['ActorClassName']} {key[:8]}" for key, actor in ours.items()}
 
 
+def live_nodes() -> set[tuple[str, str]]:
+    """(id, address) of the nodes of Ray's cluster that are not dead; none without Ray."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return set()
+    return {(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+
+
 def write_stacks(file: Path) -> None:
     """Stacks of this process, and with py-spy those of the other Ray processes on this node."""
     import subprocess
@@ -140,6 +148,7 @@ class Watchdog:
         self._watched = 0
         self._ended = threading.Event()
         self._actors: set[str] = set()
+        self._nodes: set[tuple[str, str]] = set()
 
     def beat(self, step: int) -> None:
         """A step begins."""
@@ -148,6 +157,7 @@ class Watchdog:
             self._seconds.append(now - self._last)
         self.step, self._last = step, now
         self._actors = self._actors or live_actors()
+        self._nodes = self._nodes or live_nodes()
 
     def limit(self) -> float:
         """Seconds that the step now running may take."""
@@ -170,8 +180,10 @@ class Watchdog:
             print(f"error: {error(what, AFTER_A_DEATH)}", flush=True)
 
     def _dead(self) -> str:
-        """Names of the actors that lived in the first step and are dead."""
-        return ", ".join(sorted(self._actors - live_actors())) if self._actors else ""
+        """Names of the actors that lived in the first step and are dead, then the nodes of which the same is true."""
+        dead = ", ".join(sorted(self._actors - live_actors())) if self._actors else ""
+        lost = ", ".join(sorted(address for _, address in self._nodes - live_nodes())) if dead else ""
+        return f"{dead}; Ray has lost node {lost}" if lost else dead
 
     def _watch(self) -> None:
         looked = alive = time.monotonic()

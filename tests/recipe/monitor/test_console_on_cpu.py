@@ -31,7 +31,9 @@ def main(config):
     if config.action == "fail":
         raise RuntimeError("broken \x1b[2J thing")
     if config.action == "actor dies":
-        raise RuntimeError("The actor died.\n\tclass_name: TaskRunnerV1\n\tactor_id: 0f1e")
+        raise RuntimeError("The actor died.\n\tclass_name: TaskRunnerV1\n\tactor_id: 0f1e\n\tip: 192.0.2.2")
+    if config.action == "node dies":
+        raise RuntimeError("The actor died.\n\tclass_name: A\n\tip: 192.0.2.2\nIt died because its node has died.")
     if config.action == "disk":
         raise OSError(28, "No space left on device")
     if config.action == "refuse":
@@ -110,6 +112,9 @@ def test_of_a_failed_run_the_console_shows_the_end_of_the_log(start, tmp_path):
 def test_a_run_whose_actor_dies_names_it(start):
     _, lines, _ = end(start("action='actor dies'"))
     assert lines[-2] == "error: the run failed: RuntimeError: The actor died. class_name: TaskRunnerV1"
+    _, lines, _ = end(start("action='node dies'"))
+    said = "error: the run failed: RuntimeError: The actor died. class_name: A Ray has lost node 192.0.2.2"
+    assert lines[-2] == said
 
 
 def test_a_run_on_a_full_disk_names_the_disk(start, tmp_path):

@@ -101,6 +101,18 @@ def test_a_failed_run_names_the_processes_that_have_died(tmp_path, monkeypatch, 
     assert printed.startswith(said) if dies else printed == ""
 
 
+def test_a_lost_node_is_named_with_the_processes_that_died_there(tmp_path, monkeypatch):
+    actors, nodes = {"worker", "hf_server_0"}, {("a1", "192.0.2.1"), ("b2", "192.0.2.2"), ("c3", "192.0.2.3")}
+    monkeypatch.setattr(watchdog, "live_actors", actors.copy)
+    monkeypatch.setattr(watchdog, "live_nodes", nodes.copy)
+    dog = Watchdog(0, tmp_path)
+    dog.beat(1)
+    nodes.discard(("b2", "192.0.2.2"))
+    assert dog._dead() == "", "a node that held nothing of the run may go"
+    actors.discard("hf_server_0")
+    assert dog._dead() == "hf_server_0; Ray has lost node 192.0.2.2"
+
+
 def test_a_run_that_waits_for_a_dead_process_is_ended(tmp_path):
     text = (
         "import sys, time; from recipe.gad.run import watchdog\n"
