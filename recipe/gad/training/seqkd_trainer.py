@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
@@ -22,12 +21,12 @@ COLUMNS = ("raw_prompt", TEACHER_IDS, "index", "reward_model")
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of :data:`COLUMNS`."""
-    return collate_fn([{name: row[name] for name in COLUMNS} for row in rows])
+    return collate_fn([{name: row[name] for name in COLUMNS if name in row} for row in rows])
 
 
 def batch_of(rows: list[Trajectory], extra_info: dict[str, Any]) -> TensorDict:
     """Rows and what the workers must know, as the queue would hand them out."""
-    columns = {name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in rows[0]}
+    columns = {name: tu.nested_tensor_from_tensor_list([row[name] for row in rows]) for name in rows[0]}
     return tu.get_tensordict(columns, extra_info)
 
 
