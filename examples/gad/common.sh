@@ -124,8 +124,6 @@ launch() {
   "$PYTHON" -c 'import recipe.gad.plugin' 2>/dev/null ||
     fail "verl-gad is not installed for $PYTHON; run: pip install -e $(dirname "${BASH_SOURCE[0]}")/../.."
   [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES # an empty value kills Ray
-  if [ -z "$SKIP_DOCTOR" ]; then
-    env "${environment[@]}" "$PYTHON" -m recipe.gad.cli doctor --brief --config-name gad_trainer "${overrides[@]}"
-  fi
+  [ -n "$SKIP_DOCTOR" ] || command=("$PYTHON" -m recipe.gad.launch "${command[@]:1}") # the doctor, then the trainer
   exec env "${environment[@]}" "${command[@]}" # exec: a signal to this script reaches the trainer
 }

@@ -772,7 +772,8 @@ def cpu_only_plugin(site: Path) -> dict[str, str]:
     for name in cpu_parts:
         target = package / "_overlay" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "verl" / name, target)
+        lines = (ROOT / "verl" / name).read_text().splitlines(keepends=True)
+        target.write_text("".join(line for line in lines if "log_probs" not in line))  # the stock loop over tokens
     info = site / "cpu_only_verl-0.0.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cpu-only-verl\nVersion: 0.0.0\n")

@@ -349,7 +349,7 @@ printf '%s\\n' "$*" >> "$FAKE_LOG"
 case "$*" in
   *"recipe.gad.run.checkpoint student"*) echo "$FAKE_CHECKPOINT/actor/huggingface" ;;
   *recipe.gad.run.checkpoint*) echo "$FAKE_CHECKPOINT" ;;
-  *"recipe.gad.cli doctor"*) exit "${FAKE_CHECK:-0}" ;;
+  *recipe.gad.launch*) [ -z "${FAKE_CHECK:-}" ] || exit "$FAKE_CHECK" ;;&
   *main_ppo*) echo "platform ${VERL_PLATFORM:-unset}, devices ${CUDA_VISIBLE_DEVICES-unset}" ;;
 esac
 """
@@ -370,24 +370,27 @@ def fake(tmp_path):
     return fake
 
 
-def test_the_run_is_checked_and_then_started_with_the_same_overrides(fake):
+def test_the_run_is_started_through_the_doctor(fake):
     done, calls = fake("run_warmup.sh", *GOOD, "--device", "cpu", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "platform cpu, devices unset\n", "Ray's raylet dies of an empty CUDA_VISIBLE_DEVICES"
-    _, check, train = calls
-    prefix = "-m verl.trainer.main_ppo --config-path pkg://recipe.gad.config"
-    assert train == check.replace("-m recipe.gad.cli doctor --brief", prefix)
+    (command,) = dry_run("run_warmup.sh", *GOOD, "--device", "cpu")
+    _, launch = calls
+    assert launch.split("--config-name ")[0] == (
+        "-m recipe.gad.launch -m verl.trainer.main_ppo --config-path pkg://recipe.gad.config "
+    )
+    assert launch.split()[-1] == command.overrides[-1]
 
 
 def test_a_failed_check_stops_the_run(fake):
     done, calls = fake("run_warmup.sh", *GOOD, FAKE_CHECK="1")
-    assert done.returncode == 1 and not any("main_ppo" in call for call in calls)
+    assert done.returncode == 1 and "recipe.gad.launch" in calls[-1] and done.stdout == ""
 
 
 @pytest.mark.parametrize("script", ["run_warmup.sh", "run_pipeline.sh"])
 def test_the_doctor_can_be_skipped(fake, script):
     done, calls = fake(script, *GOOD, "--skip-doctor", FAKE_CHECK="1")
-    assert done.returncode == 0 and not any("cli doctor" in call for call in calls) and "main_ppo" in calls[-1]
+    assert done.returncode == 0 and not any("gad.launch" in call for call in calls) and "main_ppo" in calls[-1]
 
 
 @pytest.mark.parametrize("step", [None, 7])
@@ -416,7 +419,7 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
     (out / "data/train.parquet").touch()
     done, calls = fake("smollm2_gpt4/run.sh", "--output_dir", out, "--skip-doctor", "trainer.seed_of_mine=1")
     assert done.returncode == 0, done.stderr
-    assert not any("cli doctor" in call for call in calls)
+    assert not any("gad.launch" in call for call in calls)
     trained = [call.split() for call in calls if "main_ppo" in call]
     configs = []
     for words in trained:

@@ -32,7 +32,7 @@ from recipe.gad.doctor.memory import (
     training,
 )
 from recipe.gad.run.atomic_io import check_free
-from recipe.gad.run.checks import CHECKS, name_of, run_checks
+from recipe.gad.run.checks import CHECKS, name_of, run_check, run_checks
 from recipe.gad.run.config import (
     ACTOR,
     ACTOR_MODEL,
@@ -44,6 +44,7 @@ from recipe.gad.run.config import (
     has_discriminator,
     integer,
     is_number,
+    resolved,
     tokenizer_key,
     validates,
 )
@@ -120,12 +121,14 @@ def examine(
         OmegaConf.update(config, "ray_kwargs.ray_init.num_cpus", cpus, force_add=True)
     findings = run_checks(config, map(finishing, CHECKS))
     failed = {finding.where for finding in findings if finding.level == "error"}
+    if "configuration" not in failed:
+        config = resolved(config)
     for check, needs in doctor_checks(gpu_memory):
         if blocking := sorted(failed & (needs | {"configuration"})):
             what = f"skipped: {' and '.join(map(repr, blocking))} failed"
             findings.append(Finding("warning", name_of(check), what, fix="resolve those errors first"))
         else:
-            findings.extend(run_checks(config, [finishing(check)]))
+            findings.extend(run_check(config, finishing(check)))
     return [_of_another_machine(finding, cpus) for finding in findings] if elsewhere else findings
 
 

@@ -124,17 +124,19 @@ def run_checks(config: DictConfig, checks: Iterable[Check]) -> list[Finding]:
         config = resolved(config)
     except InputError as problem:
         return [replace(problem.finding, where="configuration")]
-    findings: list[Finding] = []
-    for check in checks:
-        found: list[Finding] = []
-        try:
-            for finding in check(config):
-                found.append(finding)
-        except InputError as problem:
-            found.append(problem.finding)
-        found = found or [note((check.__doc__ or "").split("\n")[0])]
-        findings.extend(replace(finding, where=name_of(check)) for finding in dict.fromkeys(found))
-    return findings
+    return [finding for check in checks for finding in run_check(config, check)]
+
+
+def run_check(config: DictConfig, check: Check) -> list[Finding]:
+    """Findings of one check, as in :func:`run_checks`; ``config`` has no references left."""
+    found: list[Finding] = []
+    try:
+        for finding in check(config):
+            found.append(finding)
+    except InputError as problem:
+        found.append(problem.finding)
+    found = found or [note((check.__doc__ or "").split("\n")[0])]
+    return [replace(finding, where=name_of(check)) for finding in dict.fromkeys(found)]
 
 
 def name_of(check: Check) -> str:

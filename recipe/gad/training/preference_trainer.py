@@ -85,8 +85,7 @@ class PPOTrainerOnlineDPO(PPOTrainerGAD):
             extra_info["no_lora_adapter"] = True
         elif of_reference:
             compute = self.ref_policy_wg.compute_ref_log_prob
-        rows = self._view(keys, **extra_info)
-        rows.fields = SCORING_FIELDS
+        rows = self._view(keys, fields=SCORING_FIELDS, **extra_info)
         compute(rows)
         fields = ["log_probs", "response_mask"]
         data = tq.kv_batch_get(keys=keys, partition_id=rows.partition_id, select_fields=fields)

@@ -306,10 +306,10 @@ class PPOTrainerGAD(PPOTrainerSync):
         fields = tu.list_of_dict_to_tensordict(list(rows.values()))
         tq.kv_batch_put(keys=list(rows), partition_id=partition_id, fields=fields, tags=[{} for _ in rows])
 
-    def _view(self, keys: list[str], tags: list[dict] | None = None, **extra_info: Any) -> KVBatchMeta:
+    def _view(self, keys: list[str], tags: list[dict] | None = None, fields: list[str] | None = None, **extra_info):
         """A batch of our own: ``extra_info`` of the stock batch persists and would leak into the actor's update."""
         tags = [{} for _ in keys] if tags is None else tags
-        return KVBatchMeta(partition_id="train", keys=keys, tags=tags, extra_info=extra_info)
+        return KVBatchMeta(partition_id="train", keys=keys, tags=tags, fields=fields, extra_info=extra_info)
 
     # ------------------------------------------------------------------ passes that an update makes unnecessary
 
@@ -586,8 +586,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         if not actor.use_dynamic_bsz:
             rows_per_rank = mini_batch_size // data_parallel_size(self.actor_rollout_wg, "actor")
             extra_info["micro_batch_size_per_gpu"] = largest_divisor(rows_per_rank, actor.ppo_micro_batch_size_per_gpu)
-        view = self._view(keys, **extra_info)
-        view.fields = fields
+        view = self._view(keys, fields=fields, **extra_info)
         output = rename_dict(self.actor_rollout_wg.update_actor(view)["metrics"], "actor/")
         output["perf/mfu/actor"] = output.pop("actor/mfu")
         metrics.update(reduce_metrics(output))

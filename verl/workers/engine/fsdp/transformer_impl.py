@@ -1,12 +1,13 @@
-"""Extends stock ``verl.workers.engine.fsdp.transformer_impl``: the FSDP2 engines on the CPU platform.
+"""Extends stock ``verl.workers.engine.fsdp.transformer_impl``: FSDP2 on the CPU platform; log-probs without flash-attn.
 
 Stock registers its engines for cuda and npu only, and gives a forward-only model (the reference) a CPU offload policy
-with pinned memory, which needs an accelerator.
-Goes when: stock FSDP2 runs on a CPU.
+with pinned memory, which needs an accelerator. Without flash-attn, it loops over single tokens.
+Goes when: stock FSDP2 runs on a CPU, and stock log-probabilities of packed tokens need no loop over tokens.
 """
 
 import torch
 
+from recipe.gad.training.log_probs import logprobs_from_logits  # noqa: F401 (stock code below calls it)
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
