@@ -81,6 +81,12 @@ class Stage:
     max_seconds: float = math.inf
     """The stage takes no longer, if need be with fewer steps: the student's rate then falls over the seconds."""
 
+    def __post_init__(self) -> None:
+        if self.does not in ("imitate", "lead", "gad"):
+            raise ValueError(f"a stage does {self.does!r}, expected imitate, lead or gad")
+        if self.does == "gad" and not self.d_lr:
+            raise ValueError("a stage that does gad needs d_lr, the discriminator's rate")
+
     def student_lr(self, step: int, seconds: float) -> float:
         """Rate of a step, counted from 0, that begins ``seconds`` after the first."""
         done = min(max(step / self.steps, seconds / self.max_seconds), 1.0)
@@ -108,7 +114,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
-        """ValueError: a key or a name is unknown, or missing."""
+        """ValueError: an unknown key, name or value."""
         values = yaml.safe_load(path.read_text())
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
@@ -118,11 +124,14 @@ class Plan:
         named += [name for stage in stages.values() for name in (stage.student, stage.discriminator) if name]
         if missing := set(named) - stages.keys():
             raise ValueError(f"{path}: no stages {sorted(missing)}")
-        return cls(**{**values, "stages": stages})
+        plan = cls(**{**values, "stages": stages})
+        prompts = {stage.prompts for stage in stages.values() if stage.does != "imitate"}
+        if uneven := [size for size in (*prompts, plan.answers) if plan.rows % size]:
+            raise ValueError(f"{path}: rows {plan.rows} is no multiple of {uneven} (prompts of a stage, or answers)")
+        return plan
 
-    def rows_of(self, file: str | Path, model: str | None = None) -> TokenizedRows:
-        settings = self.settings(file, model)
-        return load_rows(settings)
+    def rows_of(self, file: str | Path) -> TokenizedRows:
+        return load_rows(self.settings(file))
 
     def settings(self, file: str | Path, model: str | None = None) -> Settings:
         return Settings(
@@ -403,7 +412,6 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
     torch.manual_seed(own)
     data = plan.rows_of(folder / "train.parquet")
     rows = [(row["prompt_ids"], row["teacher_ids"]) for row in data.rows]
-    watched = [(row["prompt_ids"], row["teacher_ids"]) for row in plan.rows_of(plan.watch).rows]
     start = folder / f"{stage.student}-{seed}" if stage.student else plan.model
     student = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
     student.train()
@@ -411,6 +419,7 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
     if trains_student:
         optimizer = optimizer_of(student, stage.lr)
     if trains_d:
+        watched = [(row["prompt_ids"], row["teacher_ids"]) for row in plan.rows_of(plan.watch).rows]
         d = fresh_discriminator(load_base(plan.model), seed)
         if stage.discriminator:
             d.load_state_dict(torch.load(folder / f"{stage.discriminator}-{seed}" / "d.pt", weights_only=True))

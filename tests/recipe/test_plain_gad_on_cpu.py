@@ -220,7 +220,10 @@ def test_a_stage_ends_when_its_time_is_over(plain, tiny_problem, tmp_path):
     [
         ({"sedes": [1]}, "unknown keys"),
         ({"arms": ["gdd"]}, r"no stages \['gdd'\]"),
-        ({"stages": {"gad": {"does": "gad", "steps": 1, "lr": 1e-3, "student": "seqkd"}}}, "no stages"),
+        ({"stages": {"gad": {"does": "lead", "steps": 1, "lr": 1e-3, "student": "seqkd"}}}, "no stages"),
+        ({"stages": {"gad": {"does": "gda", "steps": 1, "lr": 1e-3}}}, "does 'gda', expected"),
+        ({"stages": {"gad": {"does": "gad", "steps": 1, "lr": 1e-3}}}, "needs d_lr"),
+        ({"answers": 3}, r"rows 16 is no multiple of \[3\]"),
     ],
 )
 def test_a_mistake_in_a_plan_is_named(plain, tiny_problem, tmp_path, change, error):
