@@ -45,8 +45,7 @@ from recipe.gad.evaluation.two_sample import (
     run_two_sample_test,
     score,
 )
-from recipe.gad.referee.differences import difference
-from recipe.gad.referee.results import read_values
+from recipe.gad.referee.results import differences, mean, read_values
 from recipe.gad.referee.schedule import Job, Scheduler, State
 from recipe.gad.referee.verdict import METRICS
 
@@ -500,39 +499,29 @@ def run_judge(plan: Plan, folder: Path, seed: int, name: str) -> None:
 
 
 def table(plan: Plan, folder: Path) -> str:
-    """Means of every judged stage, and every arm less every control, paired by seed and prompt."""
+    """Means of every judged stage, and every arm less every control, as ``gad referee`` compares them.
+
+    All prompts count: a stage has no checkpoints to choose from.
+    """
     lines, values = [], {}
     titles = [metric.title for metric in METRICS.values()]
     lines += [f"| stage | {' | '.join(titles)} | by seed |", "|---" * (len(titles) + 2) + "|"]
     for name in (*plan.controls, *plan.arms):
         values[name] = [read_values(folder / "eval" / f"{name}-{seed}") for seed in plan.seeds]
-        means = {m: [sum(v.metrics[m].values()) / len(v.metrics[m]) for v in values[name]] for m in METRICS}
+        prompts = list(values[name][0].metrics["rouge_l"])
+        means = {m: [mean(one, m, prompts) for one in values[name]] for m in METRICS}
         cells = [f"{sum(means[m]) / len(plan.seeds):.{metric.digits}f}" for m, metric in METRICS.items()]
         lines.append(f"| {name} | {' | '.join(cells)} | {' '.join(f'{x:.3f}' for x in means['two_sample'])} |")
     lines += ["", f"| difference | {' | '.join(titles)} | two-sample accuracy by seed |", lines[1]]
     for arm in plan.arms:
         for control in plan.controls:
-            found = {metric: _difference(values[arm], values[control], metric) for metric in METRICS}
+            found = differences(values[arm], values[control], prompts)
             cells = [
                 f"{d.estimate.value:+.3f} ({d.estimate.low:+.3f} to {d.estimate.high:+.3f})" for d in found.values()
             ]
             by_seed = " ".join(f"{x:+.3f}" for x in found["two_sample"].by_seed)
             lines.append(f"| {arm} - {control} | {' | '.join(cells)} | {by_seed} |")
     return "\n".join(lines)
-
-
-def _difference(arm, control, metric: str):
-    """As ``gad referee`` compares two arms, here on all prompts: a stage has no checkpoints to choose from."""
-    prompts = list(arm[0].metrics[metric])
-    tables = [[[v.metrics[metric][p] for p in prompts] for v in side] for side in (arm, control)]
-    wins = None
-    if metric == "two_sample":
-        n = len(arm[0].wins)
-        wins = [
-            [sum(a.wins[s][p] - c.wins[s][p] for a, c in zip(arm, control, strict=True)) / len(arm) for p in prompts]
-            for s in range(n)
-        ]
-    return difference(*tables, wins)
 
 
 # ---------------------------------------------------------------------- all of it

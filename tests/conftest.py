@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def load_script():
-    """Function from a name to scripts/NAME.py as a module (no package: the verl wheel ships one so named)."""
+    """Function from a name and a folder to FOLDER/NAME.py as a module (the verl wheel ships a package `scripts`)."""
 
     def load(name: str, folder: str = "scripts"):
         file = Path(__file__).resolve().parents[1] / folder / f"{name}.py"

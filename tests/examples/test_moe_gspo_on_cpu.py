@@ -1,7 +1,6 @@
 """examples/gad/moe_gspo/tiny.py: the sizes of its models by hand, and the models that it writes."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,16 +8,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from recipe.gad.quickstart.problem import build_tokenizer
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples/gad/moe_gspo"
 
-
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import tiny
-
-    yield tiny
-    sys.modules.pop("tiny")
+@pytest.fixture(scope="module")
+def tiny(load_script):
+    return load_script("tiny", "examples/gad/moe_gspo")
 
 
 def test_the_slice_has_the_width_of_the_real_models(tiny):

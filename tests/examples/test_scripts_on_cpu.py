@@ -1,7 +1,6 @@
 """The launch scripts of examples/gad: flags, messages, and the commands they print, composed on verl's config."""
 
 import dataclasses
-import importlib
 import inspect
 import os
 import random
@@ -484,17 +483,15 @@ def test_the_moe_example_has_its_setting_in_both_stages(fake, tmp_path):
     assert (gad.gad.task_reward.weight, gad.reward.custom_reward_function.path) == (0.7, str(reward))
 
 
-def test_the_slice_of_the_moe_example_fits_one_gpu_by_the_estimate(fake, tmp_path, monkeypatch):
+def test_the_slice_of_the_moe_example_fits_one_gpu_by_the_estimate(fake, tmp_path, load_script):
     out = tmp_path / "out"
     done, calls = fake("moe_gspo/slice.sh", "--layers", "4", "--output_dir", out, "--skip-doctor", "data.seed=7")
     assert done.returncode == 0, done.stderr
     folders = [f"{out}/data/{name}" for name in ("model", "student", "discriminator")]
     assert calls[1].endswith(f"moe_gspo/tiny.py {' '.join(folders)} --shape slice --layers 4")
-    monkeypatch.syspath_prepend(SCRIPTS / "moe_gspo")
-    tiny = importlib.import_module("tiny")
+    tiny = load_script("tiny", "examples/gad/moe_gspo")
     for folder, model in zip(folders[1:], tiny.configs(build_tokenizer(), "slice", 4), strict=True):
         model.save_pretrained(folder)
-    monkeypatch.delitem(sys.modules, "tiny")
     trained = [call.split() for call in calls if "main_ppo" in call]
     with initialize_config_module(config_module="recipe.gad.config", version_base=None):
         configs = [compose("gad_trainer", overrides=words[words.index("gad_trainer") + 1 :]) for words in trained]

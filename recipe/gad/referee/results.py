@@ -202,15 +202,29 @@ def choose(run: Run, values: dict[str, Values], measure: str, prompts: Sequence[
     return RunResult(run, scored, best, scored[-1])
 
 
-def _table(scored: Sequence[Scored], metric: str, prompts: Sequence[int]) -> list[list[float]]:
+def _table(values: Sequence[Values], metric: str, prompts: Sequence[int]) -> list[list[float]]:
     """(training seeds, prompts)."""
-    return [[one.values.metrics[metric][prompt] for prompt in prompts] for one in scored]
+    return [[one.metrics[metric][prompt] for prompt in prompts] for one in values]
 
 
-def _wins(scored: Sequence[Scored], prompts: Sequence[int]) -> list[list[float]]:
+def _wins(values: Sequence[Values], prompts: Sequence[int]) -> list[list[float]]:
     """(seeds of the two-sample test, prompts): means over the training seeds."""
-    tests = range(len(scored[0].values.wins))
-    return [[_mean([one.values.wins[test][prompt] for one in scored]) for prompt in prompts] for test in tests]
+    tests = range(len(values[0].wins))
+    return [[_mean([one.wins[test][prompt] for one in values]) for prompt in prompts] for test in tests]
+
+
+def differences(first: Sequence[Values], second: Sequence[Values], prompts: Sequence[int]) -> dict[str, Difference]:
+    """Metric -> first less second, paired by training seed and prompt.
+
+    Args:
+        first, second: one for each training seed, in the same order.
+        prompts: those that count.
+    """
+    found = {}
+    for metric in (metric for metric in METRICS if metric in first[0].metrics):
+        wins = _minus(_wins(first, prompts), _wins(second, prompts)) if metric == "two_sample" else None
+        found[metric] = difference(_table(first, metric, prompts), _table(second, metric, prompts), wins)
+    return found
 
 
 def _arm(
@@ -221,10 +235,11 @@ def _arm(
     chosen, last = [result.chosen for result in found], [result.last for result in found]
 
     def estimates(scored: list[Scored]) -> dict[str, Estimate]:
-        names = [metric for metric in METRICS if metric in scored[0].values.metrics]
-        means = {metric: mean_estimate(_table(scored, metric, prompts)) for metric in names}
+        found = [one.values for one in scored]
+        names = [metric for metric in METRICS if metric in found[0].metrics]
+        means = {metric: mean_estimate(_table(found, metric, prompts)) for metric in names}
         if "two_sample" in means:
-            wide = widened(means["two_sample"], _wins(scored, prompts), null=0.5)
+            wide = widened(means["two_sample"], _wins(found, prompts), null=0.5)
             means["two_sample"] = replace(wide, low=max(wide.low, 0.0), high=min(wide.high, 1.0))
         return means
 
@@ -251,17 +266,11 @@ def compare_arms(
     if not pairs:
         return None
 
-    def differences(which: str) -> dict[str, Difference]:
-        first, second = ([getattr(result, which) for result in side] for side in zip(*pairs, strict=True))
-        found = {}
-        for metric in (metric for metric in METRICS if metric in first[0].values.metrics):
-            wins = None
-            if metric == "two_sample":
-                wins = _minus(_wins(first, prompts), _wins(second, prompts))
-            found[metric] = difference(_table(first, metric, prompts), _table(second, metric, prompts), wins)
-        return found
+    def of(which: str) -> dict[str, Difference]:
+        first, second = ([getattr(result, which).values for result in side] for side in zip(*pairs, strict=True))
+        return differences(first, second, prompts)
 
-    chosen = differences("chosen")
+    chosen = of("chosen")
     verdict = judge(arm, plan.control, chosen, plan.measure)
     seeds = tuple(first.run.seed for first, _ in pairs)
-    return Comparison(arm, seeds, chosen, differences("last"), verdict)
+    return Comparison(arm, seeds, chosen, of("last"), verdict)

@@ -22,10 +22,5 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_bac
     """
     if stock.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE or stock.NPU_CROSS_ENTROPY_LOSS_AVAILABLE or logits.dim() != 2:
         return stock.logprobs_from_logits(logits, labels, inplace_backward)
-    rest = len(labels) % CHUNK
-    found = []
-    for size, part in ((CHUNK, slice(0, len(labels) - rest)), (rest, slice(len(labels) - rest, None))):
-        if len(labels[part]):
-            chunks = logits[part].unflatten(0, (-1, size)), labels[part].unflatten(0, (-1, size))
-            found.append(stock.logprobs_from_logits(*chunks).flatten())
-    return torch.cat(found)
+    chunks = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
+    return torch.cat([stock.logprobs_from_logits(part[None], ids[None])[0] for part, ids in chunks])

@@ -1,6 +1,5 @@
 """recipe/gad/monitor/rules.py: every finding from hand-made curves, and none on healthy ones."""
 
-import importlib.util
 import math
 import random
 import re
@@ -16,12 +15,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def script():
+def script(load_script):
     """benchmarks/false_alarms.py as a module."""
-    spec = importlib.util.spec_from_file_location("gad_false_alarms", ROOT / "benchmarks/false_alarms.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("false_alarms", "benchmarks")
 
 
 def curve(values) -> Curve:
