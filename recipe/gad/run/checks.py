@@ -16,6 +16,7 @@ from math import inf
 from pathlib import Path
 
 from omegaconf import DictConfig
+from packaging.version import Version
 
 from recipe.gad.run.checkpoint import (
     DPO_STAGES,
@@ -86,6 +87,8 @@ from recipe.gad.run.thinking import check_score_span
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
 CREDITS = ("sequence", "token")
+PEFT_WITHOUT_FSDP1 = Version("0.21.0")
+"""The first release whose ``get_peft_model_state_dict`` finds no adapter in a model under FSDP1."""
 RAY_STARTED = Path("/tmp/ray/ray_current_cluster")
 """`ray start` writes this file; ray.init() without an address then joins that cluster."""
 
@@ -818,17 +821,26 @@ def check_device(config: DictConfig) -> Findings:
         yield error(
             "CUDA_VISIBLE_DEVICES is the empty string, which ends Ray's node process", fix="unset CUDA_VISIBLE_DEVICES"
         )
-    lora = lora_rank(config, ACTOR_MODEL)
-    if rollout == "hf" and lora > 0 and not get(config, f"{ACTOR_MODEL}.lora.merge"):
-        yield error(
-            f"{ACTOR_MODEL}.lora.merge=False: the hf rollout takes whole weights, and the LoRA rank is {lora}",
-            fix=f"{ACTOR_MODEL}.lora.merge=True",
-        )
+    if (lora := lora_rank(config, ACTOR_MODEL)) > 0 and not get(config, f"{ACTOR_MODEL}.lora.merge"):
+        yield from _adapter_transfer(config, rollout, lora)
     platform = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if device == "cpu":
         yield from _cpu_findings(config, rollout, platform, in_worker)
     elif platform == "cpu":
         yield error(f"VERL_PLATFORM=cpu, but trainer.device={device}", fix="device=cpu, or unset VERL_PLATFORM")
+
+
+def _adapter_transfer(config: DictConfig, rollout: str, lora: int) -> Findings:
+    """Adapters that go to the rollout engine by themselves arrive there."""
+    key, merged = f"{ACTOR_MODEL}.lora.merge=False", f"{ACTOR_MODEL}.lora.merge=True"
+    if rollout == "hf":
+        yield error(f"{key}: the hf rollout takes whole weights, and the LoRA rank is {lora}", fix=merged)
+    elif get(config, f"{ACTOR}.strategy") == "fsdp" and Version(version("peft")) >= PEFT_WITHOUT_FSDP1:
+        yield error(
+            f"{key}: with {ACTOR}.strategy=fsdp and peft {version('peft')}, verl finds no adapter to send, and the "
+            f"first update of {rollout}'s weights hangs",
+            fix=f"{merged}, or {ACTOR}.strategy=fsdp2",
+        )
 
 
 def _cpu_findings(config: DictConfig, rollout: str, platform: str, in_worker: bool) -> Findings:

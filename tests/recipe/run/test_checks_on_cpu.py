@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
+from packaging.version import Version
 from safetensors.numpy import load_file, save_file
 
 from recipe.gad import plugin
@@ -1068,6 +1069,42 @@ def test_lora_that_is_merged(config):
     assert errors_of(config({f"{MODEL}.lora_rank": 8, f"{MODEL}.lora.merge": True})) == []
     changes = {f"{MODEL}.lora.rank": 8, f"{MODEL}.lora.merge": True}
     expect(config(changes), f"{MODEL}.lora.rank=8 is Megatron's key", f"Fix: {MODEL}.lora_rank=8 {MODEL}.lora.rank=0")
+
+
+@pytest.mark.parametrize("rollout", ["vllm", "sglang"])
+def test_adapters_that_would_not_reach_the_rollout_engine(gpu, monkeypatch, rollout):
+    changes = {f"{ROLLOUT}.name": rollout, f"{MODEL}.lora_rank": 8, f"{ACTOR}.strategy": "fsdp"}
+    real = importlib.metadata.version
+    monkeypatch.setattr(check, "version", lambda name: "0.21.0" if name == "peft" else real(name))
+    fix = f"Fix: {MODEL}.lora.merge=True, or {ACTOR}.strategy=fsdp2"
+    expect(gpu(changes), f"{MODEL}.lora.merge=False", f"{ACTOR}.strategy=fsdp", "peft 0.21.0", fix)
+    assert errors_of(gpu(changes | {f"{MODEL}.lora.merge": True})) == []
+    assert errors_of(gpu(changes | {f"{ACTOR}.strategy": "fsdp2"})) == []
+    monkeypatch.setattr(check, "version", lambda name: "0.20.0" if name == "peft" else real(name))
+    assert errors_of(gpu(changes)) == []
+
+
+def test_what_this_peft_sends_under_fsdp1():
+    """The first bad release is right about the installed one."""
+    import torch
+    import torch.distributed as dist
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from verl.utils.fsdp_utils import collect_lora_params, get_fsdp_wrap_policy
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        policy = get_fsdp_wrap_policy(adapted, is_lora=True)
+        sharded = FullyShardedDataParallel(adapted, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        sent = collect_lora_params(sharded, layered_summon=False, base_sync_done=True)
+    finally:
+        dist.destroy_process_group()
+    assert len(sent) == (0 if Version(importlib.metadata.version("peft")) >= check.PEFT_WITHOUT_FSDP1 else 2)
 
 
 def test_environment(config, monkeypatch):
