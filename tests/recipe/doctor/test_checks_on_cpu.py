@@ -215,16 +215,14 @@ def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
     assert out.splitlines()[-1].endswith("this run cannot start")
 
 
-@pytest.mark.parametrize("argument", ["gad.stagee=gad", "gad.stage=[", "device=tpu", "--config-name=none", "--no-flag"])
+@pytest.mark.parametrize(
+    "argument",
+    ["gad.stagee=gad", "gad.stage=[", "device=tpu", "data.seed=${no.such.key}", "--config-name=none", "--no-flag"],
+)
 def test_bad_usage(overrides, argument, capsys):
     assert run_cli(*overrides, argument) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
-
-
-def test_a_reference_to_a_missing_key(overrides, capsys):
-    assert run_cli(*overrides, "data.seed=${no.such.key}") == 1
-    assert "error   configuration: the configuration does not resolve" in capsys.readouterr().out
 
 
 def test_warnings_do_not_stop_a_run_and_nothing_is_written(overrides, tmp_path, capsys):
