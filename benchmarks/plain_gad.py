@@ -25,13 +25,12 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 
 from recipe.gad.evaluation.sampling import Settings, TokenizedRows, load_rows, write_answers
 from recipe.gad.evaluation.scores import text_section, update_scores
@@ -45,9 +44,11 @@ from recipe.gad.evaluation.two_sample import (
     run_two_sample_test,
     score,
 )
+from recipe.gad.referee.plan import check_count, check_one_of, check_positive, read_yaml, values_of
 from recipe.gad.referee.results import differences, mean, read_values
 from recipe.gad.referee.schedule import Job, Scheduler, State
 from recipe.gad.referee.verdict import METRICS
+from recipe.gad.run.config import is_number
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLIP = 0.2
@@ -73,7 +74,8 @@ class Stage:
     """Of the side that trains; the student's falls to 0 along half a cosine, the discriminator's is constant."""
     student: str | None = None
     discriminator: str | None = None
-    d_lr: float = 0.0
+    d_lr: float | None = None
+    """gad: of the discriminator."""
     prompts: int = 32
     imitation: float = 0.0
     """gad: weight of the mean of -log pi over the teacher's tokens, beside the policy gradient."""
@@ -81,9 +83,12 @@ class Stage:
     """The stage takes no longer, if need be with fewer steps: the student's rate then falls over the seconds."""
 
     def __post_init__(self) -> None:
-        if self.does not in ("imitate", "lead", "gad"):
-            raise ValueError(f"a stage does {self.does!r}, expected imitate, lead or gad")
-        if self.does == "gad" and not self.d_lr:
+        check_one_of("does", self.does, ("imitate", "lead", "gad"))
+        check_count(self, "steps", "prompts")
+        check_positive(self, "lr", "d_lr", "max_seconds")
+        if not is_number(self.imitation) or self.imitation < 0:
+            raise ValueError(f"imitation {self.imitation!r}: expected a number of at least 0")
+        if self.does == "gad" and self.d_lr is None:
             raise ValueError("a stage that does gad needs d_lr, the discriminator's rate")
 
     def student_lr(self, step: int, seconds: float) -> float:
@@ -111,23 +116,30 @@ class Plan:
     max_response_length: int = 256
     temperature: float = 0.8
 
+    def __post_init__(self) -> None:
+        for name in (*self.controls, *self.arms):
+            check_one_of("controls and arms", name, tuple(self.stages))
+        check_count(self, "held_out", "answers", "rows", "max_prompt_length", "max_response_length")
+        check_positive(self, "temperature")
+        prompts = {stage.prompts for stage in self.stages.values() if stage.does != "imitate"}
+        if uneven := [size for size in (*prompts, self.answers) if self.rows % size]:
+            raise ValueError(f"rows {self.rows} is no multiple of {uneven} (prompts of a stage, or answers)")
+
     @classmethod
     def read(cls, path: Path) -> "Plan":
-        """ValueError: an unknown key, name or value."""
-        values = yaml.safe_load(path.read_text())
-        unknown = values.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"{path}: unknown keys {sorted(unknown)}")
-        stages = {name: Stage(**stage) for name, stage in values["stages"].items()}
-        named = [*values["controls"], *values["arms"]]
-        named += [name for stage in stages.values() for name in (stage.student, stage.discriminator) if name]
-        if missing := set(named) - stages.keys():
-            raise ValueError(f"{path}: no stages {sorted(missing)}")
-        plan = cls(**{**values, "stages": stages})
-        prompts = {stage.prompts for stage in stages.values() if stage.does != "imitate"}
-        if uneven := [size for size in (*prompts, plan.answers) if plan.rows % size]:
-            raise ValueError(f"{path}: rows {plan.rows} is no multiple of {uneven} (prompts of a stage, or answers)")
-        return plan
+        """The plan in a YAML file; raises what :func:`read_yaml` does."""
+        return read_yaml(path, cls.parse)
+
+    @classmethod
+    def parse(cls, value: Any) -> "Plan":
+        """The plan in what a YAML file holds. ValueError: the first mistake in it."""
+        values = values_of(cls, value, "the plan")
+        stages = values["stages"]
+        if not isinstance(stages, dict):
+            raise ValueError(f"stages: found {stages!r}, expected names with the settings of a stage each")
+        values["stages"] = {name: _stage(name, settings, tuple(stages)) for name, settings in stages.items()}
+        values["judge"] = values_of(TwoSampleSettings, values["judge"], "judge", given=("model",))
+        return cls(**values)
 
     def rows_of(self, file: str | Path) -> TokenizedRows:
         return load_rows(self.settings(file))
@@ -142,6 +154,18 @@ class Plan:
             max_response_length=self.max_response_length,
             n=self.answers,
         )
+
+
+def _stage(name: str, settings: Any, names: tuple[str, ...]) -> Stage:
+    """One stage of a plan with the stages ``names``."""
+    values = values_of(Stage, settings, f"stage {name!r}")
+    try:
+        for key in ("student", "discriminator"):
+            if values.get(key) is not None:
+                check_one_of(key, values[key], names)
+        return Stage(**values)
+    except ValueError as error:
+        raise ValueError(f"stage {name!r}: {error}") from None
 
 
 # ---------------------------------------------------------------------- sampling
@@ -493,7 +517,7 @@ def run_judge(plan: Plan, folder: Path, seed: int, name: str) -> None:
         sampled += sampler.answers(batch + batch[:1] * (size - len(batch)))[: len(batch)]
     answers = write_answers(out, settings.record(), data, sampled)
     del sampler, student
-    test = TwoSampleSettings(model=plan.model, **{**plan.judge, "seeds": tuple(plan.judge["seeds"])})
+    test = TwoSampleSettings(model=plan.model, **plan.judge)
     update_scores(out, text=text_section(answers, 0), two_sample=run_two_sample_test(answers, test))
     (out / "done").touch()
 

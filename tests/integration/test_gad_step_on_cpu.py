@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from recipe.gad.run.checkpoint import verify_contents
 from recipe.gad.training.preference_trainer import PPOTrainerOnlineDPO, PPOTrainerSODA
 from recipe.gad.training.rows import filler, sample_order
+from recipe.gad.training.trajectory import build_prompt_ids
 from verl.trainer.ppo.v1.trainer_gad import PPOTrainerWarmup
 
 KL_FORMULAS = {  # float64 estimates of KL(policy || reference) per token
@@ -627,6 +628,22 @@ def test_checkpoints_of_both_load_back(live, tmp_path):
     for role in ("actor", "critic"):
         assert all(torch.equal(saved[role][name], value) for name, value in live.weights(role).items())
     live.trainer.global_steps += 1
+
+
+def test_an_overlong_prompt_is_part_of_no_step(live):
+    """The trainer counts steps over the rows that stay."""
+    trainer, config = live.trainer, live.config
+    whole, epochs, limit = len(trainer.train_dataset), config.trainer.total_epochs, config.data.max_prompt_length
+    prompts = [trainer.train_dataset[i]["raw_prompt"] for i in range(whole)]
+    lengths = sorted(len(build_prompt_ids(trainer.tokenizer, prompt, {})) for prompt in prompts)
+    left = sum(length < lengths[-1] for length in lengths)
+    steps = whole // 8 * 2
+    live.set(trainer__total_training_steps=steps, trainer__total_epochs=2, data__max_prompt_length=lengths[-1] - 1)
+    with pytest.raises(ValueError, match=rf"{left} rows .* end the run after step {left // 8 * 2}, .* Fix: "):
+        trainer._init_dataloader()
+    live.set(trainer__total_training_steps=100, trainer__total_epochs=epochs, data__max_prompt_length=limit)
+    trainer._init_dataloader()
+    assert len(trainer.train_dataset) == whole and left < whole
 
 
 def test_imitation_is_the_next_token_loss_on_the_teacher(live):

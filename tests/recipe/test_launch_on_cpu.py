@@ -66,6 +66,12 @@ def test_a_trainer_that_cannot_be_imported_says_so_if_the_doctor_does_not(launch
     assert process.returncode == 1 and "No module named 'no_such_module_of_verl'" in err
 
 
+def test_sigterm_during_the_checks_ends_the_doctor_too(launch):
+    process = launch("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
+    out, err = process.communicate(timeout=30)  # until the doctor has closed its output
+    assert process.returncode == 143 and "trains" not in out and err == ""
+
+
 def test_ctrl_c_during_the_checks_ends_the_launch_without_a_traceback(launch):
     process = launch("import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.2); sys.exit(1)")
     out, err = process.communicate()

@@ -215,18 +215,36 @@ def test_a_stage_ends_when_its_time_is_over(plain, tiny_problem, tmp_path):
     assert 0 < len(lines) < 10**6 and (tmp_path / "runs/seqkd-0/model.safetensors").exists()
 
 
+def lead(**changes) -> dict:
+    """Change of a plan: its only stage, with some settings; None takes one out."""
+    settings = {"does": "lead", "steps": 1, "lr": 1e-3, "prompts": 8, **changes}
+    stage = {key: value for key, value in settings.items() if value is not None}
+    return {"stages": {"gad": stage}, "controls": ["gad"]}
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"sedes": [1]}, "unknown keys"),
-        ({"arms": ["gdd"]}, r"no stages \['gdd'\]"),
-        ({"stages": {"gad": {"does": "lead", "steps": 1, "lr": 1e-3, "student": "seqkd"}}}, "no stages"),
-        ({"stages": {"gad": {"does": "gda", "steps": 1, "lr": 1e-3}}}, "does 'gda', expected"),
-        ({"stages": {"gad": {"does": "gad", "steps": 1, "lr": 1e-3}}}, "needs d_lr"),
+        ({"sedes": [1]}, "the plan: unknown key 'sedes'"),
+        ({"arms": ["gdd"]}, "controls and arms 'gdd': expected one of gad, lead, seqkd"),
+        ({"held_out": "all"}, "held_out 'all': expected a whole number of at least 1"),
         ({"answers": 3}, r"rows 16 is no multiple of \[3\]"),
+        ({"stages": ["gad"]}, r"stages: found \('gad',\), expected names with the settings"),
+        ({"stages": {"gad": 3}}, "stage 'gad': found 3, expected a mapping with keys of does, steps"),
+        ({"judge": {"seed": [0]}}, "judge: unknown key 'seed'"),
+        (lead(stepz=2), "stage 'gad': unknown key 'stepz'. Known keys: does, steps, lr,"),
+        (lead(lr=None), "stage 'gad' lacks lr"),
+        (lead(lr="2e-5"), "stage 'gad': lr '2e-5': expected a number above 0"),
+        (lead(steps=1.5), "stage 'gad': steps 1.5: expected a whole number"),
+        (lead(prompts=[8]), r"stage 'gad': prompts \(8,\): expected a whole number"),
+        (lead(imitation="much"), "stage 'gad': imitation 'much': expected a number of at least 0"),
+        (lead(student="seqkd"), "stage 'gad': student 'seqkd': expected one of gad"),
+        (lead(discriminator={"a": 1}), "stage 'gad': discriminator {'a': 1}: expected one of gad"),
+        (lead(does="gda"), "stage 'gad': does 'gda': expected one of imitate, lead, gad"),
+        (lead(does="gad"), "stage 'gad': a stage that does gad needs d_lr"),
     ],
 )
 def test_a_mistake_in_a_plan_is_named(plain, tiny_problem, tmp_path, change, error):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan_of(tiny_problem, **change)))
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=rf"plan\.yaml: {error}"):
         plain.Plan.read(tmp_path / "plan.yaml")

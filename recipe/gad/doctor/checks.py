@@ -32,7 +32,7 @@ from recipe.gad.doctor.memory import (
     training,
 )
 from recipe.gad.run.atomic_io import check_free
-from recipe.gad.run.checks import CHECKS, name_of, run_check, run_checks
+from recipe.gad.run.checks import CHECKS, name_of, run_check
 from recipe.gad.run.config import (
     ACTOR,
     ACTOR_MODEL,
@@ -114,17 +114,16 @@ def examine(
         cpus: CPUs of the other machine, which are then checked.
 
     Raises:
-        ValueError: the overrides do not compose.
+        ValueError: the overrides do not compose, or refer to a missing key.
     """
     config = compose_config(overrides, config_name)
     if cpus is not None and get(config, "ray_kwargs.ray_init.num_cpus") is None:
         OmegaConf.update(config, "ray_kwargs.ray_init.num_cpus", cpus, force_add=True)
-    findings = run_checks(config, map(finishing, CHECKS))
+    config = resolved(config)
+    findings = [finding for check in CHECKS for finding in run_check(config, finishing(check))]
     failed = {finding.where for finding in findings if finding.level == "error"}
-    if "configuration" not in failed:
-        config = resolved(config)
     for check, needs in doctor_checks(gpu_memory):
-        if blocking := sorted(failed & (needs | {"configuration"})):
+        if blocking := sorted(failed & needs):
             what = f"skipped: {' and '.join(map(repr, blocking))} failed"
             findings.append(Finding("warning", name_of(check), what, fix="resolve those errors first"))
         else:

@@ -216,6 +216,8 @@ class Training:
     optimizer_offload: bool = False
     cpu_states: bool = False
     """Weights, gradients and optimizer state stay on the CPU at all times (FSDP2's offload policy, the reference)."""
+    average: bool = False
+    """A float32 average of what is trained is kept where the weights were at the start (gad.discriminator_ema)."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ class RoleMemory:
     """Bytes of one role on one GPU."""
 
     weights: float
+    """With their average, if it is on the GPU."""
     gradients: float
     optimizer: float
     gathered: float
@@ -249,6 +252,8 @@ def role_memory(shape: ModelShape, run: Training) -> RoleMemory:
     share = 0.0 if run.cpu_states else run.weight_bytes / run.shards
     weights = (shape.parameters + (0 if run.trainable is None else trained)) * share
     trained += run.head
+    if run.average and not (run.param_offload or run.cpu_states):
+        weights += FLOAT32_BYTES * trained / run.shards
     gradients, optimizer = trained * share, ADAM_MOMENTS * trained * share
     layer = shape.layer_activation_bytes(run.compute_bytes)
     gathered = run.compute_bytes * (shape.root_parameters + 2 * shape.layer_parameters)
@@ -280,7 +285,8 @@ def checkpoint_bytes(shape: ModelShape, run: Training, contents: Sequence[str]) 
     trained = shape.parameters if run.trainable is None else run.trainable
     whole = shape.parameters + (0 if run.trainable is None else trained)
     sizes = {"model": whole, "hf_model": shape.parameters, "optimizer": ADAM_MOMENTS * (trained + run.head)}
-    return run.weight_bytes * sum(size for name, size in sizes.items() if name in contents)
+    average = FLOAT32_BYTES * (trained + run.head) if run.average else 0
+    return average + run.weight_bytes * sum(size for name, size in sizes.items() if name in contents)
 
 
 def checkpoints_on_disk(saves: int | None, keep: int | None) -> int | None:
@@ -336,6 +342,7 @@ def training(config: DictConfig, role: str, shape: ModelShape) -> Training | Non
         param_offload=bool(get(config, f"{engine}.param_offload")),
         optimizer_offload=bool(get(config, f"{engine}.optimizer_offload")),
         cpu_states=forward_only or bool(get(config, f"{engine}.offload_policy")),
+        average=role == "critic" and bool(get(config, "gad.discriminator_ema")),
     )
 
 

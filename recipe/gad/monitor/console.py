@@ -1,7 +1,6 @@
 """A short console for training runs: a line per step. All that verl, Ray and the workers print goes to a file."""
 
 import atexit
-import errno
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from recipe.gad.monitor.watch import News, RunState
-from recipe.gad.run.disk import full_disk
+from recipe.gad.run.disk import full_disk, names_full_disk
 from recipe.gad.run.findings import ConfigError, InputError, error, visible
 
 SECONDS = 1.0
@@ -87,7 +86,7 @@ class ShortConsole(Callback):
         cause = getattr(problem, "cause", None) or problem  # Ray wraps the exception of another process
         if isinstance(cause, ConfigError | InputError):
             self._close(f"error: {cause}")
-        elif isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):  # this log may be the file
+        elif isinstance(cause, OSError) and names_full_disk(cause):  # this log may be the file
             where = f", so {cause.filename} could not be written" if cause.filename else ""
             full = full_disk(Path(config.trainer.default_local_dir).absolute())
             self._close(f"error: {error(full + where, 'free space there, and rerun the same command to resume')}")

@@ -110,32 +110,28 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     twice = [path for i, path in enumerate(paths) if path in paths[:i]]
     if twice:
         raise ValueError(f"{twice[0]} is given twice; name every run once")
-    found = [(path, handover or _handover(path, paths)) for path, handover in found]
     parent = os.path.commonpath([path.parent for path in paths])
     return [
-        _read_run(path, visible(str(path.relative_to(parent))), handover)
+        _read_run(path, visible(str(path.relative_to(parent))), handover, paths)
         for path, (_, handover) in zip(paths, found, strict=True)
     ]
 
 
-def _handover(folder: Path, paths: list[Path]) -> int:
-    """Step of the checkpoint of one of the runs in ``paths`` from which the run of ``folder`` started; 0 if of none."""
-    try:
-        config: Any = recorded_config(folder)
-    except ValueError:  # _read_run tells of it
-        return 0
+def _handover(config: Any, paths: list[Path]) -> int:
+    """Step of the checkpoint of one of the runs in ``paths`` from which a run started; 0 if of none."""
     for key in ("actor_rollout_ref", "model", "path"):
         config = config.get(key) if isinstance(config, dict) else None
     step = re.fullmatch(r"(.+)/global_step_(\d+)/actor/huggingface", config) if isinstance(config, str) else None
     return int(step[2]) if step and Path(step[1]).resolve() in paths else 0
 
 
-def _read_run(path: Path, label: str, handover: int) -> Run:
+def _read_run(path: Path, label: str, handover: int, paths: list[Path]) -> Run:
     left_out: list[str] = []
     run = Run(path, label, load_metrics(path / "metrics.jsonl", left_out))
     try:
+        start = _handover(recorded_config(path), paths)
+        handover = handover or start
         run.overrides = read_overrides(path)
-        recorded_config(path)
     except ValueError as error:
         left_out.append(str(error))
     is_gad = bool(matching_names(run.metrics, "actor/pg_loss"))

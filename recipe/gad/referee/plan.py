@@ -6,15 +6,18 @@ number of them. docs/referee.md explains every key.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from recipe.gad.run.config import is_number
 from recipe.gad.run.findings import InputError
 
 DEVICES = ("gpu", "cpu")
 CHOICES = ("two_sample", "rouge_l")
 ALL_ROWS = "all"
+Parsed = TypeVar("Parsed")
 
 
 class Kind(NamedTuple):
@@ -82,13 +85,13 @@ class Stage:
     """For the cost of a dry run, as long as no run of this stage has been measured."""
 
     def __post_init__(self) -> None:
-        _check_count(self, "steps", "save_every")
+        check_count(self, "steps", "save_every")
         _check_overrides(self.overrides)
         if self.reward_model is not None and self.kind not in ("warmup", "discriminator"):
             raise ValueError(f"reward_model {self.reward_model!r}: only warmup and discriminator take one")
         if self.kind == "discriminator" and _sets(self.overrides, "trainer.critic_warmup"):
             raise ValueError("overrides set trainer.critic_warmup, which the referee sets for a discriminator stage")
-        _check_positive(self, "seconds_per_step")
+        check_positive(self, "seconds_per_step")
 
     def saved_steps(self) -> list[int]:
         """Steps whose checkpoint is saved, the last step included."""
@@ -152,8 +155,8 @@ class Plan:
         for name in ("model", "train_files", "val_files"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one path")
-        _check_count(self, "train_batch_size")
-        _check_one_of("device", self.device, DEVICES)
+        check_count(self, "train_batch_size")
+        check_one_of("device", self.device, DEVICES)
         _check_overrides(self.overrides)
         _check_numbers(self.seeds, self.train_rows, self.train_batch_size)
         _check_keys("evaluation", self.evaluation, EVALUATION_KEYS)
@@ -162,14 +165,14 @@ class Plan:
 
     def _check_choice(self) -> None:
         if self.choose_by is not None:
-            _check_one_of("choose_by", self.choose_by, CHOICES)
+            check_one_of("choose_by", self.choose_by, CHOICES)
         if self.choose_by == "two_sample" and "two_sample_model" not in self.evaluation:
             raise InputError("choose_by two_sample needs evaluation.two_sample_model", fix="name the untrained student")
 
     def _check_arms(self) -> None:
         for key, names in (("control", (self.control,)), ("references", self.references)):
             for name in names:
-                _check_one_of(key, name, tuple(self.arms))
+                check_one_of(key, name, tuple(self.arms))
         if self.is_reference(self.control):
             raise ValueError(f"control {self.control!r} is a reference: it has no stages, or references names it")
         wanted = self.arms[self.control].teacher_batches
@@ -197,7 +200,12 @@ class Plan:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan in a YAML file.
+    """The plan in a YAML file; raises what :func:`read_yaml` does."""
+    return read_yaml(path, parse_plan)
+
+
+def read_yaml(path: str | Path, parse: Callable[[Any], Parsed]) -> Parsed:
+    """What ``parse`` makes of a YAML file.
 
     Raises:
         ValueError: names the file, the place in it, what was found and what was expected.
@@ -207,7 +215,7 @@ def read_plan(path: str | Path) -> Plan:
 
     path = Path(path)
     try:
-        return parse_plan(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from None
     except ValueError as error:
@@ -216,7 +224,7 @@ def read_plan(path: str | Path) -> Plan:
 
 def parse_plan(value: Any) -> Plan:
     """The plan in what a YAML file holds. ValueError: the first mistake in it."""
-    values = _values_of(Plan, value, "the plan")
+    values = values_of(Plan, value, "the plan")
     arms = values["arms"]
     if not isinstance(arms, dict) or not arms:
         raise ValueError(f"arms: found {arms!r}, expected names with a list of stages each")
@@ -239,7 +247,7 @@ def _stage(value: Any, where: str) -> Stage:
         raise ValueError(f"{where}: found {value!r}, expected one of {', '.join(KINDS)} with its settings")
     [(kind, settings)] = value.items()
     try:
-        return Stage(kind=kind, **_values_of(Stage, settings, kind, given=("kind",)))
+        return Stage(kind=kind, **values_of(Stage, settings, kind, given=("kind",)))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -247,7 +255,7 @@ def _stage(value: Any, where: str) -> Stage:
 # ---------------------------------------------------------------------- checks
 
 
-def _values_of(cls: type, value: Any, where: str, given: tuple[str, ...] = ()) -> dict[str, Any]:
+def values_of(cls: type, value: Any, where: str, given: tuple[str, ...] = ()) -> dict[str, Any]:
     """Keyword arguments of a dataclass, without those ``given``, from a YAML mapping; lists become tuples."""
     fields = [entry for entry in dataclasses.fields(cls) if entry.name not in given]
     _check_keys(where, value, tuple(entry.name for entry in fields))
@@ -269,20 +277,21 @@ def _is_whole(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _check_count(owner: Any, *names: str) -> None:
+def check_count(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if value is not None and not _is_whole(value, 1):
             raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
 
 
-def _check_positive(owner: Any, name: str) -> None:
-    value = getattr(owner, name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-        raise ValueError(f"{name} {value!r}: expected a number above 0")
+def check_positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not (is_number(value) and value > 0):
+            raise ValueError(f"{name} {value!r}: expected a number above 0")
 
 
-def _check_one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
+def check_one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{key} {value!r}: expected one of {', '.join(known)}")
 

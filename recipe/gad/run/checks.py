@@ -565,27 +565,37 @@ def check_data(config: DictConfig) -> Findings:
         return
     limit = integer(config, "data.train_max_samples", -1, minimum=-1)
     total = sum(row for row in rows if row is not None)
-    total = min(total, limit) if limit > 0 else total
+    check_steps(config, min(total, limit) if limit > 0 else total)
+
+
+def check_steps(config: DictConfig, rows: int) -> None:
+    """Check that rows of training data are enough for the steps of the run.
+
+    verl counts epochs as well as steps, and saves and validates only in the last of ``total_training_steps``.
+
+    Args:
+        rows: the trainer counts them once more when it has left out overlong prompts.
+
+    Raises:
+        InputError: they give no whole step, or ``trainer.total_epochs`` of them end the run early.
+    """
     batch = integer(config, "data.train_batch_size")
-    if total < batch:
-        yield error(
-            f"data.train_batch_size={batch}, but data.train_files has {total} rows (after data.train_max_samples): "
-            "not one step",
-            fix=f"data.train_batch_size={total} or less, or more data",
+    if rows < batch:
+        raise InputError(
+            f"data.train_batch_size={batch}, but data.train_files has {rows} rows (data.train_max_samples and "
+            "data.filter_overlong_prompts may leave some out): not one step",
+            fix=f"data.train_batch_size={rows} or less, or more data",
         )
-    elif get(config, "trainer.total_training_steps") is not None:
-        yield from _epoch_findings(config, total // batch)
-
-
-def _epoch_findings(config: DictConfig, steps_per_epoch: int) -> Findings:
-    """verl counts epochs as well as steps, and saves and validates only in the last of ``total_training_steps``."""
+    if get(config, "trainer.total_training_steps") is None:
+        return
     steps, epochs = (integer(config, f"trainer.total_{name}") for name in ("training_steps", "epochs"))
-    if (last := epochs * steps_per_epoch) < steps:
-        yield error(
-            f"trainer.total_training_steps={steps}, but trainer.total_epochs={epochs} of {steps_per_epoch} steps (rows "
-            f"of data.train_files / data.train_batch_size) end the run after step {last}, without the checkpoint and "
-            "the validation of the last step",
-            fix=f"trainer.total_epochs={-(-steps // steps_per_epoch)}, or trainer.total_training_steps={last}",
+    per_epoch = rows // batch
+    if (last := epochs * per_epoch) < steps:
+        raise InputError(
+            f"trainer.total_training_steps={steps}, but trainer.total_epochs={epochs} of {per_epoch} steps ({rows} "
+            f"rows of data.train_files / data.train_batch_size={batch}) end the run after step {last}, without the "
+            "checkpoint and the validation of the last step",
+            fix=f"trainer.total_epochs={-(-steps // per_epoch)}, or trainer.total_training_steps={last}",
         )
 
 

@@ -33,6 +33,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def names_full_disk(problem: Exception) -> bool:
+    """Does an error give a full disk as its reason? Some libraries pass the system's reason on as text only."""
+    return any(reason in str(problem) for reason in REASONS)
+
+
 def full_disk(folder: Path) -> str:
     """``the disk of DIR is full (1.5 KiB are free)``."""
     return f"the disk of {folder} is full ({shown(free_bytes(folder))} are free)"
@@ -79,7 +84,7 @@ class DiskWatch:
         try:
             yield
         except Exception as problem:
-            if any(reason in str(problem) for reason in REASONS) or free_bytes(self.folder) < FULL:
+            if names_full_disk(problem) or free_bytes(self.folder) < FULL:
                 found = f"{full_disk(self.folder)}, so the save of {step_folder.name} failed"
             elif CUT_OFF in str(problem):
                 found = f"the save of {step_folder.name} failed because a file was cut off, as on a full disk; "

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,16 +215,14 @@ def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
     assert out.splitlines()[-1].endswith("this run cannot start")
 
 
-@pytest.mark.parametrize("argument", ["gad.stagee=gad", "gad.stage=[", "device=tpu", "--config-name=none", "--no-flag"])
+@pytest.mark.parametrize(
+    "argument",
+    ["gad.stagee=gad", "gad.stage=[", "device=tpu", "data.seed=${no.such.key}", "--config-name=none", "--no-flag"],
+)
 def test_bad_usage(overrides, argument, capsys):
     assert run_cli(*overrides, argument) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
-
-
-def test_a_reference_to_a_missing_key(overrides, capsys):
-    assert run_cli(*overrides, "data.seed=${no.such.key}") == 1
-    assert "error   configuration: the configuration does not resolve" in capsys.readouterr().out
 
 
 def test_warnings_do_not_stop_a_run_and_nothing_is_written(overrides, tmp_path, capsys):
@@ -629,6 +628,20 @@ def test_offload_lora_and_the_reference_by_hand():
     assert reference.states == 0 and reference.logits == 2 * 10 * 20 * 2 and reference.activations == 10 * 304
 
 
+def test_the_average_of_the_discriminator_by_hand():
+    run = Training(shards=2, tokens=1, weight_bytes=2, average=True)
+    memory = role_memory(SHAPE, run)  # weights 1000 x 2 / 2, their average in float32 1000 x 4 / 2
+    assert (memory.weights, memory.gradients, memory.optimizer) == (1000 + 2000, 1000, 2000)
+    assert (memory.states, memory.resident) == (6000, 5000)
+    for elsewhere in ({"param_offload": True}, {"cpu_states": True}):
+        assert role_memory(SHAPE, replace(run, **elsewhere)) == role_memory(
+            SHAPE, replace(run, **elsewhere, average=False)
+        )
+    lora = role_memory(SHAPE, Training(shards=1, tokens=1, trainable=100, head=9, average=True))
+    assert lora.weights == 4 * 1100 + 4 * 109
+    assert checkpoint_bytes(SHAPE, run, ["model"]) == 2 * 1000 + 4 * 1000
+
+
 @pytest.mark.parametrize("bytes_", [2, 4])
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_what_a_step_with_lora_leaves_in_memory(tiny_problem, role, bytes_):
@@ -755,9 +768,10 @@ def test_settings_come_from_the_configuration(compose_config):
     assert training(fixed, ACTOR, SHAPE).trainable == SHAPE.lora_parameters(4)
     assert (training(fixed, "critic", SHAPE).trainable, training(fixed, "critic", SHAPE).head) == (None, 0)
     assert [role for role, _ in roles(fixed)] == [ACTOR, "critic"]  # the reference is the actor without its adapter
-    both = compose_config("critic.model.lora_rank=3")
+    both = compose_config("critic.model.lora_rank=3", "gad.discriminator_ema=0.99")
     critic = training(both, "critic", SHAPE)
     assert (critic.trainable, critic.head) == (SHAPE.lora_parameters(3), SHAPE.hidden + 1)
+    assert critic.average and not training(both, ACTOR, SHAPE).average
     # 2 kv heads on 2 GPUs: 2 x 2 layers x 1 head x 2 x 8 bytes (float64) per token; half of the weights on each GPU
     assert kv_tokens(config, SHAPE, 4000 + 640) == 640 // 64
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from recipe.gad.run.checks import check_config, claim_output, resumed_checkpoint
+from recipe.gad.run.checks import check_config, check_steps, claim_output, resumed_checkpoint
 from recipe.gad.run.checksums import forget_checksums, write_checksums
 from recipe.gad.run.config import labelled_mini_batch, unlabelled_prompts, validates
 from recipe.gad.run.disk import DiskWatch
@@ -130,9 +130,8 @@ class PPOTrainerGAD(PPOTrainerSync):
         if self.use_critic:
             loss = prefix_discriminator_loss if self.config.gad.credit == "token" else self._teachers.loss
             averages = self.config.gad.discriminator_ema > 0
-            critic = self.config.critic
             layout = self.rollout_n, loss, averages, self._teachers.most
-            self.discriminator = DataParallelPPOCritic(self.critic_wg, critic, *layout)
+            self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, *layout)
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
@@ -147,6 +146,7 @@ class PPOTrainerGAD(PPOTrainerSync):
             with open_dict(config):
                 config.data.gen_batch_size = config.data.train_batch_size - count
         super()._init_dataloader()
+        check_steps(config, len(self.train_dataset))
         self._probe = ShortcutProbe(self.tokenizer)
         self._teachers = Teachers.of(config, self.train_dataset)
         self._prompts = UnlabelledPrompts(config, count, self.tokenizer, self.processor) if count else None
