@@ -25,7 +25,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -425,8 +425,11 @@ def batches(rows: Sequence[Any], size: int, rng: random.Random) -> Iterator[list
         yield from (shuffled[start : start + size] for start in range(0, len(rows) - size + 1, size))
 
 
-def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
-    """Train one stage of one seed; its folder gets the student or discriminator, and metrics.jsonl."""
+def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = math.inf) -> None:
+    """Train one stage of one seed; its folder gets the student or discriminator, and metrics.jsonl.
+
+    ``until`` is a time of day in seconds (time.time()) at which the training ends, as ``max_seconds`` ends it.
+    """
     from transformers import AutoModelForCausalLM
 
     stage, out = plan.stages[name], folder / f"{name}-{seed}"
@@ -449,6 +452,9 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
         d.train()
         d_optimizer = optimizer_of(d, stage.lr if stage.does == "lead" else stage.d_lr)
         sampler = Sampler(student, data.stop_ids, plan.rows, plan.max_response_length, plan.temperature)
+    if (left := until - time.time()) <= 0:
+        raise ValueError(f"no time is left for {name}-{seed}. Fix: a larger --seconds")
+    stage = replace(stage, max_seconds=min(stage.max_seconds, left))
     with (out / "metrics.jsonl").open("w") as log:
         source, first = batches(rows, stage.prompts, random.Random(own)), time.monotonic()
         for step in range(1, stage.steps + 1):
@@ -459,6 +465,7 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
             prompts, teachers = [prompt for prompt, _ in batch], [answer for _, answer in batch]
             if trains_d:
                 groups = sampler.answers(prompts)
+                metrics["timing_s/gen"] = time.monotonic() - began
                 scores, metrics["critic/d_acc"] = discriminator_gradient(d, prompts, groups, teachers)
                 metrics["critic/grad_norm"] = step_of(d, d_optimizer)
                 answers = [(prompt, a) for prompt, group in zip(prompts, groups, strict=True) for a in group]
@@ -474,6 +481,8 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str) -> None:
                 metrics["actor/grad_norm"] = step_of(student, optimizer)
             if trains_d and (step % WATCH_EVERY == 0 or step == stage.steps):
                 metrics["val-aux/d_acc"] = held_out_accuracy(d, sampler, watched, stage.prompts)
+            if trains_d and DEVICE == "cuda":
+                torch.cuda.empty_cache()  # batches of many shapes would fill a GPU that others share
             metrics["timing_s/step"] = time.monotonic() - began
             print(json.dumps({"step": step, "data": metrics}), file=log, flush=True)
     if trains_student:
@@ -551,8 +560,10 @@ def table(plan: Plan, folder: Path) -> str:
 # ---------------------------------------------------------------------- all of it
 
 
-def jobs_of(plan: Plan, path: Path, folder: Path) -> list[Job]:
+def jobs_of(plan: Plan, path: Path, folder: Path, until: float = math.inf) -> list[Job]:
     """The stages of every seed and their judges, those that most others wait for first."""
+
+    common = (sys.executable, __file__, str(path), "--folder", str(folder), "--until", str(until), "--run")
 
     def job(kind: str, name: str, seed: int) -> Job:
         stage, label = plan.stages[name], f"{name}-{seed}"
@@ -560,7 +571,7 @@ def jobs_of(plan: Plan, path: Path, folder: Path) -> list[Job]:
         needs = [name] if kind == "judge" else [n for n in (stage.student, stage.discriminator) if n]
         return Job(
             name=f"{kind}-{label}",
-            command=(sys.executable, __file__, str(path), "--folder", str(folder), "--run", kind, name, str(seed)),
+            command=(*common, kind, name, str(seed)),
             log=folder / "logs" / f"{kind}-{label}.log",
             is_finished=lambda: (out / "done").exists(),
             needs=tuple(f"stage-{need}-{seed}" for need in needs),
@@ -588,18 +599,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="models, answers and scores")
     parser.add_argument("--gpus", default="", help="CUDA_VISIBLE_DEVICES of the jobs, in turn: 0,1,2,3")
     parser.add_argument("--jobs", type=int, default=1, help="jobs side by side")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="trainings end by then, with fewer steps")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--run", nargs=3, metavar=("KIND", "STAGE", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     plan, folder = Plan.read(options.plan), options.folder.absolute()
     if options.run:
         kind, name, seed = options.run
-        {"stage": run_stage, "judge": run_judge}[kind](plan, folder, int(seed), name)
+        if kind == "stage":
+            run_stage(plan, folder, int(seed), name, options.until)
+        else:
+            run_judge(plan, folder, int(seed), name)
         return 0
     if not options.table:
         split(plan, folder)
+        jobs = jobs_of(plan, options.plan, folder, time.time() + options.seconds)
         gpus = [gpu for gpu in options.gpus.split(",") if gpu]
-        scheduler = Scheduler(jobs_of(plan, options.plan, folder), State(folder / "state.json"), options.jobs, gpus)
+        scheduler = Scheduler(jobs, State(folder / "state.json"), options.jobs, gpus)
         if stopped := scheduler.run():
             return 128 + stopped
         if scheduler.failed:

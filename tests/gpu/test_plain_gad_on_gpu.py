@@ -5,6 +5,8 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PROMPTS, SAMPLES, TOKENS, TEMPERATURE = 32, 8, 48, 0.8
+HEAD_STD = 0.2
+"""Logits spread by about 2."""
 
 
 def surprise_less_entropy(model, prompts: list[list[int]], groups: list[list[list[int]]]) -> torch.Tensor:
@@ -26,16 +28,16 @@ def test_the_graph_samples_from_the_weights_of_the_call(load_script):
     torch.manual_seed(0)
     plain = load_script("plain_gad", "benchmarks")
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 512}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, initializer_range=0.15)).cuda().eval()
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)).cuda().eval()
     sampler = plain.Sampler(model, [1], PROMPTS * SAMPLES, TOKENS, TEMPERATURE)
     for longest in (40, 100, 60):  # widths of 64, 128 and 64 tokens: the third call finds a graph
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # other weights at every call; small ones, so that bfloat16 stays close to float32
+                torch.nn.init.normal_(parameter, std=HEAD_STD if parameter is model.lm_head.weight else 0.02)
         lengths = torch.randint(1, longest + 1, (PROMPTS,)).tolist()
         prompts = [torch.randint(2, 512, (length,)).tolist() for length in [longest, *lengths[1:]]]
         groups = sampler.answers(prompts)
         assert all(len(a) == TOKENS or a[-1] == 1 for group in groups for a in group)
         assert len({tuple(a) for group in groups for a in group}) > 0.9 * PROMPTS * SAMPLES  # a replay draws anew
         found = surprise_less_entropy(model, prompts, groups)
-        assert abs(found.mean()) < 4 * found.std() / len(found) ** 0.5
-        for parameter in model.parameters():
-            parameter.mul_(1.3)  # other weights for the next call
+        assert abs(found.mean()) < 5 * found.std() / len(found) ** 0.5

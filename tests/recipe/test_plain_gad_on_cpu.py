@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_a_plan_from_end_to_end(plain, tiny_problem, tmp_path, capsys):
     imitation = [line["actor/imitation_loss"] for line in metrics("seqkd-3")]
     assert len(imitation) == 30 and imitation[-1] < imitation[0]
     assert [sorted(line) for line in metrics("lead-4")][-1] == [
-        "critic/d_acc", "critic/grad_norm", "response_length/mean", "timing_s/step", "val-aux/d_acc",
+        "critic/d_acc", "critic/grad_norm", "response_length/mean", "timing_s/gen", "timing_s/step", "val-aux/d_acc",
     ]  # fmt: skip
     assert all(math.isfinite(line["actor/grad_norm"]) for line in metrics("gad-3"))
     assert (folder / "seqkd-3/model.safetensors").read_bytes() != (folder / "gad-3/model.safetensors").read_bytes()
@@ -204,15 +205,20 @@ def test_the_rate_falls_over_the_steps_or_over_the_seconds(plain):
     assert stage.student_lr(3, 11) == 0
 
 
-def test_a_stage_ends_when_its_time_is_over(plain, tiny_problem, tmp_path):
+@pytest.mark.parametrize("limit", ["--seconds", "max_seconds"])
+def test_a_stage_ends_when_its_time_is_over(plain, tiny_problem, tmp_path, limit):
     values = plan_of(tiny_problem)
-    values["stages"]["seqkd"] |= {"steps": 10**6, "max_seconds": 1.0}
+    values["stages"]["seqkd"] |= {"steps": 10**6, "lr": 1.0} | ({"max_seconds": 1.0} if limit == "max_seconds" else {})
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
     plan = plain.Plan.read(tmp_path / "plan.yaml")
     plain.split(plan, tmp_path / "runs")
-    plain.run_stage(plan, tmp_path / "runs", 0, "seqkd")
+    until = time.time() + (3.0 if limit == "--seconds" else math.inf)
+    plain.run_stage(plan, tmp_path / "runs", 0, "seqkd", until)
     lines = (tmp_path / "runs/seqkd-0/metrics.jsonl").read_text().splitlines()
     assert 0 < len(lines) < 10**6 and (tmp_path / "runs/seqkd-0/model.safetensors").exists()
+    assert json.loads(lines[-1])["data"]["actor/lr"] < 0.5
+    with pytest.raises(ValueError, match="no time is left for seqkd-0"):
+        plain.run_stage(plan, tmp_path / "runs", 0, "seqkd", time.time() - 1)
 
 
 def lead(**changes) -> dict:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from recipe.gad.training.lora import add_adapters
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils.device import get_torch_device
 from verl.workers.engine_workers import TrainingWorker
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class DiscriminatorWorker(TrainingWorker):
     def _shards(self) -> list[torch.Tensor]:
         """This rank's shards of the trained parameters; writing to them changes the model."""
         self.engine.module.reshard()  # after a forward pass the root keeps its whole parameters
+        get_torch_device().synchronize()  # verl offloads without waiting for the copies
         trained = (parameter.detach() for parameter in self.engine.module.parameters() if parameter.requires_grad)
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in trained]
 
