@@ -1,12 +1,16 @@
 """Extends stock ``verl.workers.rollout.vllm_rollout.vllm_rollout``: the sending end of the socket for weights has a
-name that no other run on the machine uses (why: see vllm_async_server.py, its receiving end).
-Goes when: the socket's name is unique on a machine.
+name that no other run on the machine uses (why: see vllm_async_server.py, its receiving end), and its waits end.
+Goes when: the socket's name is unique on a machine, and the sender notices that the receiver has failed.
 """
 
 import ray
 
 from recipe.gad.run.job_id import unique_job_id
+from recipe.gad.run.weight_sender import with_patience
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender as _StockSender
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter as _StockServerAdapter
+
+BucketedWeightSender = with_patience(_StockSender)
 
 
 class ServerAdapter(_StockServerAdapter):
