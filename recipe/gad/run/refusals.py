@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator, integer, is_number
+from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator, integer, is_number, leaf_keys
 from recipe.gad.run.data_file import NO_SOURCE, UNLABELLED, column_values, most_answers
 from recipe.gad.run.findings import Findings, either, error, warning
 
@@ -301,26 +300,16 @@ def check_ratios(config: DictConfig) -> Findings:
 
 def check_names(config: DictConfig) -> Findings:
     """verl or verl-gad reads every key that was added to the configuration."""
-    keys: Any = OmegaConf.to_container(config)
-    for key, name in _keys(keys):
-        words = set(re.findall(r"\w+", name))
+    for key in leaf_keys(config):
+        if re.search("kwargs|override|runtime_env", key):  # verl hands these to other programs and libraries
+            continue
+        words = set(re.findall(r"\w+", key.rpartition(".")[2]))
         if not words <= _words("*.yaml") and not words <= _words("*.py"):
             yield warning(
                 f"{key} occurs neither in verl's source nor in verl-gad's: it has no effect, unless your own code "
                 "reads it",
                 fix="correct the key, or leave it out",
             )
-
-
-def _keys(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and their last names; not those that verl hands to other programs and libraries as they are."""
-    for name, value in config.items():
-        if re.search("kwargs|override|runtime_env", str(name)):
-            continue
-        if isinstance(value, dict) and value:
-            yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(name)
 
 
 @lru_cache

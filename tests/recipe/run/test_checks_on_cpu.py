@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from recipe.gad import plugin
 from recipe.gad.run import checks as check
 from recipe.gad.run.checkpoint import TRACKER, claim_folder
 from recipe.gad.run.checks import check_config, required_ray_cpus
+from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import check_data_file, data_file_problems, teacher_text
 from recipe.gad.run.findings import ConfigError, error, warning
 
@@ -177,6 +179,24 @@ def test_numbers_that_are_none(config):
 
 
 # ---------------------------------------------------------------------- plugin
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "gad.imitation_coeff=1",
+            "no key gad.imitation_coeff. Fix: write gad.imitation_coef, or +gad.",
+        ),
+        ("actor_rollout_ref.lora_rank=8", "Fix: write actor_rollout_ref.model.lora_rank or "),
+        ("trainer.epochs=2", "Fix: write trainer.total_epochs or "),
+        ("gad.foo.bar=1", "no key gad.foo.bar. Fix: look it up in docs/configuration.md, or +gad.foo.bar for"),
+        ("critic.optim.lr", "critic.optim.lr is no override. Fix: write key=value, without spaces"),
+    ],
+)
+def test_a_misspelt_override_names_what_it_may_mean(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compose_config([override])
 
 
 def test_plugin_kept_from_loading(config, monkeypatch):
