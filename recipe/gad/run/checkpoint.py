@@ -527,6 +527,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "student":
+            if not Path(options.folder).is_dir():  # no hub id, which actor_folder would take
+                raise InputError(f"{options.folder}: no such folder", fix="pass the output folder of run_seqkd.sh")
             print(actor_folder(options.folder))
         else:
             print(latest_complete_checkpoint(options.folder, options.step))
