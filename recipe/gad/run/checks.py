@@ -74,6 +74,7 @@ from recipe.gad.run.refusals import (
     check_parameter_sync,
     check_quantized_rollout,
     check_ratios,
+    check_reward_function,
     check_reward_model,
     check_router_replay,
     check_task_reward,
@@ -892,4 +893,5 @@ CHECKS: tuple[Check, ...] = (
     check_moved_keys,
     check_ratios,
     check_task_reward,
+    check_reward_function,
 )

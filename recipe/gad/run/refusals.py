@@ -3,6 +3,7 @@
 :data:`recipe.gad.run.checks.CHECKS` lists these checks.
 """
 
+import ast
 import math
 import re
 import sys
@@ -47,6 +48,8 @@ TEACHER_ANSWERS = ("one", "all")
 COMBINE = ("normalized", "raw")
 """Values of gad.task_reward.combine."""
 PACKAGED_REWARD = "pkg://recipe.gad.reward"
+REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+"""What verl's reward managers pass to a reward function, by name."""
 CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 """verl's defaults of the keys that say when the loss clips."""
 MOVED = {
@@ -191,6 +194,45 @@ def _own_rewards(config: DictConfig) -> Iterator[tuple[str, str]]:
     for group in ("reward.reward_model", "reward_model"):
         if get(config, f"{group}.enable") and get(config, f"{group}.enable_resource_pool"):
             yield f"{group}.enable=True", f"{group}.enable=False"
+
+
+def check_reward_function(config: DictConfig) -> Findings:
+    """The file of an own reward function is there, and defines a function that takes what verl passes."""
+    for group in ("reward.custom_reward_function", "custom_reward_function"):
+        path, name = get(config, f"{group}.path"), get(config, f"{group}.name")
+        if path is None or str(path).startswith("pkg://"):
+            continue
+        file = Path(str(path).removeprefix("file://"))
+        if not file.is_file():
+            yield error(f"{group}.path={path}: no such file", fix="correct the path")
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+            functions = {
+                s.name: s for s in ast.parse(text).body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+        except (SyntaxError, ValueError) as problem:  # ValueError: a NUL, or not UTF-8
+            yield error(f"{group}.path={path} is not valid Python ({problem})", fix="correct the file")
+            continue
+        if (function := functions.get(str(name))) is not None:
+            yield from (problem.about(path) for problem in _parameter_findings(function))
+        elif str(name) not in re.findall(r"\w+", text) and "import *" not in text:
+            yield error(
+                f"{group}.name={name}: {path} defines {', '.join(functions) or 'no function'}",
+                fix=f"set {group}.name to the function's name",
+            )
+
+
+def _parameter_findings(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Findings:
+    """Can verl call the function? It passes :data:`REWARD_ARGUMENTS` by name."""
+    parameters = function.args
+    names = {parameter.arg for parameter in (*parameters.args, *parameters.kwonlyargs)}
+    missing = [name for name in REWARD_ARGUMENTS if name not in names]
+    if missing and parameters.kwarg is None:
+        yield error(
+            f"{function.name} does not take {', '.join(missing)}, which verl passes by name",
+            fix=f"def {function.name}({', '.join(REWARD_ARGUMENTS)}, **kwargs)",
+        )
 
 
 def _weights_of_sources(config: DictConfig, key: str, weight: Mapping) -> Findings:

@@ -225,6 +225,34 @@ def test_a_task_reward_that_cannot_work(found):
     assert found({**MINE, "actor_rollout_ref.rollout.n": 1, "gad.task_reward.combine": "raw"}) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file. Fix: correct the path"),
+        ("def compute_score(:", "is not valid Python (invalid syntax"),
+        ("def my_score(**row): return 1", "name=compute_score: FILE defines my_score. Fix: set reward.custom_reward"),
+        ("", "FILE defines no function"),
+        (
+            "def compute_score(solution_str, extra_info=None): ...",
+            "FILE: compute_score does not take data_source, ground",
+        ),
+        ("async def compute_score(solution_str, **rest): ...", None),
+        ("def compute_score(data_source, solution_str, ground_truth, *, extra_info): ...", None),
+        ("from scores import compute_score", None),
+        ("from scores import *", None),
+    ],
+)
+def test_a_reward_function_that_verl_cannot_call(base, tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    config = OmegaConf.merge(base, {"reward": {"custom_reward_function": {"path": str(file)}}})
+    findings = [str(finding) for finding in refusals.check_reward_function(config)]
+    assert len(findings) == (message is not None)
+    assert all(message.replace("FILE", str(file)) in finding for finding in findings), findings
+    assert refusals.check_reward_function in checks.CHECKS and not list(refusals.check_reward_function(base))
+
+
 def test_every_data_source_has_a_weight(found, tmp_path):
     def file(name, rows):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
