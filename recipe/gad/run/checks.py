@@ -50,6 +50,7 @@ from recipe.gad.run.config import (
     resolved,
     start_models,
     unlabelled_prompts,
+    validates,
     world_size,
 )
 from recipe.gad.run.data_file import data_file_problems, joint_problem, teacher_columns
@@ -558,6 +559,13 @@ def check_data(config: DictConfig) -> Findings:
         if len(joined) > 1 and (problem := joint_problem(joined)) is not None:
             what = f"{key}: verl cannot join {', '.join(joined)}: {problem.rstrip('.')}"
             yield error(what, fix="give the column the same type in all files, or drop it")
+    train, val = (set(files_of(get(config, f"data.{name}_files"))) for name in ("train", "val"))
+    if validates(config) and train & val:
+        yield warning(
+            f"data.val_files names a file of data.train_files ({', '.join(sorted(train & val))}): validation asks what "
+            "training has taught",
+            fix="name other rows with --val_files, such as the val.parquet of gad prepare",
+        )
     rows = [checked[file] for file in files_of(get(config, "data.train_files"))]
     if not rows or not all(rows):
         return
@@ -571,8 +579,18 @@ def check_data(config: DictConfig) -> Findings:
             "not one step",
             fix=f"data.train_batch_size={total} or less, or more data",
         )
-    elif get(config, "trainer.total_training_steps") is not None:
+        return
+    if get(config, "trainer.total_training_steps") is not None:
         yield from _epoch_findings(config, total // batch)
+    all_epochs = integer(config, "trainer.total_epochs") * (total // batch)
+    steps = integer(config, "trainer.total_training_steps", all_epochs)
+    warmup = integer(config, "trainer.critic_warmup", 0, minimum=0) if has_discriminator(config) else 0
+    if steps < warmup:
+        yield warning(
+            f"the run has {steps} steps, and trainer.critic_warmup={warmup}: only the discriminator trains",
+            fix=f"unless that is meant, raise trainer.total_epochs, or lower data.train_batch_size={batch} or "
+            "trainer.critic_warmup",
+        )
 
 
 def _epoch_findings(config: DictConfig, steps_per_epoch: int) -> Findings:

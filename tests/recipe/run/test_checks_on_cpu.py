@@ -30,6 +30,7 @@ from recipe.gad.run.findings import ConfigError, error, warning
 
 ROOT = Path(__file__).resolve().parents[3]
 ROLLOUT, ACTOR, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "actor_rollout_ref.model"
+NO_VALIDATION = {"trainer.test_freq": -1, "trainer.val_before_train": False}
 USER = [{"role": "user", "content": "c a f"}]
 
 
@@ -828,6 +829,15 @@ def test_warnings(config):
     assert "trainer.save_freq=-1" in message
     (message,) = warnings_of(config({"critic.checkpoint.save_contents": ["model"]}))
     assert "critic.checkpoint.save_contents lacks hf_model" in message
+    rows = pq.read_metadata(config().data.train_files).num_rows
+    epochs = {"data.train_batch_size": rows // 3, "trainer.total_epochs": 2}
+    (message,) = warnings_of(config({**epochs, "trainer.critic_warmup": 7}))
+    assert "the run has 6 steps, and trainer.critic_warmup=7: only the discriminator trains" in message
+    assert warnings_of(config({**epochs, "trainer.critic_warmup": 6})) == [], "the student trains in the last step"
+    train = config().data.train_files
+    (message,) = warnings_of(config({"data.val_files": [train]}))
+    assert f"data.val_files names a file of data.train_files ({train})" in message
+    assert warnings_of(config({"data.val_files": train, **NO_VALIDATION})) == []
 
 
 # ---------------------------------------------------------------------- batches
