@@ -442,8 +442,8 @@ def check_generation_prompt(config: DictConfig) -> Findings:
         f"the chat template of {tokenizer.name_or_path} begins an answer with {turn.only_in_answer()!r} after "
         f"{turn.prompt!r}"
         if turn.only_in_answer().strip()
-        else f"the generation prompt of {tokenizer.name_or_path} begins with {turn.only_in_prompt()!r} what an answer "
-        "does not have"
+        else f"the generation prompt of {tokenizer.name_or_path} begins with {turn.only_in_prompt()!r}, which an "
+        "answer does not have"
     )
     fix = f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
     if switch is not None:

@@ -585,7 +585,7 @@ def check_data(config: DictConfig) -> Findings:
     all_epochs = integer(config, "trainer.total_epochs") * (total // batch)
     steps = integer(config, "trainer.total_training_steps", all_epochs)
     warmup = integer(config, "trainer.critic_warmup", 0, minimum=0) if has_discriminator(config) else 0
-    if steps < warmup:
+    if steps < warmup and get(config, "gad.score_span") != "answer":  # a student that thinks must not imitate
         yield warning(
             f"the run has {steps} steps, and trainer.critic_warmup={warmup}: only the discriminator trains",
             fix=f"unless that is meant, raise trainer.total_epochs, or lower data.train_batch_size={batch} or "
