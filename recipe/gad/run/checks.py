@@ -69,6 +69,7 @@ from recipe.gad.run.findings import (
 from recipe.gad.run.model_checks import check_lora, check_models, check_tokenizers
 from recipe.gad.run.refusals import (
     check_agents,
+    check_choices,
     check_estimator,
     check_moved_keys,
     check_names,
@@ -901,6 +902,7 @@ CHECKS: tuple[Check, ...] = (
     check_lora,
     check_tokenizers,
     check_data,
+    check_choices,
     check_estimator,
     check_parameter_sync,
     check_reward_model,

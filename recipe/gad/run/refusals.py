@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,36 @@ REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 """What verl's reward managers pass to a reward function, by name."""
 CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 """verl's defaults of the keys that say when the loss clips."""
+KL_TYPES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+CHOICES = {
+    f"{ACTOR}.loss_agg_mode": (
+        "token-mean",
+        "token-sum",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+        "seq-mean-token-mean",
+    ),
+    f"{ACTOR}.kl_loss_type": (*KL_TYPES, *(f"{name}+" for name in KL_TYPES)),
+}
+"""Keys for which verl knows these values alone."""
+OPEN_CHOICES = {
+    f"{ACTOR}.policy_loss.loss_mode": (
+        "vanilla",
+        "gspo",
+        "gpg",
+        "dppo_tv",
+        "dppo_kl",
+        "sapo",
+        "clip_cov",
+        "kl_cov",
+        "geo_mean",
+        "dro",
+        "cispo",
+        "bypass_mode",
+    ),
+    f"{ROLLOUT}.name": ("vllm", "sglang", "trtllm", "hf"),
+}
+"""Keys whose values can also be names that other code registers with verl."""
 MOVED = {
     f"{ACTOR}.grad_clip": (1.0, f"{ACTOR}.optim.clip_grad"),
     "critic.grad_clip": (1.0, "critic.optim.clip_grad"),
@@ -318,6 +349,17 @@ def check_agents(config: DictConfig) -> Findings:
                 f"{file}: column 'agent_name' names {', '.join(sorted(agents))}: {turn}; expected {AGENT}",
                 fix="drop the column, or these rows",
             )
+
+
+def check_choices(config: DictConfig) -> Findings:
+    """Names of losses and engines are names that verl knows."""
+    for choices, finding in ((CHOICES, error), (OPEN_CHOICES, warning)):
+        for key, names in choices.items():
+            if (found := get(config, key)) not in names:
+                similar = get_close_matches(str(found), names, n=1)
+                yield finding(
+                    f"{key}={found} is none of verl's ({', '.join(names)})", fix=f"{key}={(similar or names)[0]}"
+                )
 
 
 def check_ratios(config: DictConfig) -> Findings:

@@ -24,6 +24,7 @@ CHECKS = [
     refusals.check_moved_keys,
     refusals.check_ratios,
     refusals.check_task_reward,
+    refusals.check_choices,
 ]
 
 
@@ -267,6 +268,33 @@ def test_every_data_source_has_a_weight(found, tmp_path):
     assert "names data_source code" in unknown
     numbers = file("numbers.parquet", [{"data_source": 1}, {"data_source": 2}])
     assert found({**MINE, "data.train_files": [numbers], "gad.task_reward.weight": {1: 0.5, 2: 0}}) == []
+
+
+# ---------------------------------------------------------------------- names of losses and engines
+
+
+def test_names_that_verl_does_not_know(found):
+    (message,) = found({f"{ACTOR}.loss_agg_mode": "seq-mean-token-means"})
+    assert message.startswith(f"error {ACTOR}.loss_agg_mode=seq-mean-token-means is none of verl's (token-mean, ")
+    assert message.endswith(f"Fix: {ACTOR}.loss_agg_mode=seq-mean-token-mean")
+    (message,) = found({f"{ACTOR}.policy_loss.loss_mode": "gpso"})
+    assert message.startswith("warning ") and message.endswith(f"Fix: {ACTOR}.policy_loss.loss_mode=gspo")
+    (message,) = found({f"{ROLLOUT}.name": "vlm"})
+    assert message.startswith("warning ") and message.endswith(f"Fix: {ROLLOUT}.name=vllm")
+
+
+def test_the_names_are_those_of_verl():
+    import torch
+
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, kl_penalty
+
+    losses = refusals.OPEN_CHOICES[f"{ACTOR}.policy_loss.loss_mode"]
+    assert set(losses) == set(POLICY_LOSS_REGISTRY)
+    one = torch.ones(1, 1)
+    for name in refusals.CHOICES[f"{ACTOR}.loss_agg_mode"]:
+        assert agg_loss(one, one, name) == 1
+    for name in refusals.CHOICES[f"{ACTOR}.kl_loss_type"]:
+        assert kl_penalty(one, one, name) == 0
 
 
 # ---------------------------------------------------------------------- agents
