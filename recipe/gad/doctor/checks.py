@@ -123,12 +123,15 @@ def examine(
     failed = {finding.where for finding in findings if finding.level == "error"}
     if "configuration" not in failed:
         config = resolved(config)
+    skipped: dict[str, list[str]] = {}
     for check, needs in doctor_checks(gpu_memory):
         if blocking := sorted(failed & (needs | {"configuration"})):
-            what = f"skipped: {' and '.join(map(repr, blocking))} failed"
-            findings.append(Finding("warning", name_of(check), what, fix="resolve those errors first"))
+            skipped.setdefault(" and ".join(blocking), []).append(name_of(check))
         else:
             findings.extend(run_check(config, finishing(check)))
+    for blocking_checks, names in skipped.items():
+        what = f"{', '.join(names)}, because of the errors of {blocking_checks}"
+        findings.append(Finding("warning", "skipped", what, fix="resolve those errors first"))
     return [_of_another_machine(finding, cpus) for finding in findings] if elsewhere else findings
 
 
@@ -528,6 +531,9 @@ def check_lengths(config: DictConfig) -> Findings:
     tokenizer = _student_tokenizer(config)
     if tokenizer is None:
         yield NO_TOKENIZER
+        return
+    if not tokenizer.chat_template:
+        yield warning("not checked, because the student's tokenizer has no chat template", fix="see end_token")
         return
     try:
         count = token_counter(tokenizer, _template_kwargs(config))

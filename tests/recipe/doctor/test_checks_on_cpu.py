@@ -210,7 +210,8 @@ def test_a_model_that_is_not_here_is_not_called_ok(overrides, monkeypatch, tmp_p
 def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
     assert run_cli(*overrides, f"{MODEL}.path=/no/such", "data.seed=1") == 1
     out = capsys.readouterr().out
-    assert "warning end_token: skipped: 'models' failed. Fix: resolve those errors first" in out
+    assert "warning skipped: positions, vocabulary, end_token, " in out
+    assert ", because of the errors of models. Fix: resolve those errors first" in out
     assert out.splitlines()[-1].endswith("this run cannot start")
 
 
@@ -346,6 +347,8 @@ def test_turns_without_an_end(compose_config, model):
     (none / "chat_template.jinja").unlink()
     (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={none}"), "error")
     assert "no chat template" in error
+    (warning,) = messages(check_lengths, compose_config(*WARMUP, f"{MODEL}.path={none}"), "warning")
+    assert "no chat template" in warning
     custom = f"{MODEL}.custom_chat_template='{{% for m in messages %}}{{{{ m.content }}}} <end> {{% endfor %}}'"
     config = compose_config(*WARMUP, f"{MODEL}.path={none}")
     OmegaConf.update(config, f"{MODEL}.custom_chat_template", custom.partition("=")[2].strip("'"))
