@@ -786,9 +786,15 @@ def _saves(config: DictConfig, every: int) -> int | None:
 def report(findings: list[Finding], show: Callable[[str], None], brief: bool = False) -> None:
     """Show the findings line by line, worst last, and then how many errors and warnings there are.
 
+    Several checks that have found the same share a line.
+
     Args:
         brief: leave out what is as it should be.
     """
+    same: dict[Finding, list[str]] = {}
+    for finding in findings:
+        same.setdefault(replace(finding, where=""), []).append(finding.where)
+    findings = [replace(finding, where=", ".join(dict.fromkeys(checks))) for finding, checks in same.items()]
     for finding in sorted(findings, key=lambda finding: LEVELS.index(finding.level)):
         if finding.level != "ok" or not brief:
             show(line(finding))

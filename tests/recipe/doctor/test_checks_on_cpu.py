@@ -32,6 +32,7 @@ from recipe.gad.doctor.checks import (
     check_versions,
     examine,
     memory_findings,
+    report,
 )
 from recipe.gad.doctor.memory import (
     GIB,
@@ -49,6 +50,7 @@ from recipe.gad.doctor.memory import (
 from recipe.gad.run.checks import check_ray, run_checks
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
+from recipe.gad.run.findings import Finding
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -213,6 +215,20 @@ def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
     assert "warning skipped: positions, vocabulary, end_token, " in out
     assert ", because of the errors of models. Fix: resolve those errors first" in out
     assert out.splitlines()[-1].endswith("this run cannot start")
+
+
+def test_checks_that_found_the_same_share_a_line():
+    found = [
+        Finding("error", "batches", "no number"),
+        Finding("ok", "ray", "fine"),
+        Finding("error", "data", "no number"),
+    ]
+    report(found, (lines := []).append)
+    assert lines == [
+        "ok      ray: fine",
+        "error   batches, data: no number",
+        "1 error, 0 warnings: this run cannot start",
+    ]
 
 
 @pytest.mark.parametrize("argument", ["gad.stagee=gad", "gad.stage=[", "device=tpu", "--config-name=none", "--no-flag"])

@@ -640,6 +640,10 @@ def test_hub_models(config, monkeypatch, tmp_path):
     assert check_config(hub) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "not in the Hugging Face cache" in warnings_of(hub)[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some-org").mkdir()
+    (message,) = [message for message in warnings_of(hub) if "folder some-org" in message]
+    assert "a model of the hub, as no such folder is here" in message and "Fix: correct the path" in message
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:
