@@ -16,11 +16,12 @@ read_flags() {
       --help|-h) usage; exit 0 ;;
       --) shift; break ;;
       --*) name=${1#--} name=${name//-/_} ;;
-      *)
+      *=*)
         for word in "$@"; do
           case "$word" in --?*) fail "$word comes after $1; write all flags before the first key=value" ;; esac
         done
         break ;;
+      *) break ;;
     esac
     case "$switches" in *" $name "*) printf -v "${name^^}" 1; shift; continue ;; esac
     case "$names" in *" $name "*) ;; *) fail "unknown flag $1; see --help" ;; esac

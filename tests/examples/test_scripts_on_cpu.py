@@ -656,7 +656,7 @@ def read_words(words, names, switches):
         if word == "--":
             break
         if not word.startswith("--"):
-            if any(re.match("--.", later, re.DOTALL) for later in words):
+            if "=" in word and any(re.match("--.", later, re.DOTALL) for later in words):
                 return None
             words = [word, *words]
             break
