@@ -11,8 +11,8 @@ flags_help() {
 Flags (before any Hydra override):
   --model PATH         student: Hugging Face folder or hub id
   --reward_model PATH  initial discriminator (default: the student)
-  --train_files PATH   parquet with columns content (chat messages) and teacher_response
-  --val_files PATH     parquet with the same columns for validation (default: 64 rows of the training file)
+  --train_files PATH   parquet or JSON lines with columns content (chat messages) and teacher_response
+  --val_files PATH     the same for validation (default: 64 rows of the training file)
   --exp_name NAME      name of the run (default: the stage)
   --output_dir DIR     checkpoints, metrics.jsonl, val_samples (default: checkpoints/gad/NAME)
   --nnodes N           nodes of the Ray cluster (default 1)

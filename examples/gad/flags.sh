@@ -8,14 +8,19 @@ fail() { # without the control characters of what was given
 
 # read_flags "NAME ..." "SWITCH ..." ARGUMENT...
 # --name VALUE sets NAME=VALUE, --switch sets SWITCH=1, --help calls usage; - and _ in a name are the same.
-# REST gets the arguments after the flags.
+# REST gets the arguments after the flags. The first one that is no flag ends them, and so does --.
 read_flags() {
-  local names=" $1 " switches=" $2 " name; shift 2
+  local names=" $1 " switches=" $2 " name word; shift 2
   while [ $# -gt 0 ]; do
     case "$1" in
       --help|-h) usage; exit 0 ;;
       --) shift; break ;;
       --*) name=${1#--} name=${name//-/_} ;;
+      *=*)
+        for word in "$@"; do
+          case "$word" in --?*) fail "$word comes after $1; write all flags before the first key=value" ;; esac
+        done
+        break ;;
       *) break ;;
     esac
     case "$switches" in *" $name "*) printf -v "${name^^}" 1; shift; continue ;; esac

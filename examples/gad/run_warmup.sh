@@ -7,8 +7,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage() {
   cat <<'HELP'
 usage: run_warmup.sh --model PATH --train_files PATH [flags] [hydra.key=value ...]
-  --seqkd_dir DIR  instead of --model: output folder of run_seqkd.sh; its newest student starts the actor. --reward_model
-                   then names the model that becomes the discriminator, such as the student before SeqKD
+  --seqkd_dir DIR  instead of --model: output folder of run_seqkd.sh, whose newest student starts the actor, or its
+                   global_step_N. --reward_model then names the model that becomes the discriminator, such as the
+                   student before SeqKD
 HELP
   flags_help
 }

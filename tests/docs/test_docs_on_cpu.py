@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,6 +274,35 @@ def test_keys_in_backticks_exist(doc):
     assert [key for key in keys_in(doc) if not exists(key)] == []
 
 
+# ---------------------------------------------------------------------- metrics in backticks
+
+
+METRIC = re.compile(
+    r"((?:actor|critic|gad|val-aux|thinking_length|answer_length|(?:teacher_)?response_length)/[a-z_/*@1]+)"
+)
+
+
+@cache
+def logging_code() -> str:
+    """The code of verl-gad and of the installed verl."""
+    verl = Path(find_spec("verl").submodule_search_locations[0])
+    return "\n".join(
+        file.read_text() for place in (ROOT / "verl", ROOT / "recipe", verl) for file in place.rglob("*.py")
+    )
+
+
+def unknown_metrics(doc: Path) -> list[str]:
+    """Names of metrics whose last part is in no code, neither after a slash nor as a text of its own."""
+    names = [match[1] for span in spans(doc) if (match := METRIC.fullmatch(span))]
+    last = {name: re.escape(name.rpartition("/")[2].partition("@")[0]).replace(r"\*", "") for name in names}
+    return [name for name, part in last.items() if not re.search(rf"[/\"]{part}", logging_code())]
+
+
+@every_doc
+def test_metrics_in_backticks_are_logged(doc):
+    assert unknown_metrics(doc) == []
+
+
 # ---------------------------------------------------------------------- LMOps/gad: our side of the table
 
 
@@ -400,7 +430,7 @@ def test_a_key_without_a_comment_is_refused(reference):
 BROKEN = """# Title
 [gone](nowhere.md) [no anchor](#other) [fine](#title)
 `recipe/gad/nothing.py` `recipe/gad/monitor/rules.py:no_such_rule` `recipe/gad/monitor/rules.py:Curve.last`
-`trainer.nothing`
+`trainer.nothing` `critic/no_such_metric` `critic/d_acc`
 
 ```bash
 gad report runs/gad \\
@@ -420,6 +450,7 @@ def test_broken_documentation_is_found(tmp_path):
     assert missing_paths(doc) == ["recipe/gad/nothing.py"]
     assert defines(ROOT / "recipe/gad/monitor/rules.py", "Curve.last")
     assert not defines(ROOT / "recipe/gad/monitor/rules.py", "no_such_rule")
+    assert unknown_metrics(doc) == ["critic/no_such_metric"]
     assert keys_in(doc) == ["trainer.nothing"] and not exists("trainer.nothing")
     option, subcommand, flag, key, doctor = lines_starting_with(doc, "gad", "bash")
     with pytest.raises(Exception, match="No such option"):

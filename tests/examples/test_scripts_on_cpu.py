@@ -125,8 +125,9 @@ GOOD = ["--model", "m", "--train_files", "t"]
         (["--train_files", "t"], "--model is missing"),
         (["--model", "m"], "--train_files is missing"),
         ([*GOOD, "--device", "tpu"], "--device must be gpu or cpu, got tpu"),
+        ([*GOOD, "data.seed=1", "--lr", "1"], "--lr comes after data.seed=1; write all flags before"),
     ],
-    ids=["unknown flag", "no value", "flag as value", "empty value", "no model", "no data", "device"],
+    ids=["unknown flag", "no value", "flag as value", "empty value", "no model", "no data", "device", "late flag"],
 )
 def test_mistakes_exit_2_with_the_message_on_stderr(script, arguments, message):
     done = sh(script, "--dry-run", *arguments)
@@ -655,6 +656,8 @@ def read_words(words, names, switches):
         if word == "--":
             break
         if not word.startswith("--"):
+            if "=" in word and any(re.match("--.", later, re.DOTALL) for later in words):
+                return None
             words = [word, *words]
             break
         name = word[2:].replace("-", "_")

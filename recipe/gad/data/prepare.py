@@ -44,6 +44,8 @@ SCHEMA = pa.schema(
         "extra_info": pa.struct({"index": pa.int64()}),
     }
 )
+FEW_VAL_ROWS = 50
+"""Below this, the measures of validation are mostly chance (recipe/gad/monitor/rules.py:memorizing_discriminator)."""
 HASH_BYTES = 8
 """Length of a prompt's hash. Among 10 million prompts, the chance that two different ones share a hash is 3e-6."""
 
@@ -304,12 +306,15 @@ def summary(result: Prepared, out_dir: str | Path, max_prompt_length: int, max_r
     if result.rejected:
         lines.append(f"rejected    {result.rejected:>9,} rows; the reasons are in {out_dir / REJECTS}")
     if result.duplicates:
-        lines.append(f"duplicates  {result.duplicates:>9,} rows dropped: an earlier row has the same prompt")
+        dropped = f"{result.duplicates:>9,} rows dropped: an earlier row has the same prompt"
+        lines.append(f"duplicates  {dropped} (--keep_answers keeps different answers)")
     if result.rows_with_dropped_turns:
         lines.append(f"shortened   {result.rows_with_dropped_turns:>9,} conversations: turns after the answer dropped")
     for name, stats in ((TRAIN, result.train), (VAL, result.val)):
         if stats.rows:
-            lines.append(f"{name.partition('.')[0]:<11} {stats.rows:>9,} rows in {out_dir / name}")
+            few = name == VAL and stats.rows < FEW_VAL_ROWS
+            hint = f"; fewer than {FEW_VAL_ROWS} say little: see --val_fraction" if few else ""
+            lines.append(f"{name.partition('.')[0]:<11} {stats.rows:>9,} rows in {out_dir / name}{hint}")
     if not result.train.prompt_lengths:
         return "\n".join(lines)
     lines.append(f"{'tokens':<20} {'mean':>8} {'p50':>7} {'p95':>7} {'max':>7}  longer than the trainer's limit")

@@ -122,12 +122,15 @@ def examine(
     config = resolved(config)
     findings = [finding for check in CHECKS for finding in run_check(config, finishing(check))]
     failed = {finding.where for finding in findings if finding.level == "error"}
+    skipped: dict[str, list[str]] = {}
     for check, needs in doctor_checks(gpu_memory):
         if blocking := sorted(failed & needs):
-            what = f"skipped: {' and '.join(map(repr, blocking))} failed"
-            findings.append(Finding("warning", name_of(check), what, fix="resolve those errors first"))
+            skipped.setdefault(" and ".join(blocking), []).append(name_of(check))
         else:
             findings.extend(run_check(config, finishing(check)))
+    for blocking_checks, names in skipped.items():
+        what = f"{', '.join(names)}, because of the errors of {blocking_checks}"
+        findings.append(Finding("warning", "skipped", what, fix="resolve those errors first"))
     return [_of_another_machine(finding, cpus) for finding in findings] if elsewhere else findings
 
 
@@ -441,8 +444,8 @@ def check_generation_prompt(config: DictConfig) -> Findings:
         f"the chat template of {tokenizer.name_or_path} begins an answer with {turn.only_in_answer()!r} after "
         f"{turn.prompt!r}"
         if turn.only_in_answer().strip()
-        else f"the generation prompt of {tokenizer.name_or_path} begins with {turn.only_in_prompt()!r} what an answer "
-        "does not have"
+        else f"the generation prompt of {tokenizer.name_or_path} begins with {turn.only_in_prompt()!r}, which an "
+        "answer does not have"
     )
     fix = f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
     if switch is not None:
@@ -527,6 +530,9 @@ def check_lengths(config: DictConfig) -> Findings:
     tokenizer = _student_tokenizer(config)
     if tokenizer is None:
         yield NO_TOKENIZER
+        return
+    if not tokenizer.chat_template:
+        yield warning("not checked, because the student's tokenizer has no chat template", fix="see end_token")
         return
     try:
         count = token_counter(tokenizer, _template_kwargs(config))
@@ -779,9 +785,15 @@ def _saves(config: DictConfig, every: int) -> int | None:
 def report(findings: list[Finding], show: Callable[[str], None], brief: bool = False) -> None:
     """Show the findings line by line, worst last, and then how many errors and warnings there are.
 
+    Several checks that have found the same share a line.
+
     Args:
         brief: leave out what is as it should be.
     """
+    same: dict[Finding, list[str]] = {}
+    for finding in findings:
+        same.setdefault(replace(finding, where=""), []).append(finding.where)
+    findings = [replace(finding, where=", ".join(dict.fromkeys(checks))) for finding, checks in same.items()]
     for finding in sorted(findings, key=lambda finding: LEVELS.index(finding.level)):
         if finding.level != "ok" or not brief:
             show(line(finding))

@@ -92,7 +92,8 @@ class ShortConsole(Callback):
             self._close(f"error: {error(full + where, 'free space there, and rerun the same command to resume')}")
         else:
             text = [line.strip() for line in str(cause).strip().splitlines()] or [""]
-            what = [*text[:1], *(line for line in text if line.startswith("class_name: "))]  # which actor died
+            what = text[: 2 if text[0].endswith(":") else 1]  # after a colon comes what went wrong
+            what += [line for line in text if line.startswith("class_name: ")]  # which actor died
             if any("its node has died" in line for line in text):
                 what += [f"Ray has lost node {line[4:]}" for line in text if line.startswith("ip: ")]
             self._close(f"error: the run failed: {type(cause).__name__}: {' '.join(what)}", last_lines=True)

@@ -134,8 +134,8 @@ def saturated_discriminator(d_acc: Curve) -> Finding | None:
         "The discriminator is saturated",
         evidence=f"critic/d_acc stays at {window.show()}; above {SATURATED_D_ACC} the student gets no closer.",
         fix="Read some answers of both sides for a mark that gives the side away (end token, whitespace, template; "
-        "compare the two .../cut_ratio). Then lengthen the warmup (trainer.total_epochs of that stage), lower "
-        "critic.optim.lr, or raise actor_rollout_ref.actor.optim.lr.",
+        "compare the two .../cut_ratio). Then let the student imitate longer (SeqKD, or trainer.total_epochs of the "
+        "warmup), lower critic.optim.lr, or raise actor_rollout_ref.actor.optim.lr.",
     )
 
 

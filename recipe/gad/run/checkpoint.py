@@ -31,7 +31,7 @@ from typing import Any
 from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.checksums import damage
 from recipe.gad.run.findings import InputError
-from recipe.gad.run.hub import local_model
+from recipe.gad.run.hub import cached_model, local_model
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
@@ -317,6 +317,8 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
 def actor_folder(model: str) -> str:
     """Hugging Face folder of the student that ``model`` names; a hub id (OWNER/NAME) is returned unchanged.
 
+    If OWNER is a folder here, OWNER/NAME counts as a path, unless that model is in the Hugging Face cache.
+
     Args:
         model: a Hugging Face folder, or of a run: its output folder (the newest complete actor), ``global_step_N``,
             or ``global_step_N/actor``.
@@ -326,7 +328,10 @@ def actor_folder(model: str) -> str:
     """
     folder = Path(os.path.abspath(Path(model).expanduser()))
     if not folder.is_dir():
-        if len(Path(model).parts) != 2 or model.startswith((".", "~", "/")):
+        path_like = len(Path(model).parts) != 2 or model.startswith((".", "~", "/"))
+        if path_like or (
+            folder.parent.is_dir() and cached_model(model) is None
+        ):  # runs/gad, and there is a folder runs
             raise InputError(f"{model}: no such folder", fix="pass a Hugging Face folder or id, or a run's folder")
         return model
     if (folder / "config.json").is_file():
@@ -527,6 +532,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "student":
+            if not Path(options.folder).is_dir():  # no hub id, which actor_folder would take
+                raise InputError(f"{options.folder}: no such folder", fix="pass the output folder of run_seqkd.sh")
             print(actor_folder(options.folder))
         else:
             print(latest_complete_checkpoint(options.folder, options.step))

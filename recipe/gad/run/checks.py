@@ -51,6 +51,7 @@ from recipe.gad.run.config import (
     resolved,
     start_models,
     unlabelled_prompts,
+    validates,
     world_size,
 )
 from recipe.gad.run.data_file import data_file_problems, joint_problem, teacher_columns
@@ -69,12 +70,14 @@ from recipe.gad.run.findings import (
 from recipe.gad.run.model_checks import check_lora, check_models, check_tokenizers
 from recipe.gad.run.refusals import (
     check_agents,
+    check_choices,
     check_estimator,
     check_moved_keys,
     check_names,
     check_parameter_sync,
     check_quantized_rollout,
     check_ratios,
+    check_reward_function,
     check_reward_model,
     check_router_replay,
     check_task_reward,
@@ -560,12 +563,33 @@ def check_data(config: DictConfig) -> Findings:
         if len(joined) > 1 and (problem := joint_problem(joined)) is not None:
             what = f"{key}: verl cannot join {', '.join(joined)}: {problem.rstrip('.')}"
             yield error(what, fix="give the column the same type in all files, or drop it")
+    train, val = (set(files_of(get(config, f"data.{name}_files"))) for name in ("train", "val"))
+    if validates(config) and train & val:
+        yield warning(
+            f"data.val_files names a file of data.train_files ({', '.join(sorted(train & val))}): validation asks what "
+            "training has taught",
+            fix="name other rows with --val_files, such as the val.parquet of gad prepare",
+        )
     rows = [checked[file] for file in files_of(get(config, "data.train_files"))]
     if not rows or not all(rows):
         return
     limit = integer(config, "data.train_max_samples", -1, minimum=-1)
     total = sum(row for row in rows if row is not None)
-    check_steps(config, min(total, limit) if limit > 0 else total)
+    total = min(total, limit) if limit > 0 else total
+    check_steps(config, total)
+    yield from _warmup_findings(config, total // integer(config, "data.train_batch_size"))
+
+
+def _warmup_findings(config: DictConfig, per_epoch: int) -> Findings:
+    """The student trains too. ``per_epoch``: steps of an epoch."""
+    steps = integer(config, "trainer.total_training_steps", integer(config, "trainer.total_epochs") * per_epoch)
+    warmup = integer(config, "trainer.critic_warmup", 0, minimum=0) if has_discriminator(config) else 0
+    if steps < warmup and get(config, "gad.score_span") != "answer":  # a student that thinks must not imitate
+        yield warning(
+            f"the run has {steps} steps, and trainer.critic_warmup={warmup}: only the discriminator trains",
+            fix="unless that is meant, raise trainer.total_epochs, or lower data.train_batch_size or "
+            "trainer.critic_warmup",
+        )
 
 
 def check_steps(config: DictConfig, rows: int) -> None:
@@ -904,6 +928,7 @@ CHECKS: tuple[Check, ...] = (
     check_lora,
     check_tokenizers,
     check_data,
+    check_choices,
     check_estimator,
     check_parameter_sync,
     check_reward_model,
@@ -914,4 +939,5 @@ CHECKS: tuple[Check, ...] = (
     check_moved_keys,
     check_ratios,
     check_task_reward,
+    check_reward_function,
 )

@@ -1,5 +1,8 @@
 """Composing a run's configuration with Hydra, reading its dotted keys, and what follows from them."""
 
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -8,12 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipe.gad.run.checkpoint import WITHOUT_DISCRIMINATOR
-from recipe.gad.run.findings import InputError, one_line
+from recipe.gad.run.findings import InputError, either, one_line
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 ACTOR_MODEL = "actor_rollout_ref.model"
 LEAD_MEAN = 10
 """Without validation, gad.discriminator_lead looks at means of so many training steps: one step is too noisy."""
+SIMILAR = 0.65
+"""A key may be a misspelling of one whose last name has this share of equal characters (difflib)."""
 LORA_KEYS = ("lora_rank", "lora.rank")
 
 
@@ -130,6 +135,20 @@ def parallelism(config: DictConfig, role: str) -> tuple[int, int] | None:
     return sequence, sequence
 
 
+def leaf_keys(config: DictConfig) -> Iterator[str]:
+    """Dotted keys of all values that are no groups of keys themselves."""
+
+    def keys(group: dict, prefix: str) -> Iterator[str]:
+        for name, value in group.items():
+            if isinstance(value, dict) and value:
+                yield from keys(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    groups: Any = OmegaConf.to_container(config)
+    return keys(groups, "")
+
+
 def files_of(value: Any) -> list[str]:
     """Files of a data key: one path, a list of paths, or none."""
     return [str(value)] if isinstance(value, str | Path) else [str(file) for file in value or []]
@@ -153,12 +172,28 @@ def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfi
         raise InputError("the package verl is not installed", fix="pip install -e .")
     folders = [Path(folder) / "trainer" / "config" for folder in verl.submodule_search_locations]
     searchpath = ",".join(f"'file://{folder}'" for folder in folders if folder.is_dir())
-    try:
-        with initialize_config_module("recipe.gad.config", version_base=None):
-            return compose(name, [f"hydra.searchpath=[{searchpath}]", *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
-        raise ValueError(one_line(error) + cause) from None
+    with initialize_config_module("recipe.gad.config", version_base=None):
+        search = f"hydra.searchpath=[{searchpath}]"
+        try:
+            return compose(name, [search, *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            if unknown := re.match(r"Could not override '(.+?)'", str(error)):
+                raise _unknown_key(unknown[1], leaf_keys(compose(name, [search]))) from None
+            if unparsed := re.match(r"Error parsing override '(.*)'\nmissing EQUAL", str(error)):
+                raise InputError(f"{unparsed[1]} is no override", fix="write key=value, without spaces") from None
+            cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+            raise ValueError(one_line(error) + cause) from None
+
+
+def _unknown_key(key: str, known: Iterator[str]) -> InputError:
+    """The error for an override of a key that the configuration does not have."""
+    by_name: dict[str, list[str]] = {}
+    for one in known:
+        by_name.setdefault(one.rpartition(".")[2], []).append(one)
+    names = get_close_matches(key.rpartition(".")[2], by_name, cutoff=SIMILAR)
+    similar = get_close_matches(key, [one for name in names for one in by_name[name]], n=2, cutoff=0)
+    fix = f"write {either(similar)}" if similar else "look it up in docs/configuration.md"
+    return InputError(f"there is no key {key}", fix=f"{fix}, or +{key} for a key that your own code reads")
 
 
 def resolved(config: DictConfig) -> DictConfig:

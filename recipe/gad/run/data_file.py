@@ -225,7 +225,10 @@ def _scan(file: Path, prompt_key: str, teacher_key: TeacherKey) -> tuple[int, li
         raise InputError("holds 0 rows, expected at least one", fix="write it again with data")
     forms = {prompt_key: PROMPT_FORM}
     problems = [
-        error(f"{file}, {line}; expected {forms.get(key, TEACHER_FORM)}", fix="repair or drop the row")
+        error(
+            f"{file}, {line}; expected {forms.get(key, TEACHER_FORM)}",
+            fix="repair or drop the row" + ", or let gad prepare write the file" * (key == prompt_key),
+        )
         for key, line in found.lines()
     ]
     for key in [key for key in keys if dates[key] == {True}]:
@@ -301,7 +304,8 @@ def _missing_columns(keys: Iterable[str], columns: Iterable[str]) -> InputError:
     missing = " and ".join(repr(key) for key in keys if key not in columns)
     return InputError(
         f"has no column {missing}; it has {', '.join(map(repr, columns))}",
-        fix="set data.prompt_key and data.teacher_key to the columns that hold the messages and the teacher's answer",
+        fix="set data.prompt_key and data.teacher_key to the columns that hold the messages and the teacher's answer, "
+        "or let gad prepare write the file",
     )
 
 
@@ -429,7 +433,7 @@ def json_rows(file: Path, **hooks: Any) -> Iterator[tuple[Any, str | None]]:
         hooks: of ``json.JSONDecoder``.
 
     Yields:
-        (row, None); or, for a line that is not JSON, (text of the line, "is not valid JSON (...)"). Blank lines are
+        (row, None); or, for a line that is no JSON or no UTF-8, (text of the line, what is wrong). Blank lines are
         skipped.
 
     Raises:
@@ -445,7 +449,12 @@ def json_rows(file: Path, **hooks: Any) -> Iterator[tuple[Any, str | None]]:
                 continue
             try:
                 yield json.loads(line, **hooks), None
-            except (ValueError, RecursionError) as problem:  # not JSON, not UTF-8, or nested thousands of levels deep
+            except UnicodeDecodeError as problem:
+                yield (
+                    line.decode("utf-8", "backslashreplace").rstrip("\r\n"),
+                    f"is not UTF-8 (byte {line[problem.start]:#04x} at place {problem.start})",
+                )
+            except (ValueError, RecursionError) as problem:  # not JSON, or nested thousands of levels deep
                 yield line.decode("utf-8", "backslashreplace").rstrip("\r\n"), f"is not valid JSON ({problem})"
 
 

@@ -36,6 +36,9 @@ def _model_folder(config: DictConfig, key: str) -> tuple[Path | None, list[Findi
         return folder, []
     if folder.exists() or path[0] in "/.~" or not HUB_ID.fullmatch(path):
         return None, [_no_folder(key, path)]
+    if folder.parent.is_dir() and not cached_model(path):
+        what = f"{key}={path}: a model of the hub, as no such folder is here; but there is a folder {folder.parent}"
+        return None, [warning(what, fix="correct the path, if it is meant to be one")]
     if (os.environ.get("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on") and not cached_model(path):
         return None, [warning(f"{key}={path} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")]
     return None, [note(f"{key}={path}: a model of the hub; its files were not checked")]

@@ -3,18 +3,19 @@
 :data:`recipe.gad.run.checks.CHECKS` lists these checks.
 """
 
+import ast
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator, integer, is_number
+from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator, integer, is_number, leaf_keys
 from recipe.gad.run.data_file import NO_SOURCE, UNLABELLED, column_values, most_answers
 from recipe.gad.run.findings import Findings, either, error, warning
 
@@ -48,8 +49,40 @@ TEACHER_ANSWERS = ("one", "all")
 COMBINE = ("normalized", "raw")
 """Values of gad.task_reward.combine."""
 PACKAGED_REWARD = "pkg://recipe.gad.reward"
+REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+"""What verl's reward managers pass to a reward function, by name."""
 CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 """verl's defaults of the keys that say when the loss clips."""
+KL_TYPES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+CHOICES = {
+    f"{ACTOR}.loss_agg_mode": (
+        "token-mean",
+        "token-sum",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+        "seq-mean-token-mean",
+    ),
+    f"{ACTOR}.kl_loss_type": (*KL_TYPES, *(f"{name}+" for name in KL_TYPES)),
+}
+"""Keys for which verl knows these values alone."""
+OPEN_CHOICES = {
+    f"{ACTOR}.policy_loss.loss_mode": (
+        "vanilla",
+        "gspo",
+        "gpg",
+        "dppo_tv",
+        "dppo_kl",
+        "sapo",
+        "clip_cov",
+        "kl_cov",
+        "geo_mean",
+        "dro",
+        "cispo",
+        "bypass_mode",
+    ),
+    f"{ROLLOUT}.name": ("vllm", "sglang", "trtllm", "hf"),
+}
+"""Keys whose values can also be names that other code registers with verl."""
 MOVED = {
     f"{ACTOR}.grad_clip": (1.0, f"{ACTOR}.optim.clip_grad"),
     "critic.grad_clip": (1.0, "critic.optim.clip_grad"),
@@ -194,6 +227,45 @@ def _own_rewards(config: DictConfig) -> Iterator[tuple[str, str]]:
             yield f"{group}.enable=True", f"{group}.enable=False"
 
 
+def check_reward_function(config: DictConfig) -> Findings:
+    """The file of an own reward function is there, and defines a function that takes what verl passes."""
+    for group in ("reward.custom_reward_function", "custom_reward_function"):
+        path, name = get(config, f"{group}.path"), get(config, f"{group}.name")
+        if path is None or str(path).startswith("pkg://"):
+            continue
+        file = Path(str(path).removeprefix("file://"))
+        if not file.is_file():
+            yield error(f"{group}.path={path}: no such file", fix="correct the path")
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+            functions = {
+                s.name: s for s in ast.parse(text).body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+        except (SyntaxError, ValueError) as problem:  # ValueError: a NUL, or not UTF-8
+            yield error(f"{group}.path={path} is not valid Python ({problem})", fix="correct the file")
+            continue
+        if (function := functions.get(str(name))) is not None:
+            yield from (problem.about(path) for problem in _parameter_findings(function))
+        elif str(name) not in re.findall(r"\w+", text) and "import *" not in text:
+            yield error(
+                f"{group}.name={name}: {path} defines {', '.join(functions) or 'no function'}",
+                fix=f"set {group}.name to the function's name",
+            )
+
+
+def _parameter_findings(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Findings:
+    """Can verl call the function? It passes :data:`REWARD_ARGUMENTS` by name."""
+    parameters = function.args
+    names = {parameter.arg for parameter in (*parameters.args, *parameters.kwonlyargs)}
+    missing = [name for name in REWARD_ARGUMENTS if name not in names]
+    if missing and parameters.kwarg is None:
+        yield error(
+            f"{function.name} does not take {', '.join(missing)}, which verl passes by name",
+            fix=f"def {function.name}({', '.join(REWARD_ARGUMENTS)}, **kwargs)",
+        )
+
+
 def _weights_of_sources(config: DictConfig, key: str, weight: Mapping) -> Findings:
     """Every data source of the training data has a weight, and no other name has one."""
     found = {UNLABELLED} if files_of(get(config, "gad.unlabelled_files")) else set()
@@ -279,6 +351,17 @@ def check_agents(config: DictConfig) -> Findings:
             )
 
 
+def check_choices(config: DictConfig) -> Findings:
+    """Names of losses and engines are names that verl knows."""
+    for choices, finding in ((CHOICES, error), (OPEN_CHOICES, warning)):
+        for key, names in choices.items():
+            if (found := get(config, key)) not in names:
+                similar = get_close_matches(str(found), names, n=1)
+                yield finding(
+                    f"{key}={found} is none of verl's ({', '.join(names)})", fix=f"{key}={(similar or names)[0]}"
+                )
+
+
 def check_ratios(config: DictConfig) -> Findings:
     """Settings of the loss that act on probability ratios meet ratios other than 1."""
     batch = get(config, "data.train_batch_size")
@@ -301,26 +384,16 @@ def check_ratios(config: DictConfig) -> Findings:
 
 def check_names(config: DictConfig) -> Findings:
     """verl or verl-gad reads every key that was added to the configuration."""
-    keys: Any = OmegaConf.to_container(config)
-    for key, name in _keys(keys):
-        words = set(re.findall(r"\w+", name))
+    for key in leaf_keys(config):
+        if re.search("kwargs|override|runtime_env", key):  # verl hands these to other programs and libraries
+            continue
+        words = set(re.findall(r"\w+", key.rpartition(".")[2]))
         if not words <= _words("*.yaml") and not words <= _words("*.py"):
             yield warning(
                 f"{key} occurs neither in verl's source nor in verl-gad's: it has no effect, unless your own code "
                 "reads it",
                 fix="correct the key, or leave it out",
             )
-
-
-def _keys(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and their last names; not those that verl hands to other programs and libraries as they are."""
-    for name, value in config.items():
-        if re.search("kwargs|override|runtime_env", str(name)):
-            continue
-        if isinstance(value, dict) and value:
-            yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(name)
 
 
 @lru_cache

@@ -99,6 +99,13 @@ def teacher_rows(uids: Iterable[str], prompts: Iterable, teacher_ids: Iterable) 
     return {names.teacher_key(uid): build_teacher_trajectory(ids, torch.tensor(answer)) for uid, ids, answer in columns}
 
 
+def rows_from_messages(tokenizer, data: DictConfig, uids: Iterable[str], messages: Iterable, teacher_ids: Iterable):
+    """:func:`teacher_rows` of prompts that no rollout has turned into token ids; ``data`` is ``config.data``."""
+    kwargs = data.get("apply_chat_template_kwargs", {})
+    prompts = (names.build_prompt_ids(tokenizer, list(chat), kwargs)[-data.max_prompt_length :] for chat in messages)
+    return teacher_rows(uids, map(torch.tensor, prompts), teacher_ids)
+
+
 def filler(eos_token_id: int) -> Trajectory:
     """A trajectory of two tokens that no loss sees."""
     eos, zero = torch.tensor([eos_token_id]), torch.zeros(1, dtype=torch.int64)

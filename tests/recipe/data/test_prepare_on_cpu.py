@@ -218,6 +218,23 @@ def test_bad_rows_are_counted_shown_and_all_written(write, tmp_path, capsys):
     assert [(r["row"], r["record"]) for r in rejects(tmp_path / "out")] == [(i, lines[1]) for i in range(1, 8)]
 
 
+def test_a_row_that_is_not_utf8_is_named_as_such(tmp_path):
+    rows = [json.dumps({"prompt": f"Größe {i}", "response": "a"}, ensure_ascii=False) for i in range(2)]
+    (tmp_path / "data.jsonl").write_bytes(rows[0].encode("utf-8") + b"\n" + rows[1].encode("latin-1") + b"\n")
+    assert run(tmp_path / "data.jsonl", "--output_dir", tmp_path / "out", "--val_fraction", 0) == 0
+    (found,) = rejects(tmp_path / "out")
+    assert (found["row"], found["reason"]) == (1, "is not UTF-8 (byte 0xf6 at place 14)")
+
+
+def test_few_validation_rows_are_pointed_out(write, tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "response": "a"} for i in range(100)]
+    file, val = write(rows), write(rows[:49], "val.jsonl")
+    assert run(file, "--output_dir", tmp_path / "few", "--val_inputs", val) == 0
+    assert capsys.readouterr().out.count("fewer than 50 say little: see --val_fraction") == 1
+    assert run(file, "--output_dir", tmp_path / "enough", "--val_inputs", write(rows[:50], "val.jsonl")) == 0
+    assert "say little" not in capsys.readouterr().out
+
+
 def test_strict_stops_and_writes_nothing(write, tmp_path, capsys):
     rows = [{"prompt": f"p{i}", "response": "a"} for i in range(5)]
     rows[3]["response"] = ""

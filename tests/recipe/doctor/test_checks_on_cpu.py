@@ -33,6 +33,7 @@ from recipe.gad.doctor.checks import (
     check_versions,
     examine,
     memory_findings,
+    report,
 )
 from recipe.gad.doctor.memory import (
     GIB,
@@ -50,6 +51,7 @@ from recipe.gad.doctor.memory import (
 from recipe.gad.run.checks import check_ray, run_checks
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
+from recipe.gad.run.findings import Finding
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -211,8 +213,23 @@ def test_a_model_that_is_not_here_is_not_called_ok(overrides, monkeypatch, tmp_p
 def test_a_check_whose_ground_is_missing_is_not_run(overrides, capsys):
     assert run_cli(*overrides, f"{MODEL}.path=/no/such", "data.seed=1") == 1
     out = capsys.readouterr().out
-    assert "warning end_token: skipped: 'models' failed. Fix: resolve those errors first" in out
+    assert "warning skipped: positions, vocabulary, end_token, " in out
+    assert ", because of the errors of models. Fix: resolve those errors first" in out
     assert out.splitlines()[-1].endswith("this run cannot start")
+
+
+def test_checks_that_found_the_same_share_a_line():
+    found = [
+        Finding("error", "batches", "no number"),
+        Finding("ok", "ray", "fine"),
+        Finding("error", "data", "no number"),
+    ]
+    report(found, (lines := []).append)
+    assert lines == [
+        "ok      ray: fine",
+        "error   batches, data: no number",
+        "1 error, 0 warnings: this run cannot start",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +362,8 @@ def test_turns_without_an_end(compose_config, model):
     (none / "chat_template.jinja").unlink()
     (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={none}"), "error")
     assert "no chat template" in error
+    (warning,) = messages(check_lengths, compose_config(*WARMUP, f"{MODEL}.path={none}"), "warning")
+    assert "no chat template" in warning
     custom = f"{MODEL}.custom_chat_template='{{% for m in messages %}}{{{{ m.content }}}} <end> {{% endfor %}}'"
     config = compose_config(*WARMUP, f"{MODEL}.path={none}")
     OmegaConf.update(config, f"{MODEL}.custom_chat_template", custom.partition("=")[2].strip("'"))

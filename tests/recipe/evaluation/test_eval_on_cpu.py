@@ -244,9 +244,11 @@ def test_a_run_its_checkpoint_and_its_actor_name_the_actors_folder(tiny_problem,
         actor_folder(str(tmp_path / "run/global_step_10"))
 
 
-def test_hub_ids_stay_and_missing_folders_are_errors(tmp_path):
+def test_hub_ids_stay_and_missing_folders_are_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     assert actor_folder("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    for missing in (str(tmp_path / "nowhere"), "modell", "runs/gad/global_step_3", "~/nowhere"):
+    for missing in (str(tmp_path / "nowhere"), "modell", "runs/gad/global_step_3", "~/nowhere", "runs/gad"):
         with pytest.raises(ValueError, match="no such folder"):
             actor_folder(missing)
     with pytest.raises(ValueError, match="holds no model"):

@@ -30,6 +30,8 @@ def main(config):
     print("\x1b[36m(TaskRunner pid=1)\x1b[0m SIGTERM: the run stopped after step 3 of 9", flush=True)
     if config.action == "fail":
         raise RuntimeError("broken \x1b[2J thing")
+    if config.action == "chained":
+        raise RuntimeError("Error in call to target 'x':\nOSError('no such model')\nfull_key: y")
     if config.action == "actor dies":
         raise RuntimeError("The actor died.\n\tclass_name: TaskRunnerV1\n\tactor_id: 0f1e\n\tip: 192.0.2.2")
     if config.action == "node dies":
@@ -107,6 +109,11 @@ def test_of_a_failed_run_the_console_shows_the_end_of_the_log(start, tmp_path):
     assert "  noise 999" in lines and lines[-1] == f"the whole log: {tmp_path}/out/train.log"
     assert lines[-2] == "error: the run failed: RuntimeError: broken \\x1b[2J thing"
     assert "Traceback" in (tmp_path / "out/train.log").read_text()
+
+
+def test_a_message_that_announces_its_cause_is_shown_with_it(start):
+    _, lines, _ = end(start("action=chained"))
+    assert lines[-2] == "error: the run failed: RuntimeError: Error in call to target 'x': OSError('no such model')"
 
 
 def test_a_run_whose_actor_dies_names_it(start):

@@ -188,6 +188,7 @@ def test_command_line(warmup, capsys):
     assert main(["resolve", str(warmup), "--step", "5"]) == 0
     assert capsys.readouterr().out == f"{warmup / 'global_step_5'}\n"
     assert main(["resolve", str(warmup / "nothing")]) == 2
+    assert main(["student", "runs/nothing"]) == 2, "no hub id"
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ")
 

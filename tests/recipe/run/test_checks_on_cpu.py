@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,13 @@ from recipe.gad import plugin
 from recipe.gad.run import checks as check
 from recipe.gad.run.checkpoint import TRACKER, claim_folder
 from recipe.gad.run.checks import check_config, required_ray_cpus
+from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import check_data_file, data_file_problems, teacher_text
 from recipe.gad.run.findings import ConfigError, error, warning
 
 ROOT = Path(__file__).resolve().parents[3]
 ROLLOUT, ACTOR, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "actor_rollout_ref.model"
+NO_VALIDATION = {"trainer.test_freq": -1, "trainer.val_before_train": False}
 USER = [{"role": "user", "content": "c a f"}]
 
 
@@ -178,6 +181,24 @@ def test_numbers_that_are_none(config):
 
 
 # ---------------------------------------------------------------------- plugin
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "gad.imitation_coeff=1",
+            "no key gad.imitation_coeff. Fix: write gad.imitation_coef, or +gad.",
+        ),
+        ("actor_rollout_ref.lora_rank=8", "Fix: write actor_rollout_ref.model.lora_rank or "),
+        ("trainer.epochs=2", "Fix: write trainer.total_epochs or "),
+        ("gad.foo.bar=1", "no key gad.foo.bar. Fix: look it up in docs/configuration.md, or +gad.foo.bar for"),
+        ("critic.optim.lr", "critic.optim.lr is no override. Fix: write key=value, without spaces"),
+    ],
+)
+def test_a_misspelt_override_names_what_it_may_mean(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compose_config([override])
 
 
 def test_plugin_kept_from_loading(config, monkeypatch):
@@ -620,6 +641,10 @@ def test_hub_models(config, monkeypatch, tmp_path):
     assert check_config(hub) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "not in the Hugging Face cache" in warnings_of(hub)[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some-org").mkdir()
+    (message,) = [message for message in warnings_of(hub) if "folder some-org" in message]
+    assert "a model of the hub, as no such folder is here" in message and "Fix: correct the path" in message
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:
@@ -809,6 +834,15 @@ def test_warnings(config):
     assert "trainer.save_freq=-1" in message
     (message,) = warnings_of(config({"critic.checkpoint.save_contents": ["model"]}))
     assert "critic.checkpoint.save_contents lacks hf_model" in message
+    rows = pq.read_metadata(config().data.train_files).num_rows
+    epochs = {"data.train_batch_size": rows // 3, "trainer.total_epochs": 2}
+    (message,) = warnings_of(config({**epochs, "trainer.critic_warmup": 7}))
+    assert "the run has 6 steps, and trainer.critic_warmup=7: only the discriminator trains" in message
+    assert warnings_of(config({**epochs, "trainer.critic_warmup": 6})) == [], "the student trains in the last step"
+    train = config().data.train_files
+    (message,) = warnings_of(config({"data.val_files": [train]}))
+    assert f"data.val_files names a file of data.train_files ({train})" in message
+    assert warnings_of(config({"data.val_files": train, **NO_VALIDATION})) == []
 
 
 # ---------------------------------------------------------------------- batches

@@ -24,6 +24,7 @@ CHECKS = [
     refusals.check_moved_keys,
     refusals.check_ratios,
     refusals.check_task_reward,
+    refusals.check_choices,
 ]
 
 
@@ -225,6 +226,34 @@ def test_a_task_reward_that_cannot_work(found):
     assert found({**MINE, "actor_rollout_ref.rollout.n": 1, "gad.task_reward.combine": "raw"}) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file. Fix: correct the path"),
+        ("def compute_score(:", "is not valid Python (invalid syntax"),
+        ("def my_score(**row): return 1", "name=compute_score: FILE defines my_score. Fix: set reward.custom_reward"),
+        ("", "FILE defines no function"),
+        (
+            "def compute_score(solution_str, extra_info=None): ...",
+            "FILE: compute_score does not take data_source, ground",
+        ),
+        ("async def compute_score(solution_str, **rest): ...", None),
+        ("def compute_score(data_source, solution_str, ground_truth, *, extra_info): ...", None),
+        ("from scores import compute_score", None),
+        ("from scores import *", None),
+    ],
+)
+def test_a_reward_function_that_verl_cannot_call(base, tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    config = OmegaConf.merge(base, {"reward": {"custom_reward_function": {"path": str(file)}}})
+    findings = [str(finding) for finding in refusals.check_reward_function(config)]
+    assert len(findings) == (message is not None)
+    assert all(message.replace("FILE", str(file)) in finding for finding in findings), findings
+    assert refusals.check_reward_function in checks.CHECKS and not list(refusals.check_reward_function(base))
+
+
 def test_every_data_source_has_a_weight(found, tmp_path):
     def file(name, rows):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
@@ -239,6 +268,33 @@ def test_every_data_source_has_a_weight(found, tmp_path):
     assert "names data_source code" in unknown
     numbers = file("numbers.parquet", [{"data_source": 1}, {"data_source": 2}])
     assert found({**MINE, "data.train_files": [numbers], "gad.task_reward.weight": {1: 0.5, 2: 0}}) == []
+
+
+# ---------------------------------------------------------------------- names of losses and engines
+
+
+def test_names_that_verl_does_not_know(found):
+    (message,) = found({f"{ACTOR}.loss_agg_mode": "seq-mean-token-means"})
+    assert message.startswith(f"error {ACTOR}.loss_agg_mode=seq-mean-token-means is none of verl's (token-mean, ")
+    assert message.endswith(f"Fix: {ACTOR}.loss_agg_mode=seq-mean-token-mean")
+    (message,) = found({f"{ACTOR}.policy_loss.loss_mode": "gpso"})
+    assert message.startswith("warning ") and message.endswith(f"Fix: {ACTOR}.policy_loss.loss_mode=gspo")
+    (message,) = found({f"{ROLLOUT}.name": "vlm"})
+    assert message.startswith("warning ") and message.endswith(f"Fix: {ROLLOUT}.name=vllm")
+
+
+def test_the_names_are_those_of_verl():
+    import torch
+
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, kl_penalty
+
+    losses = refusals.OPEN_CHOICES[f"{ACTOR}.policy_loss.loss_mode"]
+    assert set(losses) == set(POLICY_LOSS_REGISTRY)
+    one = torch.ones(1, 1)
+    for name in refusals.CHOICES[f"{ACTOR}.loss_agg_mode"]:
+        assert agg_loss(one, one, name) == 1
+    for name in refusals.CHOICES[f"{ACTOR}.kl_loss_type"]:
+        assert kl_penalty(one, one, name) == 0
 
 
 # ---------------------------------------------------------------------- agents

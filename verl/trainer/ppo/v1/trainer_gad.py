@@ -50,7 +50,7 @@ from recipe.gad.training.state import load_state, save_metrics, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
 from recipe.gad.training.teachers import Teachers
-from recipe.gad.training.trajectory import TEACHER_IDS, build_prompt_ids
+from recipe.gad.training.trajectory import TEACHER_IDS
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
@@ -295,12 +295,7 @@ class PPOTrainerGAD(PPOTrainerSync):
         self._extra_keys.extend(rows)
 
     def _rows_from_data(self, uids: list[str], messages: list, teacher_ids: list) -> dict[str, Trajectory]:
-        """Teacher rows of prompts that no rollout has turned into token ids."""
-        config = self.config.data
-        template_kwargs = config.get("apply_chat_template_kwargs", {})
-        prompts = [build_prompt_ids(self.tokenizer, list(chat), template_kwargs) for chat in messages]
-        prompts = [torch.tensor(ids[-config.max_prompt_length :]) for ids in prompts]
-        return gad_rows.teacher_rows(uids, prompts, teacher_ids)
+        return gad_rows.rows_from_messages(self.tokenizer, self.config.data, uids, messages, teacher_ids)
 
     def _put_rows(self, partition_id: str, rows: dict[str, Trajectory]) -> None:
         fields = tu.list_of_dict_to_tensordict(list(rows.values()))
