@@ -31,7 +31,7 @@ from typing import Any
 from recipe.gad.run.atomic_io import read_object, write_atomically
 from recipe.gad.run.checksums import damage
 from recipe.gad.run.findings import InputError
-from recipe.gad.run.hub import cached_model, local_model
+from recipe.gad.run.hub import local_model
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "gad_stage.json"
@@ -317,7 +317,7 @@ def latest_complete_checkpoint(folder: str | Path, step: int | None = None) -> P
 def actor_folder(model: str) -> str:
     """Hugging Face folder of the student that ``model`` names; a hub id (OWNER/NAME) is returned unchanged.
 
-    If OWNER is a folder here, OWNER/NAME counts as a path, unless that model is in the Hugging Face cache.
+    OWNER/NAME counts as a path if OWNER is a folder with runs.
 
     Args:
         model: a Hugging Face folder, or of a run: its output folder (the newest complete actor), ``global_step_N``,
@@ -329,9 +329,7 @@ def actor_folder(model: str) -> str:
     folder = Path(os.path.abspath(Path(model).expanduser()))
     if not folder.is_dir():
         path_like = len(Path(model).parts) != 2 or model.startswith((".", "~", "/"))
-        if path_like or (
-            folder.parent.is_dir() and cached_model(model) is None
-        ):  # runs/gad, and there is a folder runs
+        if path_like or any(folder.parent.glob(f"*/{MARKER}")):
             raise InputError(f"{model}: no such folder", fix="pass a Hugging Face folder or id, or a run's folder")
         return model
     if (folder / "config.json").is_file():

@@ -246,7 +246,9 @@ def test_a_run_its_checkpoint_and_its_actor_name_the_actors_folder(tiny_problem,
 
 def test_hub_ids_stay_and_missing_folders_are_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/warmup").mkdir(parents=True)
+    (tmp_path / "runs/warmup/gad_stage.json").touch()
+    (tmp_path / "Qwen/Qwen3-8B").mkdir(parents=True)
     assert actor_folder("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     for missing in (str(tmp_path / "nowhere"), "modell", "runs/gad/global_step_3", "~/nowhere", "runs/gad"):
         with pytest.raises(ValueError, match="no such folder"):
