@@ -5,13 +5,16 @@
 
 import ast
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
@@ -83,6 +86,20 @@ OPEN_CHOICES = {
     f"{ROLLOUT}.name": ("vllm", "sglang", "trtllm", "hf"),
 }
 """Keys whose values can also be names that other code registers with verl."""
+LOGGERS: dict[str, str | None] = {
+    "console": None,
+    "file": None,
+    "tracking": "wandb",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "vemlp_wandb": "volcengine_ml_platform",
+    "tensorboard": "tensorboard",
+    "clearml": "clearml",
+    "trackio": "trackio",
+    "rl_insight": "rl_insight",
+}
+"""Values of trainer.logger, with the package that each needs beside verl's own."""
 MOVED = {
     f"{ACTOR}.grad_clip": (1.0, f"{ACTOR}.optim.clip_grad"),
     "critic.grad_clip": (1.0, "critic.optim.clip_grad"),
@@ -360,6 +377,41 @@ def check_choices(config: DictConfig) -> Findings:
                 yield finding(
                     f"{key}={found} is none of verl's ({', '.join(names)})", fix=f"{key}={(similar or names)[0]}"
                 )
+
+
+def check_loggers(config: DictConfig) -> Findings:
+    """The loggers can start: stock verl starts them when all models are loaded."""
+    chosen = get(config, "trainer.logger")
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+    for name in chosen:
+        if name not in LOGGERS:
+            similar = get_close_matches(str(name), LOGGERS, n=1)
+            yield error(
+                f"trainer.logger names {name}, which is none of verl's ({', '.join(LOGGERS)})",
+                fix=f"write {similar[0]}" if similar else "leave it out",
+            )
+        elif (package := LOGGERS[name]) and find_spec(package) is None:
+            yield error(
+                f"trainer.logger names {name}, and the package {package} is not installed",
+                fix=f"pip install {package.replace('_', '-')}, or leave {name} out",
+            )
+    if {"wandb", "tracking"} & set(chosen) and not _has_wandb_key():
+        yield warning(
+            "trainer.logger names wandb, and there is no API key: a run without a terminal fails once its models are "
+            "loaded",
+            fix="set WANDB_API_KEY, or run wandb login; or set WANDB_MODE=offline",
+        )
+
+
+def _has_wandb_key() -> bool:
+    """Can wandb start without asking? ``wandb login`` leaves its key in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, NetrcParseError):
+        return False
 
 
 def check_ratios(config: DictConfig) -> Findings:

@@ -25,6 +25,7 @@ CHECKS = [
     refusals.check_ratios,
     refusals.check_task_reward,
     refusals.check_choices,
+    refusals.check_loggers,
 ]
 
 
@@ -295,6 +296,45 @@ def test_the_names_are_those_of_verl():
         assert agg_loss(one, one, name) == 1
     for name in refusals.CHOICES[f"{ACTOR}.kl_loss_type"]:
         assert kl_penalty(one, one, name) == 0
+
+
+# ---------------------------------------------------------------------- loggers
+
+
+def test_loggers_that_cannot_start(found, monkeypatch):
+    (message,) = found({"trainer.logger": ["file", "tensorbord"]})
+    assert message.startswith("error trainer.logger names tensorbord") and message.endswith("Fix: write tensorboard")
+    monkeypatch.setattr(refusals, "find_spec", lambda name: None)
+    (message,) = found({"trainer.logger": ["file", "vemlp_wandb"]})
+    assert "the package volcengine_ml_platform is not installed" in message
+    assert message.endswith("Fix: pip install volcengine-ml-platform, or leave vemlp_wandb out")
+    assert found({"trainer.logger": "console"}) == []
+
+
+def test_wandb_without_a_key(found, monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(file))
+    monkeypatch.setattr(refusals, "find_spec", lambda name: "found")
+    changes = {"trainer.logger": ["console", "file", "wandb"]}
+    (message,) = found(changes)
+    assert message.startswith("warning trainer.logger names wandb, and there is no API key")
+    file.write_text("machine api.wandb.ai login user password key")
+    file.chmod(0o600)
+    assert found(changes) == []
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    assert len(found(changes)) == 1
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_API_KEY", "x")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert found(changes) == []
+
+
+def test_the_loggers_are_those_of_verl():
+    from verl.utils.tracking import Tracking
+
+    assert set(refusals.LOGGERS) == {*Tracking.supported_backend, "tracking"}  # the last is an old name of wandb
 
 
 # ---------------------------------------------------------------------- agents
