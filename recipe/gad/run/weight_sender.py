@@ -27,8 +27,8 @@ def with_patience(sender: type, seconds: float = SECONDS) -> type:
                 await super().async_send_weights(weights)
             except zmq.Again:
                 raise TimeoutError(
-                    f"the rollout engine has not taken new weights for {seconds:g} s: an exception has ended its side. "
-                    "Fix: see the engine's own error above, in the run's log"
+                    f"the rollout engine has not taken new weights for {seconds:g} s, since an exception has ended its "
+                    "side; the run's log has it further up"
                 ) from None
 
     return PatientSender
