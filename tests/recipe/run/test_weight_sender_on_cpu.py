@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib.util
+import subprocess
+import sys
 import threading
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -65,3 +67,18 @@ def test_a_receiver_that_has_failed_is_not_waited_for(stock, tmp_path):
     with pytest.raises(TimeoutError, match="not taken new weights for 0.5 s"):
         send(stock, handle, seconds=0.5)
     thread.join(30)
+
+
+def test_stock_code_takes_the_sender_that_gives_up():
+    """With what stock's package asks of vLLM at its import, which no CPU test has."""
+    code = """
+import importlib.metadata as metadata, inspect, sys, types
+real = metadata.version
+metadata.version = lambda name: "0.24.0" if name == "vllm" else real(name)
+import verl
+sys.modules["verl.third_party.vllm"] = types.SimpleNamespace(VLLM_SLEEP_LEVEL=2)
+from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
+print(inspect.unwrap(ServerAdapter.update_weights).__globals__["BucketedWeightSender"].__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-1:] == ["PatientSender"], done.stderr
