@@ -611,6 +611,7 @@ def test_a_run_with_fewer_ranks_than_its_checkpoint_is_refused(runner, warmup, g
     assert (gad_on_two_ranks / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.long
 def test_warmup_on_two_ranks_hands_over_to_two_ranks(two_ranks_from_two_ranks):
     assert metrics(two_ranks_from_two_ranks)[1]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
 
