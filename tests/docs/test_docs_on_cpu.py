@@ -292,7 +292,7 @@ def logging_code() -> str:
 
 
 def unknown_metrics(doc: Path) -> list[str]:
-    """Names of metrics whose last part is in no code, neither after a slash nor as a text of its own."""
+    """Metrics whose last part occurs nowhere in the code, either after a slash or at the start of a string."""
     names = [match[1] for span in spans(doc) if (match := METRIC.fullmatch(span))]
     last = {name: re.escape(name.rpartition("/")[2].partition("@")[0]).replace(r"\*", "") for name in names}
     return [name for name, part in last.items() if not re.search(rf"[/\"]{part}", logging_code())]

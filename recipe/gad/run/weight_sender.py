@@ -1,4 +1,4 @@
-"""The sending end of the rollout engine's weights, which does not wait for ever."""
+"""Sends weights to the rollout engine, and gives up if the engine no longer takes them."""
 
 from typing import Any
 
