@@ -4,7 +4,6 @@ Schedulers send these signals to the process that the user started. The trainer 
 another node, so the request is a file in the run's output folder.
 """
 
-import functools
 import signal
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from recipe.gad.run.after_ray import after_ray_starts
 
 FILE = "stop_requested"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -36,19 +37,9 @@ class StopOnSignal(Callback):
         """Listen from the moment Ray has started, because ``ray.init`` sets a handler for SIGTERM."""
         if config.trainer.v1.trainer_mode != "gad":
             return  # no other trainer looks for the file
-        import ray
-
         self.file = Path(config.trainer.default_local_dir).absolute() / FILE
         self.file.unlink(missing_ok=True)
-        start = ray.init
-
-        @functools.wraps(start)
-        def init(*args: Any, **kwargs: Any) -> Any:
-            context = start(*args, **kwargs)
-            self.listen()
-            return context
-
-        ray.init = init
+        after_ray_starts(self.listen)
 
     def listen(self) -> None:
         for number in SIGNALS:

@@ -109,6 +109,7 @@ class PPOTrainerSODA(PPOTrainerOnlineDPO):
 
     def _load_checkpoint(self):
         """Wait: :meth:`fit` loads the checkpoint once the policy that is loaded now has answered."""
+        self.start_engine()
         self.global_steps = 0
 
     def fit(self, agent_loop_manager):

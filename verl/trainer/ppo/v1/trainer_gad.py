@@ -46,6 +46,7 @@ from recipe.gad.training.reading import Reading
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.shortcuts import ShortcutProbe, read_as, replaced_rows
+from recipe.gad.training.start import StartsSideBySide
 from recipe.gad.training.state import load_state, save_metrics, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
 from recipe.gad.training.teacher_terms import group_advantages, group_update, loss_with_teacher
@@ -56,7 +57,6 @@ from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
@@ -77,7 +77,7 @@ logger = logging.getLogger(__name__)
 
 
 @register_trainer("gad")
-class PPOTrainerGAD(PPOTrainerSync):
+class PPOTrainerGAD(StartsSideBySide):
     """Stage gad: D learns on fresh samples, and the actor follows its scores by policy gradient.
 
     Args:

@@ -1,0 +1,46 @@
+"""What a run's first process does as soon as Ray has started."""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+
+def after_ray_starts(function: Callable[[], None]) -> None:
+    """Call ``function`` at the end of each ``ray.init`` of this process."""
+    import ray
+
+    start = ray.init
+
+    @functools.wraps(start)
+    def init(*args: Any, **kwargs: Any) -> Any:
+        context = start(*args, **kwargs)
+        function()
+        return context
+
+    ray.init = init
+
+
+class StartQueue(Callback):
+    """Hydra callback (``hydra.callbacks`` of gad_trainer.yaml): the processes of TransferQueue start while the
+    trainer's process imports its libraries. Stock code starts them afterwards; where it finds a queue it takes that."""
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.trainer.v1.trainer_mode == "gad":
+            settings = OmegaConf.to_container(config.transfer_queue, resolve=True) | {"enable": True}
+            thread = threading.Thread(target=start_queue, args=(settings,), daemon=True)
+            after_ray_starts(thread.start)
+
+
+def start_queue(settings: dict[str, Any]) -> None:
+    """Start the queue of a run, or leave no part of it, so that stock code's own start says what is wrong."""
+    import transfer_queue as tq
+
+    try:
+        tq.init(OmegaConf.create(settings))
+    except BaseException:
+        tq.close()
+        raise
