@@ -37,9 +37,11 @@ from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
 __all__ = ["HFReplica", "HFServer", "SeededSampling", "ServerAdapter"]
 
+PREFIX = "hf_"
+
 
 def _server_name(replica_rank: int) -> str:
-    return f"hf_server_{replica_rank}"
+    return f"{PREFIX}server_{replica_rank}_0"  # as stock names vLLM's
 
 
 class SeededSampling(LogitsProcessor):
@@ -263,6 +265,13 @@ class HFServer:
 class HFReplica(RolloutReplica):
     """Starts one :class:`HFServer` actor next to the training workers (hybrid mode)."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(HFServer)
+
+    def _get_server_name_prefix(self) -> str:
+        return PREFIX
+
     async def launch_servers(self):
         if self.world_size != 1:
             raise InputError(
@@ -270,11 +279,8 @@ class HFReplica(RolloutReplica):
                 f"{self.world_size}",
                 fix="set actor_rollout_ref.rollout.tensor_model_parallel_size=1",
             )
-        server = (
-            ray.remote(HFServer)
-            .options(name=_server_name(self.replica_rank), max_concurrency=self.max_concurrency, num_cpus=0)
-            .remote(self.config, self.model_config)
-        )
+        options = {"name": _server_name(self.replica_rank), "max_concurrency": self.max_concurrency, "num_cpus": 0}
+        server = self.server_class.options(**options).remote(self.config, self.model_config)
         self.servers = [server]
         self._server_handle = server
         self._server_address = await server.address.remote()
