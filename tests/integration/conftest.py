@@ -25,7 +25,8 @@ class LiveTrainer:
     """Runs single steps of a trainer; configuration that the trainer process reads can change between steps."""
 
     def __init__(self, config):
-        from verl.trainer.ppo.v1 import AgentLoopManagerTQ, get_trainer_cls
+        from recipe.gad.training.agent_loops import AgentLoops
+        from verl.trainer.ppo.v1 import get_trainer_cls
         from verl.utils.skip import SkipManager
 
         config.transfer_queue.enable = True
@@ -34,7 +35,7 @@ class LiveTrainer:
         self.config = config
         self.trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config=config)
         self.trainer.init()
-        self.trainer.agent_loop_manager = AgentLoopManagerTQ.create(
+        self.trainer.agent_loop_manager = AgentLoops.create(
             config=config,
             llm_client=self.trainer.get_llm_client(),
             teacher_client=self.trainer.get_teacher_client(),

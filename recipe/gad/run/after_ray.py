@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from recipe.gad.run.config import resolved
 
 
 def after_ray_starts(function: Callable[[], None]) -> None:
@@ -30,17 +32,18 @@ class StartQueue(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.trainer.v1.trainer_mode == "gad":
-            settings = OmegaConf.to_container(config.transfer_queue, resolve=True) | {"enable": True}
+            settings = resolved(config.transfer_queue)
+            settings.enable = True  # as stock code sets it
             thread = threading.Thread(target=start_queue, args=(settings,), daemon=True)
             after_ray_starts(thread.start)
 
 
-def start_queue(settings: dict[str, Any]) -> None:
+def start_queue(settings: DictConfig) -> None:
     """Start the queue of a run, or leave no part of it, so that stock code's own start says what is wrong."""
     import transfer_queue as tq
 
     try:
-        tq.init(OmegaConf.create(settings))
+        tq.init(settings)
     except BaseException:
         tq.close()
         raise

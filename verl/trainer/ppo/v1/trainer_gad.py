@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -36,7 +35,6 @@ from recipe.gad.run.refusals import GROUP_ESTIMATORS, OLD_LOG_PROB_ESTIMATORS
 from recipe.gad.run.stop import take_request
 from recipe.gad.run.watchdog import Watchdog
 from recipe.gad.training import rows as gad_rows
-from recipe.gad.training.average import DiscriminatorWorker
 from recipe.gad.training.bad_steps import BadSteps, texts
 from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
 from recipe.gad.training.gate import PolicyGate
@@ -55,8 +53,8 @@ from recipe.gad.training.trajectory import TEACHER_IDS
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
 from recipe.gad.training.validation import Pair, SeenRows, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
-from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
@@ -77,7 +75,7 @@ logger = logging.getLogger(__name__)
 
 
 @register_trainer("gad")
-class PPOTrainerGAD(StartsSideBySide):
+class PPOTrainerGAD(StartsSideBySide, PPOTrainerSync):
     """Stage gad: D learns on fresh samples, and the actor follows its scores by policy gradient.
 
     Args:
@@ -132,11 +130,6 @@ class PPOTrainerGAD(StartsSideBySide):
             averages = self.config.gad.discriminator_ema > 0
             layout = self.rollout_n, loss, averages, self._teachers.most
             self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, *layout)
-
-    def _init_resource_pool_mgr(self):
-        super()._init_resource_pool_mgr()
-        if self.use_critic:
-            self.role_worker_mapping[Role.Critic] = ray.remote(DiscriminatorWorker)
 
     # ------------------------------------------------------------------ a step
 
