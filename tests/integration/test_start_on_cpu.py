@@ -1,7 +1,6 @@
 """The start of a run's processes (recipe/gad/training/start.py): real Ray actors, and the live trainer's."""
 
 import asyncio
-import os
 
 import pytest
 import ray
@@ -9,35 +8,38 @@ import ray
 from recipe.gad.training.start import Begins, waiting
 
 
-class Server:
-    """A server as rollout engines have them: an actor with asynchronous methods."""
+@pytest.fixture
+def server(ray_cluster):
+    """A server's class as rollout engines have it, with asynchronous methods. Ray sends a nested class as a value."""
 
-    def __init__(self, low, high):
-        if low > high:
-            raise ValueError(f"{low} is above {high}")
-        self.range = (low, high)
-        self.ready = asyncio.Event()
+    class Server:
+        def __init__(self, low, high):
+            if low > high:
+                raise ValueError(f"{low} is above {high}")
+            self.range = (low, high)
+            self.ready = asyncio.Event()
 
-    async def wait(self):
-        await self.ready.wait()
-        return self.range
+        async def wait(self):
+            await self.ready.wait()
+            return self.range
 
-    async def go(self):
-        self.ready.set()
-        return os.getpid()
+        async def go(self):
+            self.ready.set()
+
+    return Server
 
 
-def test_a_waiting_process_becomes_the_server(ray_cluster):
-    process = ray.remote(waiting(Server)).options(name="server_0", num_cpus=0).remote()
-    server = Begins(process).options(name="as stock names it").remote(1, high=2)
-    answer = server.wait.remote()
-    ray.get(server.go.remote())
+def test_a_waiting_process_becomes_the_server(server):
+    process = ray.remote(waiting(server)).options(name="server_0", num_cpus=0).remote()
+    actor = Begins(process).options(name="stock's options").remote(1, high=2)
+    answer = actor.wait.remote()
+    ray.get(actor.go.remote())
     assert ray.get(answer) == (1, 2)
     assert ray.get(ray.get_actor("server_0").wait.remote()) == (1, 2)  # stock looks servers up by name
 
 
-def test_what_keeps_a_server_from_starting_is_raised(ray_cluster):
-    process = ray.remote(waiting(Server)).options(num_cpus=0).remote()
+def test_what_keeps_a_server_from_starting_is_raised(server):
+    process = ray.remote(waiting(server)).options(num_cpus=0).remote()
     with pytest.raises(ValueError, match="2 is above 1"):
         Begins(process).remote(2, 1)
 

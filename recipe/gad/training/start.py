@@ -42,6 +42,7 @@ def waiting(server: type) -> type:
         def begin(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
 
+    Waiting.__name__ = Waiting.__qualname__ = server.__name__  # as Ray shall call it
     return Waiting
 
 
