@@ -50,7 +50,7 @@ def test_the_engine_of_the_live_trainer_has_started_once(live):
     (replica,) = trainer.checkpoint_manager.replicas
     assert manager.get_replicas() == [replica] and replica.workers == trainer.actor_rollout_wg.workers
     assert ray.get(manager.global_load_balancer.get_all_servers.remote()) == manager.get_addresses()
-    assert ray.get_actor("hf_server_0_0") == replica.servers[0]
+    assert ray.get_actor("hf_server_0") == replica.servers[0]
     assert trainer.config.actor_rollout_ref.rollout.nnodes == 0  # as configured
     trainer.start_engine()
     assert trainer.checkpoint_manager.replicas == [replica]

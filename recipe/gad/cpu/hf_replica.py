@@ -37,11 +37,9 @@ from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
 __all__ = ["HFReplica", "HFServer", "SeededSampling", "ServerAdapter"]
 
-PREFIX = "hf_"
-
 
 def _server_name(replica_rank: int) -> str:
-    return f"{PREFIX}server_{replica_rank}_0"  # as stock names vLLM's
+    return f"hf_server_{replica_rank}"
 
 
 class SeededSampling(LogitsProcessor):
@@ -268,9 +266,6 @@ class HFReplica(RolloutReplica):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.server_class = ray.remote(HFServer)
-
-    def _get_server_name_prefix(self) -> str:
-        return PREFIX
 
     async def launch_servers(self):
         if self.world_size != 1:

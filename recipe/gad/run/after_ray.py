@@ -34,14 +34,16 @@ class StartQueue(Callback):
         if config.trainer.v1.trainer_mode == "gad":
             settings = resolved(config.transfer_queue)
             settings.enable = True  # as stock code sets it
-            thread = threading.Thread(target=start_queue, args=(settings,), daemon=True)
-            after_ray_starts(thread.start)
+            after_ray_starts(lambda: threading.Thread(target=start_queue, args=(settings,), daemon=True).start())
 
 
 def start_queue(settings: DictConfig) -> None:
     """Start the queue of a run, or leave no part of it, so that stock code's own start says what is wrong."""
+    import ray
     import transfer_queue as tq
 
+    if ray.util.client.ray.is_connected():
+        return  # at ray://..., the queue's sockets may be out of reach
     try:
         tq.init(settings)
     except BaseException:

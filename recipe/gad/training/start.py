@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 else:
     Stock = object  # that package imports this module
 
-KNOWN = ("vllm", "hf")
-"""Engines whose servers :func:`start_servers` knows how to start."""
+SERVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vllm": ("vllm_server_{}_0", {}),
+    "hf": ("hf_server_{}", {"num_cpus": 0}),
+}
+"""Engine -> what its replica sets for a server on one node: the name by rank, and further options of Ray."""
 
 
 def waiting(server: type) -> type:
@@ -68,26 +71,25 @@ def start_servers(config: DictConfig) -> dict[int, ActorHandle]:
         config: resolved configuration of the run.
 
     Returns:
-        Rank of a replica -> its server. Empty for engines that are not :data:`KNOWN` and on several nodes, where stock
-        decides later what starts where.
+        Rank of a replica -> its server. Empty for engines that are not in :data:`SERVERS`, and on several nodes, where
+        stock decides later what starts where.
     """
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     replica_class = get_rollout_replica_class(rollout.name, rollout.disaggregation.enabled)
-    if rollout.name not in KNOWN or rollout.disaggregation.enabled or sum(node["Alive"] for node in ray.nodes()) > 1:
+    if rollout.name not in SERVERS or rollout.disaggregation.enabled or sum(node["Alive"] for node in ray.nodes()) > 1:
         return {}
-    platform = get_platform()
+    (name, further), platform = SERVERS[rollout.name], get_platform()
     variables = dict.fromkeys(platform.ray_noset_envvars(), "1") | platform.rollout_env_vars()
-    size = math.prod(rollout[f"{name}_parallel_size"] for name in ("tensor_model", "data", "pipeline_model"))
+    size = math.prod(rollout[f"{kind}_parallel_size"] for kind in ("tensor_model", "data", "pipeline_model"))
     servers = {}
     for rank in range(world_size(config) // size):
         replica = replica_class(rank, rollout, model, rollout.n_gpus_per_node)
-        options: dict[str, Any] = {  # those of stock's vLLMReplica.launch_servers
-            "name": f"{replica._get_server_name_prefix()}server_{rank}_0",
+        options = {
+            "name": name.format(rank),
             "runtime_env": {"env_vars": variables},
             "max_concurrency": replica.max_concurrency,
+            **further,
         }
-        if rollout.name == "hf":
-            options["num_cpus"] = 0
         servers[rank] = ray.remote(waiting(replica.server_class.__ray_actor_class__)).options(**options).remote()
     return servers
 
