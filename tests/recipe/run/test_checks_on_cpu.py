@@ -625,7 +625,10 @@ def test_paths_that_verl_does_not_take(config, tiny_problem, monkeypatch):
         ({"architectures": ["LlamaModel"]}, "architectures=['LlamaModel'], and verl saves one class"),
         ({"model_type": "bart", "architectures": ["BartForCausalLM"]}, "it is an encoder-decoder"),
         ({"model_type": "of_tomorrow"}, "transformers cannot build this model"),
-        ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "sets its hidden_dropout"),
+        (
+            {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "num_key_value_heads": None},
+            "verl reads num_key_value_heads of its configuration",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_a_discriminator(config, critic, tmp_path, setting, reason):
