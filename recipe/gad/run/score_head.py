@@ -141,15 +141,30 @@ def discriminator_problem(folder: Path, trust_remote_code: bool = False) -> Find
             f"verl saves one class, named {either(f'...{kind}' for kind in SAVED_KINDS)}",
             fix=OTHER_MODEL,
         )
+    if (why := _unread_heads(config)) is not None:
+        return error(f"model type {config.model_type} cannot be a discriminator: {why}", fix=OTHER_MODEL)
+    return None
+
+
+def student_problem(folder: Path, trust_remote_code: bool = False) -> Finding | None:
+    """Why verl's FSDP engines cannot load the student in a Hugging Face folder; None if nothing is known against it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # a broken configuration can raise anything; transformers names it when it loads the model
+        return None
+    if (why := _unread_heads(config)) is None:
+        return None
+    return error(f"model type {config.model_type} cannot be a student: {why}", fix="choose a student of another family")
+
+
+def _unread_heads(config: Any) -> str | None:
     text = getattr(config, "text_config", None) or config.get_text_config()
     lacking = [name for name in HEADS if not isinstance(getattr(text, name, None), int)]
-    if lacking and not all(isinstance(getattr(config, name, None), int) for name in HEADS):
-        return error(
-            f"model type {config.model_type} cannot be a discriminator: verl reads {' and '.join(lacking)} of its "
-            "configuration, which has none",
-            fix=OTHER_MODEL,
-        )
-    return None
+    if not lacking or all(isinstance(getattr(config, name, None), int) for name in HEADS):
+        return None
+    return f"verl reads {' and '.join(lacking)} of its configuration, which has none"
 
 
 def _reason(problem: Exception) -> str:
