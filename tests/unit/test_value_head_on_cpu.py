@@ -1,10 +1,14 @@
 """How a critic is built (verl/utils/model.py)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig
 
+from recipe.gad.training.value_head import with_number_dropout
 from verl.utils.model import load_valuehead_model
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
 
 
 def build(path, **settings):
@@ -38,3 +42,23 @@ def test_the_float32_head_keeps_name_weights_and_gradient(tiny_problem):
 
 def test_the_attention_asked_for_is_used(tiny_problem):
     assert build(tiny_problem / "model").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("model_type", "expected"), [("nemotron_h", 0.0), ("gpt_neox", 0.0), ("llama", "0")])
+def test_a_dropout_that_must_be_a_number_is_one_while_stock_code_sets_a_text(model_type, expected):
+    config = AutoConfig.for_model(model_type)
+
+    def stock_build(engine):
+        engine.model_config.hf_config.hidden_dropout = "0"  # as in stock FSDPEngine._build_module
+        return "module"
+
+    engine = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    assert with_number_dropout(stock_build)(engine) == "module"
+    assert config.hidden_dropout == expected
+    if expected == 0.0:  # as before once the module is built
+        with pytest.raises(Exception, match="hidden_dropout"):
+            config.hidden_dropout = "0"
+
+
+def test_stock_critics_are_built_that_way():
+    assert FSDPEngineWithValueHead._build_module.__wrapped__ is not FSDPEngineWithValueHead._build_module

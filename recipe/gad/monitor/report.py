@@ -225,8 +225,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "pg_clipfrac",
             "Clipped tokens",
-            "Share of tokens whose update is clipped. Exactly 0 when every batch is one optimizer step; the band is "
-            "for several.",
+            "Share of tokens whose update is clipped. It needs several optimizer steps per batch; the band is for "
+            "these.",
             {"pg_clipfrac": "actor/pg_clipfrac"},
             CLIP_BAND,
         ),

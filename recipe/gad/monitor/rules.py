@@ -68,7 +68,7 @@ CUT_RATIO = 0.25
 """A quarter more cut answers than the teacher has: they lack the end token, which D sees at once."""
 
 CLIP_BAND = (0.1, 0.3)
-"""Usual pg_clipfrac with several updates per batch or GSPO; exactly 0 when a batch is one update (ratios are all 1)."""
+"""Usual pg_clipfrac with several updates per batch; with one, every ratio is 1, and it is 0 or not logged."""
 
 KL_LOSS = 5.0
 """Nats per token from the reference policy; the entropy of a language model is about 1, healthy runs stay below 2."""

@@ -12,7 +12,7 @@ from recipe.gad.run.config import ACTOR, ACTOR_MODEL, LORA_KEYS, get, has_discri
 from recipe.gad.run.findings import Finding, Findings, error, note, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
 from recipe.gad.run.lora import adapter_problem
-from recipe.gad.run.score_head import discriminator_problem
+from recipe.gad.run.score_head import discriminator_problem, student_problem
 
 FSDP = ("fsdp", "fsdp2")
 
@@ -67,6 +67,10 @@ def check_models(config: DictConfig) -> Findings:
             yield from (error(f"{key}: {problem}", fix="copy or save the model again") for problem in broken)
         if folder is None:
             continue
+        if key == actor_key and not broken and get(config, f"{ACTOR}.strategy") in FSDP:
+            problem = student_problem(folder, bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
+            if problem is not None:
+                yield problem.about(f"{key}={folder}")
         if key == critic_key and not broken:
             problem = discriminator_problem(folder, bool(get(config, "critic.model.trust_remote_code")))
             if problem is not None:

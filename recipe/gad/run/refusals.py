@@ -199,7 +199,11 @@ def check_task_reward(config: DictConfig) -> Findings:
         )
         return
     if (combine := get(config, "gad.task_reward.combine")) not in COMBINE:
-        yield error(f"gad.task_reward.combine={combine}: expected {either(COMBINE)}", fix="gad.task_reward.combine=raw")
+        similar = get_close_matches(str(combine), COMBINE, n=1) or COMBINE
+        yield error(
+            f"gad.task_reward.combine={combine}: expected {either(COMBINE)}",
+            fix=f"gad.task_reward.combine={similar[0]}",
+        )
     follows = get(config, "gad.actor_objective") == "policy_gradient"
     rewards = list(_own_rewards(config))
     if not weight:
@@ -429,7 +433,7 @@ def check_ratios(config: DictConfig) -> Findings:
     if found:
         yield warning(
             f"{' '.join(found)} changes nothing: a batch is one optimizer step, so every probability ratio is 1. "
-            "Nothing is clipped, pg_clipfrac and ppo_kl are 0, and loss_mode=gspo equals vanilla",
+            "Nothing is clipped, pg_clipfrac and ppo_kl are not logged, and loss_mode=gspo equals vanilla",
             fix=f"run_gad.sh --ppo_mini_batches 2, or {ACTOR}.ppo_mini_batch_size below data.train_batch_size={batch}",
         )
 

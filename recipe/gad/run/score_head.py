@@ -6,7 +6,6 @@ this process finds it: loading, verl's checkpoints, its model merger, and ``gad 
 families.
 """
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ HEAD = re.compile(r"(score|classifier)\.(weight|bias)")
 """Parameters that may be drawn at random when a discriminator starts from a language model."""
 SAVED_KINDS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
 """Parts of the class names that verl's FSDP checkpoints can save."""
+HEADS = ("num_attention_heads", "num_key_value_heads")
+"""What verl's FSDP engines read of every configuration, whether or not sequences are split over GPUs."""
 OTHER_MODEL = "critic.model.path=FOLDER of a model that docs/models.md lists as ok, with the student's vocabulary"
 
 
@@ -140,15 +141,30 @@ def discriminator_problem(folder: Path, trust_remote_code: bool = False) -> Find
             f"verl saves one class, named {either(f'...{kind}' for kind in SAVED_KINDS)}",
             fix=OTHER_MODEL,
         )
-    try:
-        copy.deepcopy(config).hidden_dropout = "0"
-    except Exception:  # the error of transformers' strict configurations has no public name
-        return error(
-            f"model type {config.model_type} cannot be a discriminator: verl sets its hidden_dropout to the text '0', "
-            "which transformers refuses",
-            fix=OTHER_MODEL,
-        )
+    if (why := _unread_heads(config)) is not None:
+        return error(f"model type {config.model_type} cannot be a discriminator: {why}", fix=OTHER_MODEL)
     return None
+
+
+def student_problem(folder: Path, trust_remote_code: bool = False) -> Finding | None:
+    """Why verl's FSDP engines cannot load the student in a Hugging Face folder; None if nothing is known against it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # a broken configuration can raise anything; transformers names it when it loads the model
+        return None
+    if (why := _unread_heads(config)) is None:
+        return None
+    return error(f"model type {config.model_type} cannot be a student: {why}", fix="choose a student of another family")
+
+
+def _unread_heads(config: Any) -> str | None:
+    text = getattr(config, "text_config", None) or config.get_text_config()
+    lacking = [name for name in HEADS if not isinstance(getattr(text, name, None), int)]
+    if not lacking or all(isinstance(getattr(config, name, None), int) for name in HEADS):
+        return None
+    return f"verl reads {' and '.join(lacking)} of its configuration, which has none"
 
 
 def _reason(problem: Exception) -> str:

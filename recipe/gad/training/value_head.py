@@ -1,5 +1,7 @@
 """Loads the discriminator: the family's token-classification class with a score head that may compute in float32."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,3 +52,28 @@ def load_discriminator(
 def score_head(model: PreTrainedModel) -> torch.nn.Module | None:
     """The module that turns the last hidden state into a score; None if custom code gave it another name."""
     return getattr(model, "score", None) or getattr(model, "classifier", None)
+
+
+def with_number_dropout(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same builder of a critic, for configurations whose ``hidden_dropout`` must be a number.
+
+    Stock ``FSDPEngine._build_module`` sets it to the text "0", which strict configurations of transformers refuse; then
+    it is 0.0 here. Configurations that have no such number get the text as before.
+    """
+
+    @functools.wraps(build)
+    def build_module(engine: Any) -> Any:
+        kind: Any = type(engine.model_config.hf_config)
+        stock = kind.__setattr__
+
+        def set_value(config: Any, name: str, value: Any) -> None:
+            is_number = name == "hidden_dropout" and isinstance(getattr(config, name, None), int | float)
+            stock(config, name, 0.0 if is_number and value == "0" else value)
+
+        kind.__setattr__ = set_value
+        try:
+            return build(engine)
+        finally:
+            kind.__setattr__ = stock
+
+    return build_module

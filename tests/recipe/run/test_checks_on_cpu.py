@@ -625,7 +625,10 @@ def test_paths_that_verl_does_not_take(config, tiny_problem, monkeypatch):
         ({"architectures": ["LlamaModel"]}, "architectures=['LlamaModel'], and verl saves one class"),
         ({"model_type": "bart", "architectures": ["BartForCausalLM"]}, "it is an encoder-decoder"),
         ({"model_type": "of_tomorrow"}, "transformers cannot build this model"),
-        ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "sets its hidden_dropout"),
+        (
+            {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "num_key_value_heads": None},
+            "verl reads num_key_value_heads of its configuration",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_a_discriminator(config, critic, tmp_path, setting, reason):
@@ -633,6 +636,16 @@ def test_a_model_that_cannot_be_a_discriminator(config, critic, tmp_path, settin
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
     expect(config({"critic.model.path": str(tmp_path / "model")}), "critic.model.path", reason, "docs/models.md")
+
+
+def test_a_student_that_verl_cannot_load(config, critic, tiny_problem, tmp_path):
+    shutil.copytree(tiny_problem / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    setting = {"model_type": "opt", "architectures": ["OPTForCausalLM"], "num_key_value_heads": None}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    path = f"{MODEL}.path={tmp_path / 'model'}"
+    settings = {f"{MODEL}.path": str(tmp_path / "model"), "critic.model.path": str(critic)}
+    expect(config(settings), path, "opt cannot be a student: verl reads num_key")
 
 
 def test_hub_models(config, monkeypatch, tmp_path):

@@ -222,6 +222,8 @@ def test_a_task_reward_that_cannot_work(found):
     assert "gad.credit=token" in message
     (message,) = found({**MINE, "gad.task_reward.combine": "sum"})
     assert "gad.task_reward.combine=sum: expected normalized or raw" in message
+    (message,) = found({**MINE, "gad.task_reward.combine": "normalised"})
+    assert message.endswith("Fix: gad.task_reward.combine=normalized")
     (message,) = found({**MINE, "actor_rollout_ref.rollout.n": 1})
     assert "rollout.n=1" in message and "combine=raw" in message
     assert found({**MINE, "actor_rollout_ref.rollout.n": 1, "gad.task_reward.combine": "raw"}) == []
@@ -426,7 +428,7 @@ def test_clipping_needs_several_optimizer_steps_per_batch(base, found, name, val
     setting = {f"{ACTOR}.{name}": value}
     (message,) = found(setting)
     assert message.startswith(f"warning {ACTOR}.{name}={value} changes nothing: a batch is one optimizer step")
-    assert "pg_clipfrac and ppo_kl are 0" in message and "Fix: run_gad.sh --ppo_mini_batches 2" in message
+    assert "pg_clipfrac and ppo_kl are not logged" in message and "Fix: run_gad.sh --ppo_mini_batches 2" in message
     assert base.data.train_batch_size == 8
     assert found({**setting, f"{ACTOR}.ppo_mini_batch_size": 4}) == []
     assert found({**setting, f"{ACTOR}.ppo_epochs": 2}) == []

@@ -39,8 +39,8 @@ PAGE = Path(__file__).resolve().parents[3] / "docs/models.md"
 VOCABULARY = 64
 MOST_PARAMETERS = 4_000_000
 REPRESENTATIVE = ("gpt_bigcode", "llama", "llama4", "llama4_text", "nemotron_h", "qwen2_5_vl", "qwen3_5_moe_text")
-"""Of each kind one: a head named classifier, transformers' class, no backbone, another prefix, refused by verl's
-settings, a wrapper with other names on disk, MoE."""
+"""Of each kind one: a head named classifier, transformers' class, no backbone, another prefix, a
+hidden_dropout that must be a number, a wrapper with other names on disk, MoE."""
 
 TINY = {
     "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1,

@@ -9,6 +9,7 @@ Goes when: stock ``sft_loss`` works on the RL trainer's rows, and stock ``ppo_lo
 import torch
 from tensordict import TensorDict
 
+from recipe.gad.training.log_probs import without_ratio_metrics
 from verl.trainer.ppo.core_algos import compute_sft_loss
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
@@ -56,16 +57,15 @@ def on_policy_loss(config: ActorConfig, model_output: dict, data: TensorDict, dp
         dp_group: part of the engine's loss interface.
 
     Returns:
-        loss and metrics of ``ppo_loss``; and with ``rollout_log_probs`` how far the rollout engine's probabilities of
-        the sampled tokens are from the actor's: rollout_probs_diff_mean (over micro-batches), rollout_probs_diff_max.
+        loss of ``ppo_loss``, and its metrics without those of the ratio; with ``rollout_log_probs`` also how far the
+        rollout engine's probabilities of the sampled tokens are from the actor's: rollout_probs_diff_mean, _max.
     """
-    old_log_probs = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
-    data["old_log_probs"] = old_log_probs
-    loss, metrics = ppo_loss(config, model_output, data, dp_group)
+    old = data["old_log_probs"] = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
+    loss, metrics = without_ratio_metrics(*ppo_loss(config, model_output, data, dp_group))
     mask = data["response_mask"].values().bool()
     if "rollout_log_probs" in data:
-        rollout = data["rollout_log_probs"].values()[mask].to(old_log_probs.device)
-        difference = (old_log_probs.values()[mask].exp() - rollout.exp()).abs()
+        rollout = data["rollout_log_probs"].values()[mask].to(old.device)
+        difference = (old.values()[mask].exp() - rollout.exp()).abs()
         if not len(difference):  # a micro-batch of missing rollouts
             difference = torch.zeros(1)
         metrics["rollout_probs_diff_mean"] = Metric(AggregationType.MEAN, difference.mean())

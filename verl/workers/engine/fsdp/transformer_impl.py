@@ -1,23 +1,24 @@
-"""Extends stock ``verl.workers.engine.fsdp.transformer_impl``: FSDP2 on the CPU platform; log-probs without flash-attn.
+"""Extends stock ``verl.workers.engine.fsdp.transformer_impl``: FSDP2 on the CPU, log-probs without flash-attn, critics.
 
-Stock registers its engines for cuda and npu only, and gives a forward-only model (the reference) a CPU offload policy
-with pinned memory, which needs an accelerator. Without flash-attn, it loops over single tokens.
-Goes when: stock FSDP2 runs on a CPU, and stock log-probabilities of packed tokens need no loop over tokens.
+Stock registers its engines for cuda and npu only, and offloads a forward-only model (the reference) to pinned memory,
+which needs an accelerator. Without flash-attn, it loops over tokens. It sets a critic's hidden_dropout to a text.
+Goes when: stock FSDP2 runs on a CPU, needs no loop over tokens, and sets a number.
 """
 
 import torch
 
 from recipe.gad.training.log_probs import logprobs_from_logits  # noqa: F401 (stock code below calls it)
+from recipe.gad.training.value_head import with_number_dropout
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+FSDPEngineWithValueHead._build_module = with_number_dropout(FSDPEngine._build_module)
 
 
 class _CPUEngineMixin(FSDPEngine):
     """Builds a forward-only model like a trained one (there is nowhere to offload to), and new weights from a seed."""
 
     def _build_module(self):
-        # the score head of a critic that starts from a language model is drawn at random: by engine_config.seed here,
-        # so that a run repeats itself
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.engine_config.seed)
             return super()._build_module()
