@@ -21,6 +21,9 @@ from recipe.gad.run.findings import ConfigError, InputError, error, visible
 SECONDS = 1.0
 """Between two looks at the metrics and the raw log."""
 
+LATEST = 5
+"""Looks at most at the raw log of a run that has ended, until it grows no more."""
+
 LAST_LINES = 20
 """Lines of the raw log that the console shows of a run that failed."""
 
@@ -78,6 +81,7 @@ class ShortConsole(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if self.raw_log is None or config.trainer.v1.trainer_mode != "gad":
             return
+        self._wait_for_last_lines()
         if job_return.status == JobStatus.COMPLETED:
             folder = Path(config.trainer.default_local_dir).absolute()
             self._close(f"the run has ended; draw it with: gad report {folder}")
@@ -97,6 +101,16 @@ class ShortConsole(Callback):
             if any("its node has died" in line for line in text):
                 what += [f"Ray has lost node {line[4:]}" for line in text if line.startswith("ip: ")]
             self._close(f"error: the run failed: {type(cause).__name__}: {' '.join(what)}", last_lines=True)
+
+    def _wait_for_last_lines(self) -> None:
+        """Ray hands on what a worker has printed after the worker's call has returned."""
+        assert self.raw_log is not None
+        size = self.raw_log.stat().st_size
+        for _ in range(LATEST):
+            time.sleep(SECONDS)
+            before, size = size, self.raw_log.stat().st_size
+            if size == before:
+                return
 
     def _say(self, *lines: str) -> None:
         for text in lines:

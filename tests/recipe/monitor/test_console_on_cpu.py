@@ -44,6 +44,8 @@ def main(config):
         sys.exit(143)
     if config.action == "wait":
         time.sleep(60)
+    if config.action == "late":
+        subprocess.Popen(["sh", "-c", "sleep 0.5; echo '(TaskRunner pid=1) skipped a row'"])
 
 main()
 """
@@ -101,6 +103,11 @@ def test_a_run_prints_a_screenful_and_keeps_the_rest_in_a_file(start, tmp_path):
     assert code == 0 and not any("step 3/9" in line for line in lines) and any("step 6/9" in line for line in lines)
     assert (out / "train.log").read_text().startswith(log), "the log of the first run stays"
     assert not (out / ".gad.lock").exists()
+
+
+def test_the_console_waits_for_what_ray_hands_on_late(start):
+    code, lines, _ = end(start("action=late"))
+    assert code == 0 and "skipped a row" in lines
 
 
 def test_of_a_failed_run_the_console_shows_the_end_of_the_log(start, tmp_path):
