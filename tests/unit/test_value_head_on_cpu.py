@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from recipe.gad.training.value_head import with_number_dropout
 from verl.utils.model import load_valuehead_model
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithValueHead
 
 
 def build(path, **settings):
@@ -61,4 +61,4 @@ def test_a_dropout_that_must_be_a_number_is_one_while_stock_code_sets_a_text(mod
 
 
 def test_stock_critics_are_built_that_way():
-    assert FSDPEngineWithValueHead._build_module.__wrapped__ is not FSDPEngineWithValueHead._build_module
+    assert FSDPEngineWithValueHead._build_module.__wrapped__ is FSDPEngine._build_module

@@ -21,8 +21,8 @@ from recipe.gad.run.findings import ConfigError, InputError, error, visible
 SECONDS = 1.0
 """Between two looks at the metrics and the raw log."""
 
-LATEST = 5
-"""Looks at most at the raw log of a run that has ended, until it grows no more."""
+LAST_LOOKS = 5
+"""Most looks at the raw log of a run that has ended; the first at which it has not grown is the last."""
 
 LAST_LINES = 20
 """Lines of the raw log that the console shows of a run that failed."""
@@ -105,11 +105,10 @@ class ShortConsole(Callback):
     def _wait_for_last_lines(self) -> None:
         """Ray hands on what a worker has printed after the worker's call has returned."""
         assert self.raw_log is not None
-        size = self.raw_log.stat().st_size
-        for _ in range(LATEST):
+        for _ in range(LAST_LOOKS):
+            size = self.raw_log.stat().st_size
             time.sleep(SECONDS)
-            before, size = size, self.raw_log.stat().st_size
-            if size == before:
+            if self.raw_log.stat().st_size == size:
                 return
 
     def _say(self, *lines: str) -> None:

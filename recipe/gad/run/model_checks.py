@@ -67,12 +67,9 @@ def check_models(config: DictConfig) -> Findings:
             yield from (error(f"{key}: {problem}", fix="copy or save the model again") for problem in broken)
         if folder is None:
             continue
-        if key == actor_key and not broken and get(config, f"{ACTOR}.strategy") in FSDP:
-            problem = student_problem(folder, bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
-            if problem is not None:
-                yield problem.about(f"{key}={folder}")
-        if key == critic_key and not broken:
-            problem = discriminator_problem(folder, bool(get(config, "critic.model.trust_remote_code")))
+        if not broken and (key == critic_key or get(config, f"{ACTOR}.strategy") in FSDP):
+            find = discriminator_problem if key == critic_key else student_problem
+            problem = find(folder, bool(get(config, f"{key.removesuffix('.path')}.trust_remote_code")))
             if problem is not None:
                 yield problem.about(f"{key}={folder}")
         if key == critic_key and get(config, "gad.stage") == "gad" and not broken and not has_score_head(folder):

@@ -4,16 +4,12 @@ To save memory, stock verl then loops over the first dimension of the logits in 
 there, but a packed one has single tokens. Here the loop takes chunks of tokens, with the same numbers and gradients.
 """
 
-from typing import Any
-
 import torch
 
 from verl.utils import torch_functional as stock
 
 CHUNK = 256
 """Tokens at a time; at a vocabulary of 150,000 in float32, a chunk takes 150 MB."""
-RATIO_METRICS = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl")
-"""Metrics of verl's losses that are 0 whenever every probability ratio is 1."""
 
 
 def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True) -> torch.Tensor:
@@ -28,8 +24,3 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_bac
         return stock.logprobs_from_logits(logits, labels, inplace_backward)
     chunks = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
     return torch.cat([stock.logprobs_from_logits(part[None], ids[None])[0] for part, ids in chunks])
-
-
-def without_ratio_metrics(loss: torch.Tensor, metrics: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Loss and metrics of stock ``ppo_loss`` where every ratio is 1: a 0 that measures nothing is not logged."""
-    return loss, {name: value for name, value in metrics.items() if name not in RATIO_METRICS}

@@ -9,7 +9,6 @@ Goes when: stock ``sft_loss`` works on the RL trainer's rows, and stock ``ppo_lo
 import torch
 from tensordict import TensorDict
 
-from recipe.gad.training.log_probs import without_ratio_metrics
 from verl.trainer.ppo.core_algos import compute_sft_loss
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
@@ -61,7 +60,9 @@ def on_policy_loss(config: ActorConfig, model_output: dict, data: TensorDict, dp
         rollout engine's probabilities of the sampled tokens are from the actor's: rollout_probs_diff_mean, _max.
     """
     old = data["old_log_probs"] = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
-    loss, metrics = without_ratio_metrics(*ppo_loss(config, model_output, data, dp_group))
+    loss, metrics = ppo_loss(config, model_output, data, dp_group)
+    for name in ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"):  # 0 at a ratio of 1
+        metrics.pop(name, None)
     mask = data["response_mask"].values().bool()
     if "rollout_log_probs" in data:
         rollout = data["rollout_log_probs"].values()[mask].to(old.device)

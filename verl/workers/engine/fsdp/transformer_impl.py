@@ -2,7 +2,7 @@
 
 Stock registers its engines for cuda and npu only, and offloads a forward-only model (the reference) to pinned memory,
 which needs an accelerator. Without flash-attn, it loops over tokens. It sets a critic's hidden_dropout to a text.
-Goes when: stock FSDP2 runs on a CPU, needs no loop over tokens, and sets a number.
+Goes when: stock FSDP2 runs on a CPU, stock log-probs need no loop over tokens, and hidden_dropout is set to a number.
 """
 
 import torch
