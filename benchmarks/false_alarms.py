@@ -16,6 +16,7 @@ import numpy as np
 
 from recipe.gad.monitor.rules import ROUGE_L, RULES, Curve, looping_answers, same_answers
 from recipe.gad.run.log import VAL_D_ACC
+from recipe.gad.training.gate import PolicyGate
 
 BATCHES = ((8, 4), (16, 8), (32, 8), (64, 8), (128, 8), (256, 8))
 """Prompts and samples per prompt."""
@@ -29,6 +30,8 @@ GAP = 1.5, 0.7
 """Mean score gap at the start and at the end, in standard deviations of a score; the same on validation prompts."""
 VALIDATION = 64
 """Answers of one validation."""
+GATE = 0.1
+"""gad.policy_gate."""
 
 
 def log_normal(rng: np.random.Generator, mean: np.ndarray | float, cv: float, size: tuple[int, ...]) -> np.ndarray:
@@ -44,6 +47,7 @@ def score_noise(rng: np.random.Generator, prompts: int, n: int) -> np.ndarray:
 def healthy_run(rng: np.random.Generator, prompts: int, n: int, steps: int) -> dict[str, Curve]:
     """Curves of the metrics that the rules read, by name."""
     values: dict[str, list[float]] = {}
+    gate = PolicyGate(GATE)
     for progress in np.linspace(0, 1, steps):
 
         def drift(start: float, end: float, at: float = progress) -> float:
@@ -53,12 +57,14 @@ def healthy_run(rng: np.random.Generator, prompts: int, n: int, steps: int) -> d
         student = np.ceil(log_normal(rng, of_prompt, WITHIN, (prompts, n)))
         teacher = np.ceil(log_normal(rng, of_prompt, WITHIN, (prompts, 1)))
         gap = drift(*GAP) + score_noise(rng, prompts, n)
+        gate.note((gap > 0).mean())
         row = {
             "critic/d_acc": (gap > 0).mean(),
             "critic/score_gap": gap.mean(),
             "critic/lr": 1e-6,
             "actor/entropy": drift(1.2, 0.9) + rng.normal(0, 0.5) / np.sqrt(prompts * n),
             "actor/kl_loss": drift(0.0, 0.3) * (1 + rng.normal(0, 2) / np.sqrt(prompts * n)),
+            "gad/policy_gate": gate.factor,
             "actor/pg_clipfrac": 0.2 + rng.normal(0, 0.2) / np.sqrt(prompts * n),
             "actor/ppo_kl": 0.01 + rng.normal(0, 0.1) / np.sqrt(prompts * n),
             "response_length/mean": student.clip(max=LIMIT).mean(),

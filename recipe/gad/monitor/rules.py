@@ -24,7 +24,7 @@ START = 5
 
 SATURATED_D_ACC = 0.95
 SATURATED_STEPS = 50
-"""Above 0.95 after 50 policy steps without falling: a student that learns has moved d_acc by then, even from 1.0."""
+"""Above 0.95 after 50 policy steps without falling: a student that gains on D has moved d_acc by then, even from 1."""
 
 STUCK_FALL = 0.01
 """A smaller fall of d_acc between the halves of that window is within the noise of the means."""
@@ -70,6 +70,9 @@ CUT_RATIO = 0.25
 CLIP_BAND = (0.1, 0.3)
 """Usual pg_clipfrac with several updates per batch; with one, every ratio is 1, and it is 0 or not logged."""
 
+CLOSED_GATE = 0.05
+"""Mean factor of the policy term; below it the policy takes less than a twentieth of its step."""
+
 KL_LOSS = 5.0
 """Nats per token from the reference policy; the entropy of a language model is about 1, healthy runs stay below 2."""
 
@@ -84,6 +87,12 @@ COMPRESSION = 4.0
 COMPRESSION_TO_TEACHER = 2.0
 """zlib shrinks prose 1.5-3 times and a loop ten times and more. Text that is regular by nature is so in the teacher's
 answers too."""
+
+CHOOSE = (
+    "Keep the checkpoints around the best ROUGE-L (trainer.save_freq), and take the one with the lowest two-sample "
+    "accuracy (gad eval --two_sample_model)."
+)
+"""ROUGE-L alone chooses badly: a lower sampling temperature raises it and makes the student easier to tell apart."""
 
 BAD_ANSWERS = 0.1
 """From this share of validation answers on, loops or equal answers to different prompts are no accident."""
@@ -132,10 +141,11 @@ def saturated_discriminator(d_acc: Curve) -> Finding | None:
         return None
     return warning(
         "The discriminator is saturated",
-        evidence=f"critic/d_acc stays at {window.show()}; above {SATURATED_D_ACC} the student gets no closer.",
+        evidence=f"critic/d_acc stays at {window.show()}, above {SATURATED_D_ACC}: the student does not gain on it.",
         fix="Read some answers of both sides for a mark that gives the side away (end token, whitespace, template; "
         "compare the two .../cut_ratio). Then let the student imitate longer (SeqKD, or trainer.total_epochs of the "
-        "warmup), lower critic.optim.lr, or raise actor_rollout_ref.actor.optim.lr.",
+        "warmup). Last, lower critic.optim.lr or raise actor_rollout_ref.actor.optim.lr: where the discriminator was "
+        "not the faster side, the answers swung (docs/experiments.md).",
     )
 
 
@@ -151,8 +161,9 @@ def guessing_discriminator(d_acc: Curve) -> Finding | None:
         evidence=f"critic/d_acc is {d_acc.show()} and no ten steps leave {COIN_TOSS[0]}-{COIN_TOSS[1]}: it has "
         "guessed from the start.",
         fix="Check that critic/grad_norm and critic/lr are above 0 and that teacher and student answers differ at all. "
-        "Then raise critic.optim.lr, give the discriminator a longer head start (trainer.critic_warmup in the warmup "
-        "stage), or start the warmup with a larger one (--reward_model).",
+        "Then raise critic.optim.lr, let the discriminator train alone for longer (trainer.critic_warmup in the warmup "
+        "stage, gad.discriminator_lead.max_steps in stage gad), or start the warmup with a larger one "
+        "(--reward_model).",
     )
 
 
@@ -247,15 +258,29 @@ def falling_validation(rouge_l: Curve, score_gap: Curve) -> Finding | None:
             "The student games the discriminator (reward hacking)",
             evidence=f"{fall}, while critic/score_gap shrank from {since[:START].mean():.3g} to "
             f"{since[-START:].mean():.3g}: the discriminator sees the student come closer, but its answers get worse.",
-            fix="Inspect the samples that the discriminator scores highest. Keep the checkpoint of the best ROUGE-L. "
+            fix=f"Inspect the samples that the discriminator scores highest. {CHOOSE} "
             "Then raise actor_rollout_ref.actor.kl_loss_coef or critic.optim.lr, or lower "
             "actor_rollout_ref.actor.optim.lr.",
         )
     return warning(
         "Validation gets worse",
         evidence=f"{fall}.",
-        fix="Keep the checkpoint of the best ROUGE-L (trainer.save_freq, trainer.test_freq). Then lower "
-        "actor_rollout_ref.actor.optim.lr, or train fewer steps (trainer.total_epochs).",
+        fix=f"{CHOOSE} Then lower actor_rollout_ref.actor.optim.lr, or train fewer steps (trainer.total_epochs).",
+    )
+
+
+def closed_gate(policy_gate: Curve) -> Finding | None:
+    """gad.policy_gate has taken the policy gradient away; give only steps with policy updates."""
+    window = policy_gate.last(RECENT)
+    if len(window.steps) < RECENT or window.mean() >= CLOSED_GATE:
+        return None
+    return warning(
+        "The policy gate is closed",
+        evidence=f"gad/policy_gate is {window.show()}: the discriminator is right on about half of the fresh pairs, so "
+        "the student hardly follows it.",
+        fix="If the discriminator has been better before, the student has caught up: judge it with gad eval "
+        "--two_sample_model, and stop. Otherwise let the discriminator train alone first "
+        "(gad.discriminator_lead.max_steps), or raise critic.optim.lr.",
     )
 
 
@@ -369,8 +394,9 @@ def swinging_lengths(student: Curve, teacher: Curve) -> Finding | None:
         "The length of the student's answers swings",
         evidence=f"response_length/mean over teacher_response_length/mean: {shown}. The student learns faster than the "
         "discriminator and overshoots.",
-        fix="Let the discriminator learn faster: lower actor_rollout_ref.actor.optim.lr, raise critic.optim.lr. Then "
-        "raise data.train_batch_size or actor_rollout_ref.actor.kl_loss_coef.",
+        fix="Let the discriminator learn faster: lower actor_rollout_ref.actor.optim.lr, raise critic.optim.lr. Set "
+        "algorithm.norm_adv_by_std_in_grpo=False, as in the runs that came closest (docs/experiments.md). Then raise "
+        "data.train_batch_size or actor_rollout_ref.actor.kl_loss_coef.",
     )
 
 
@@ -503,6 +529,7 @@ RULES = (
     Rule(memorizing_discriminator, ("critic/d_acc", VAL_D_ACC)),
     Rule(collapsed_entropy, ("actor/entropy",), policy_steps=True),
     Rule(falling_validation, (ROUGE_L, "critic/score_gap")),
+    Rule(closed_gate, ("gad/policy_gate",), policy_steps=True),
     Rule(clip_fraction, ("actor/pg_clipfrac",)),
     Rule(kl_blow_up, ("actor/kl_loss",)),
     Rule(large_policy_steps, ("actor/ppo_kl",)),

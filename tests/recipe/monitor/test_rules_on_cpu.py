@@ -127,6 +127,16 @@ def test_reward_hacking_needs_both_curves():
     assert health.falling_validation(curve([0.1, 0.2]), closing) is None
 
 
+def test_closed_gate():
+    finding = health.closed_gate(curve([1.0] * 10 + [0.04] * 20))
+    assert finding.level == "warning" and "0.04 (mean of steps 11-30)" in finding.evidence
+    assert "gad.discriminator_lead.max_steps" in finding.fix
+    assert health.closed_gate(curve([0.0] * 19)) is None
+    assert health.closed_gate(curve([0.0] * 10 + [0.1] * 10)) is None
+    steps = {step: {"gad/policy_gate": 0.0} for step in range(1, 31)}  # D trains alone: no policy step is lost
+    assert apply_rules(steps)[0] == []
+
+
 def test_clip_fraction():
     assert health.clip_fraction(curve([0.5] * 20)).level == "warning"
     assert health.clip_fraction(curve([0.01] * 20)).level == "ok"
