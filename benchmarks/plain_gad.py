@@ -13,6 +13,7 @@ loops around them are written anew, so the trainer and this script check each ot
     stages                  name -> what it does, from which student (default: model), and its settings (class Stage)
     controls, arms          stages that are judged; every arm is compared with every control
     answers, judge          answers per held-out prompt, and the two-sample test (class TwoSampleSettings)
+    compile                 true: torch.compile fuses the kernels of the models' layers in training
 
 A stage of a seed is a job of the scheduler of ``gad referee``. A stopped stage starts from its beginning.
 """
@@ -115,8 +116,11 @@ class Plan:
     max_prompt_length: int = 512
     max_response_length: int = 256
     temperature: float = 0.8
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile {self.compile!r}: expected true or false")
         for name in (*self.controls, *self.arms):
             check_one_of("controls and arms", name, tuple(self.stages))
         check_count(self, "held_out", "answers", "rows", "max_prompt_length", "max_response_length")
@@ -425,6 +429,14 @@ def batches(rows: Sequence[Any], size: int, rng: random.Random) -> Iterator[list
         yield from (shuffled[start : start + size] for start in range(0, len(rows) - size + 1, size))
 
 
+def fused(plan: Plan, model):
+    """The model, whose layers run compiled if the plan says so; the layers share one compilation."""
+    if plan.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    return model
+
+
 def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = math.inf) -> None:
     """Train one stage of one seed; its folder gets the student or discriminator, and metrics.jsonl.
 
@@ -440,7 +452,7 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
     rows = [(row["prompt_ids"], row["teacher_ids"]) for row in data.rows]
     start = folder / f"{stage.student}-{seed}" if stage.student else plan.model
     student = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
-    student.train()
+    fused(plan, student).train()
     trains_student, trains_d = stage.does != "lead", stage.does != "imitate"
     if trains_student:
         optimizer = optimizer_of(student, stage.lr)
@@ -449,7 +461,7 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
         d = fresh_discriminator(load_base(plan.model), seed)
         if stage.discriminator:
             d.load_state_dict(torch.load(folder / f"{stage.discriminator}-{seed}" / "d.pt", weights_only=True))
-        d.train()
+        fused(plan, d).train()
         d_optimizer = optimizer_of(d, stage.lr if stage.does == "lead" else stage.d_lr)
         sampler = Sampler(student, data.stop_ids, plan.rows, plan.max_response_length, plan.temperature)
     if (left := until - time.time()) <= 0:

@@ -1,8 +1,11 @@
 """benchmarks/plain_gad.py: its sampler against transformers, its gradients against float64, a plan from end to end."""
 
+import copy
 import json
 import math
+import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,43 +87,47 @@ def test_an_answer_ends_with_its_stop_token(plain, student, monkeypatch):
     assert len(list(steps)) == 40 - plain.LOOK_EVERY  # nobody waits for rows that have ended
 
 
-@pytest.mark.parametrize("tokens", [16384, 12])
-def test_gradients_of_the_student(plain, student, monkeypatch, tokens):
+COMPILED = pytest.param(
+    24, True, marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")]
+)
+
+
+@pytest.mark.parametrize("tokens, compiled", [(16384, False), (12, False), COMPILED])
+def test_gradients_of_the_student(plain, student, monkeypatch, tokens, compiled):
     monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
+    reference = copy.deepcopy(student).double()
+    plain.fused(SimpleNamespace(compile=compiled), student)
     advantages, weight, temperature = [0.5, -1.0, 2.0, 0.25, -0.75, 1.5], 0.2, 0.8
     plain.policy_gradient(student, STUDENT_ROWS, advantages, temperature)
     teachers = list(zip(PROMPTS, TEACHERS, strict=True))
     loss = plain.imitation_gradient(student, teachers, weight)
     found = gradients(student)
 
-    student.zero_grad()
-    student.double()
     policy = sum(
-        a * log_prob(student, *row, temperature).sum() for a, row in zip(advantages, STUDENT_ROWS, strict=True)
+        a * log_prob(reference, *row, temperature).sum() for a, row in zip(advantages, STUDENT_ROWS, strict=True)
     )
-    imitation = -torch.cat([log_prob(student, *row, 1.0) for row in teachers]).mean()
+    imitation = -torch.cat([log_prob(reference, *row, 1.0) for row in teachers]).mean()
     (-policy / sum(len(answer) for _, answer in STUDENT_ROWS) + weight * imitation).backward()
-    check_equal(found, gradients(student))
+    check_equal(found, gradients(reference))
     assert loss == pytest.approx(float(imitation.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [16384, 24])
-def test_gradients_of_the_discriminator(plain, tiny_problem, monkeypatch, tokens):
+@pytest.mark.parametrize("tokens, compiled", [(16384, False), (24, False), COMPILED])
+def test_gradients_of_the_discriminator(plain, tiny_problem, monkeypatch, tokens, compiled):
     monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
     d = fresh_discriminator(load_base(str(tiny_problem / "model")), seed=0)
+    reference = copy.deepcopy(d).double()
+    plain.fused(SimpleNamespace(compile=compiled), d)
     scores, right = plain.discriminator_gradient(d, PROMPTS, ANSWERS, TEACHERS)
     found = gradients(d)
 
-    d.zero_grad()
-    d.double()
-
     def value(prompt: list[int], answer: list[int]) -> torch.Tensor:
-        return d(input_ids=torch.tensor([prompt + answer])).logits[0, -1, 0]
+        return reference(input_ids=torch.tensor([prompt + answer])).logits[0, -1, 0]
 
     expected = torch.stack([value(*row) for row in STUDENT_ROWS]).view(3, 2)
     teachers = torch.stack([value(*row) for row in zip(PROMPTS, TEACHERS, strict=True)])[:, None]
     (torch.log1p((expected - teachers).exp()).mean()).backward()
-    check_equal(found, gradients(d))
+    check_equal(found, gradients(reference))
     assert (scores - expected.detach()).abs().max() < 1e-5
     assert right == pytest.approx(float((teachers > expected).double().mean().detach()))
 
@@ -234,6 +241,7 @@ def lead(**changes) -> dict:
         ({"sedes": [1]}, "the plan: unknown key 'sedes'"),
         ({"arms": ["gdd"]}, "controls and arms 'gdd': expected one of gad, lead, seqkd"),
         ({"held_out": "all"}, "held_out 'all': expected a whole number of at least 1"),
+        ({"compile": "yes"}, "compile 'yes': expected true or false"),
         ({"answers": 3}, r"rows 16 is no multiple of \[3\]"),
         ({"stages": ["gad"]}, r"stages: found \('gad',\), expected names with the settings"),
         ({"stages": {"gad": 3}}, "stage 'gad': found 3, expected a mapping with keys of does, steps"),
