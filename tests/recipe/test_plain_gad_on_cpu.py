@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,3 +263,10 @@ def test_a_mistake_in_a_plan_is_named(plain, tiny_problem, tmp_path, change, err
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan_of(tiny_problem, **change)))
     with pytest.raises(ValueError, match=rf"plan\.yaml: {error}"):
         plain.Plan.read(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    "plan", sorted((Path(__file__).parents[2] / "benchmarks/plans").iterdir()), ids=lambda p: p.stem
+)
+def test_the_plans_can_be_read(plain, plan):
+    assert plain.Plan.read(plan).arms
