@@ -373,7 +373,7 @@ def check_end_token(config: DictConfig) -> Findings:
     try:
         end = turn_end(tokenizer, _template_kwargs(config))
     except (ValueError, TemplateError) as problem:
-        fix = "set eos_token in tokenizer_config.json, or correct the chat template"
+        fix = f"set eos_token in tokenizer_config.json, or {ACTOR_MODEL}.custom_chat_template to another template"
         yield error(f"no end of turn in {folder}: {problem}", fix)
         return
     yield from _agreeing_end(tokenizer, end) if end.agrees else _differing_end(tokenizer, end)
@@ -434,24 +434,22 @@ def check_generation_prompt(config: DictConfig) -> Findings:
         return  # check_end_token says so
     end = think_end(get(config, "gad.think_end"), tokenizer)
     try:
-        turn = Turn.of(tokenizer, kwargs)
-        switch = None if turn.agrees(end) else switch_off(tokenizer, kwargs, end)
+        turn, switch = Turn.of(tokenizer, kwargs), switch_off(tokenizer, kwargs, end)
     except (ValueError, TemplateError):
         return  # check_end_token says so
-    if turn.agrees(end):
+    if turn.agrees(end) and switch is None:
+        yield from _first_tokens(tokenizer, kwargs, turn)
         return
-    what = (
-        f"the chat template of {tokenizer.name_or_path} begins an answer with {turn.only_in_answer()!r} after "
-        f"{turn.prompt!r}"
-        if turn.only_in_answer().strip()
-        else f"the generation prompt of {tokenizer.name_or_path} begins with {turn.only_in_prompt()!r}, which an "
-        "answer does not have"
-    )
-    fix = f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
-    if switch is not None:
-        fix = f"++data.apply_chat_template_kwargs.{switch}=False"
-    if not turn.thinks(end):
-        yield warning(f"{what}; rollouts may write it, and teacher answers do not", fix)
+    folder, off = tokenizer.name_or_path, "" if switch is None else f"{switch[0]}={switch[1]}"
+    if turn.agrees(end):
+        what = f"the chat template of {folder} writes another prompt with {off}, which switches thinking off"
+    elif turn.only_in_answer().strip():
+        what = f"the chat template of {folder} begins an answer with {turn.only_in_answer()!r} after {turn.prompt!r}"
+    else:
+        what = f"the generation prompt of {folder} ends with {turn.only_in_prompt()!r}, which an answer does not have"
+    fix = f"++data.apply_chat_template_kwargs.{off}" if off else OTHER_TEMPLATE
+    if not (turn.agrees(end) or turn.thinks(end)):
+        yield warning(f"{what}; rollouts begin otherwise than teacher answers", fix)
     elif span != "answer":
         think = "; if the student is to think, gad.score_span=answer" if has_discriminator(config) else ""
         yield error(f"{what}: the student thinks before it answers, and teacher answers do not", fix + think)
@@ -460,6 +458,30 @@ def check_generation_prompt(config: DictConfig) -> Findings:
             f"{what}: the student thinks before it answers, and imitation of the teacher teaches it not to",
             fix="in stage warmup, set trainer.critic_warmup above the number of steps, so that only the discriminator "
             "trains; in stage gad, gad.imitation_coef=0 gad.teacher_in_group=False",
+        )
+
+
+OTHER_TEMPLATE = (
+    f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
+)
+
+
+def _first_tokens(tokenizer: Any, template_kwargs: dict, turn: Turn) -> Findings:
+    """The tokens with which the template begins an answer are those with which teacher answers begin."""
+    if turn.only_in_prompt():
+        return  # an answer of the template begins elsewhere
+    from recipe.gad.training.trajectory import build_prompt_ids, tokenize_teacher
+
+    prompt = build_prompt_ids(tokenizer, [PROBE[0]], template_kwargs)
+    teacher = tokenize_teacher(tokenizer, [PROBE[1]["content"]], [])[0]
+    ids = tokenizer.apply_chat_template([*PROBE], tokenize=True, return_dict=False, **template_kwargs)[len(prompt) :]
+    if ids[: len(teacher)] != teacher:
+        first, other = (tokenizer.convert_ids_to_tokens(tokens)[:3] for tokens in (ids, teacher))
+        yield warning(
+            f"the chat template of {tokenizer.name_or_path} begins the answer {PROBE[1]['content']!r} with the tokens "
+            f"{first}, and teacher answers begin with {other}: a student that answers as the template does is told "
+            "apart by that alone",
+            fix=OTHER_TEMPLATE,
         )
 
 

@@ -112,6 +112,60 @@ def test_a_template_whose_turn_does_not_stop_a_rollout_warns_and_takes_eos(byte_
     assert "</s>" in record.getMessage() and "generation_config.eos_token_id" in record.getMessage()
 
 
+USERS = "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        # GLM: an answer ends where the next question begins
+        (USERS + "{% endfor %}", "<|user|>", ["<|user|>"]),
+        # Apertus, Qwen1.5: the end of a turn is left out at the end of the conversation
+        (USERS + "{% if not loop.last %}<|end|>\n{% endif %}{% endfor %}", "<|end|>", ["<|end|>"]),
+        # a question alone ends the turn before it
+        (USERS + "{% if not loop.last %}{{ '\n' }}<|end|>{% endif %}{% endfor %}", "<|end|>", ["Ċ", "<|end|>"]),
+        # the end of a turn counts first
+        (USERS + "<|end|>{% endfor %}", "<|end|>", ["<|end|>"]),
+        # a second question is refused
+        (USERS + "{% if loop.index > 2 %}{{ raise_exception('no') }}{% endif %}{% endfor %}", "</s>", ["</s>"]),
+    ],
+)
+def test_a_turn_may_end_where_the_next_begins(byte_tokenizer, template, eos, expected):
+    tokenizer = byte_tokenizer(template, ("<|user|>", "<|assistant|>", "<|end|>", "</s>"), eos=eos, pad="</s>")
+    assert tokens(tokenizer, end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))) == expected
+
+
+def test_a_template_without_the_text_of_an_answer_is_refused(byte_tokenizer):
+    """Of a question with the same text, the end would be that of the question."""
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="leaves out the text of an answer"):
+        end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))
+
+
+def test_the_end_of_a_turn_is_tokenized_after_the_answer():
+    """As Llama 2: SentencePiece puts a space before a text that stands alone, and the template has a space already."""
+    from tokenizers import Tokenizer, normalizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = ["<unk>", "<s>", "</s>", "▁", "▁▁", *"[]/INSTanswerquestionxyz"]
+    core = Tokenizer(BPE({token: i for i, token in enumerate(dict.fromkeys(vocab))}, [("▁", "▁")], unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **names)
+    chat = [*QUESTION, {"role": "assistant", "content": "answer"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert tokens(tokenizer, rendered)[-8:] == [*"answer", "▁", "</s>"]
+    assert tokens(tokenizer, teacher_ids(tokenizer, "answer")) == ["▁", *"answer", "▁", "</s>"]
+    assert rendered[len(build_prompt_ids(tokenizer, QUESTION)) :] == teacher_ids(tokenizer, "answer")
+
+
 def test_template_kwargs_reach_the_template(byte_tokenizer):
     template = TURNS + "{{ closing }}</s>" + REST
     tokenizer = byte_tokenizer(template, ("</s>", "<pad>"), eos="</s>", pad="<pad>")
