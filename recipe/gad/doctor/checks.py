@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -173,6 +174,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_vocabulary, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_end_token, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_generation_prompt, frozenset({"plugin", "models", "tokenizers"})),
+        Prerequisites(check_prompt_date, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_chat_ids, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_agent_loop, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_lengths, frozenset({"plugin", "models", "tokenizers", "data"})),
@@ -439,6 +441,11 @@ def check_generation_prompt(config: DictConfig) -> Findings:
         return  # check_end_token says so
     if turn.agrees(end) and switch is None:
         yield from _first_tokens(tokenizer, kwargs, turn)
+        if end is not None and end not in turn.opening() and has_discriminator(config) and span != "answer":
+            yield note(
+                f"the chat template names {end}, and no prompt begins to think; if the student thinks on its own, use "
+                "gad.score_span=answer"
+            )
         return
     folder, off = tokenizer.name_or_path, "" if switch is None else f"{switch[0]}={switch[1]}"
     if turn.agrees(end):
@@ -483,6 +490,40 @@ def _first_tokens(tokenizer: Any, template_kwargs: dict, turn: Turn) -> Findings
             "apart by that alone",
             fix=OTHER_TEMPLATE,
         )
+
+
+def check_prompt_date(config: DictConfig) -> Findings:
+    """Prompts are the same on another day."""
+    from jinja2 import TemplateError
+
+    tokenizer, kwargs = _student_tokenizer(config), _template_kwargs(config)
+    if tokenizer is None or not tokenizer.chat_template:
+        return  # check_end_token says so
+
+    def changes(**more: Any) -> bool:
+        """Does the template write the date, which it gets from a function?"""
+        prompts = {
+            tokenizer.apply_chat_template(
+                [PROBE[0]], tokenize=False, **{"strftime_now": datetime(2001, 2, day).strftime, **kwargs, **more}
+            )
+            for day in (3, 4)
+        }
+        return len(prompts) > 1
+
+    today = datetime.now().strftime("%d %b %Y")
+    try:
+        if not changes():
+            return
+        fix = f"set {ACTOR_MODEL}.custom_chat_template to one with a fixed date"
+        if not changes(date_string=today):
+            fix = f"'++data.apply_chat_template_kwargs.date_string={today}'"
+    except (ValueError, TemplateError):
+        return  # check_end_token says so
+    yield warning(
+        f"the chat template of {tokenizer.name_or_path} writes the current date into prompts: those of a run that is "
+        "resumed or repeated on another day differ",
+        fix,
+    )
 
 
 def _imitates(config: DictConfig) -> bool:

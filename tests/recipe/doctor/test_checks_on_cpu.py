@@ -29,6 +29,7 @@ from recipe.gad.doctor.checks import (
     check_generation_prompt,
     check_lengths,
     check_numbers,
+    check_prompt_date,
     check_rollout_heads,
     check_versions,
     examine,
@@ -400,10 +401,16 @@ TEMPLATES = {
     # an answer has the end alone (GLM 4.7, DeepSeek V3.1)
     "end": QUESTION + "{% else %}<assistant></think>{{ m.content }} <end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{{ '</think>' if enable_thinking is false else '<think>' }}{% endif %}",
+    # takes thinking out of answers, as an early template of DeepSeek R1
+    "knows": QUESTION + "{% else %}<assistant> {{ m.content.split('</think>')[-1] }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}",
     # a name in the generation prompt alone
     "goes on": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant> um: {% endif %}",
 }
+
+
+RIGHT = "Rollouts begin where the chat template begins an answer, as teacher answers do."
 
 
 def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_config, model):
@@ -447,6 +454,9 @@ def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_conf
         assert f"another prompt with {off.rpartition('.')[2]}, which switches thinking off" in error
         assert f"Fix: {off}; if the student is to think, {answer}" in error
         assert found(name, off) == found(name, off, level="warning") == found(name, answer) == []
+    (note,) = found("knows", level="ok")
+    assert "names </think>, and no prompt begins to think" in note and answer in note
+    assert found("empty", level="ok") == found("knows", answer, policy, level="ok") == [RIGHT]
     (error,) = found("end")
     assert "begins an answer with '</think>' after '<bos><user> question <end><assistant><think>'" in error
     assert f"Fix: {switch};" in error and found("end", switch) == []
@@ -467,6 +477,23 @@ def test_white_space_that_begins_the_answers_of_the_template(compose_config, byt
         assert part in warning
     config = compose_config(*WARMUP, f"{MODEL}.path={folder}", "++data.apply_chat_template_kwargs.space=''")
     assert messages(check_generation_prompt, config, "warning") == []
+
+
+def test_a_template_that_writes_the_date(compose_config, model):
+    """Llama 3.2 takes it from date_string, if that is given."""
+    now = "strftime_now('%d %b %Y')"
+    for name, date in (("llama", f"date_string if date_string is defined else {now}"), ("fixed", now)):
+        folder = model(name)
+        (folder / "chat_template.jinja").write_text(f"{{{{ {date} }}}} {QUESTION}{{% endif %}}{{% endfor %}}")
+        (warning,) = messages(check_prompt_date, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "warning")
+        assert "writes the current date into prompts" in warning
+        fix = warning.partition("Fix: ")[2]
+        if name == "fixed":
+            assert fix == f"set {MODEL}.custom_chat_template to one with a fixed date"
+        else:
+            config = compose_config(*WARMUP, f"{MODEL}.path={folder}", fix.strip("'"))
+            assert messages(check_prompt_date, config, "warning") == []
+    assert messages(check_prompt_date, compose_config(*WARMUP, f"{MODEL}.path={model('none')}"), "warning") == []
 
 
 def test_a_template_that_leaves_out_the_answer(compose_config, model):
