@@ -302,6 +302,7 @@ def _model_configs(config: DictConfig) -> Iterator[tuple[str, Any]]:
 
 
 NO_TOKENIZER = warning("the student's tokenizer is not on this machine", fix="download the model first")
+SEE_END_TOKEN = note("not checked: see end_token")
 PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
@@ -433,12 +434,14 @@ def check_generation_prompt(config: DictConfig) -> Findings:
 
     tokenizer, kwargs, span = _student_tokenizer(config), _template_kwargs(config), get(config, "gad.score_span")
     if tokenizer is None or not tokenizer.chat_template:
-        return  # check_end_token says so
+        yield SEE_END_TOKEN
+        return
     end = think_end(get(config, "gad.think_end"), tokenizer)
     try:
         turn, switch = Turn.of(tokenizer, kwargs), switch_off(tokenizer, kwargs, end)
     except (ValueError, TemplateError):
-        return  # check_end_token says so
+        yield SEE_END_TOKEN
+        return
     if turn.agrees(end) and switch is None:
         yield from _first_tokens(tokenizer, kwargs, turn)
         if end is not None and end not in turn.opening() and has_discriminator(config) and span != "answer":
@@ -498,7 +501,8 @@ def check_prompt_date(config: DictConfig) -> Findings:
 
     tokenizer, kwargs = _student_tokenizer(config), _template_kwargs(config)
     if tokenizer is None or not tokenizer.chat_template:
-        return  # check_end_token says so
+        yield SEE_END_TOKEN
+        return
 
     def changes(**more: Any) -> bool:
         """Does the template write the date, which it gets from a function?"""
@@ -518,7 +522,8 @@ def check_prompt_date(config: DictConfig) -> Findings:
         if not changes(date_string=today):
             fix = f"'++data.apply_chat_template_kwargs.date_string={today}'"
     except (ValueError, TemplateError):
-        return  # check_end_token says so
+        yield SEE_END_TOKEN
+        return
     yield warning(
         f"the chat template of {tokenizer.name_or_path} writes the current date into prompts: those of a run that is "
         "resumed or repeated on another day differ",

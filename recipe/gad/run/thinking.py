@@ -17,10 +17,10 @@ THINK_ENDS = {
     "<channel|>": "<|channel>",
     "</seed:think>": "<seed:think>",
     "[/THINK]": "[THINK]",
-    "<|END_THINKING|>": "<|START_THINKING|>",
+    "<|START_TEXT|>": "<|START_TEXT|>",
 }
-"""End of the thinking -> its beginning: of most families, gpt-oss, Gemma 4, Seed-OSS, Mistral and Command. A chat
-template names the end, or the beginning alone."""
+"""End of the thinking -> its beginning: of most families, gpt-oss, Gemma 4, Seed-OSS, Mistral and Command (where an
+answer has a mark of its own). A chat template may name the beginning alone."""
 
 SWITCHES = {"enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0}
 """Arguments of chat templates, and the value with which a student does not think."""
