@@ -135,6 +135,67 @@ def test_a_turn_may_end_where_the_next_begins(byte_tokenizer, template, eos, exp
     assert tokens(tokenizer, end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))) == expected
 
 
+SYSTEM = [{"role": "system", "content": "be brief"}]
+EARLIER = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+SHAPES = {
+    "ChatML": (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}",
+        "<|im_end|>",
+    ),
+    # a bos token, and texts without white space at their ends
+    "Llama 3": (
+        "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>{{ '\n\n' + m.content | trim }}<|eot|>"
+        "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>{{ '\n\n' }}{% endif %}",
+        "<|eot|>",
+    ),
+    # no generation prompt, and the system prompt in the first question
+    "Mistral": (
+        "{{ bos_token }}{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]{{ system if loop.first }}"
+        "{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        "</s>",
+    ),
+    # a turn ends where the next begins
+    "GLM": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}",
+        "<|user|>",
+    ),
+    # earlier answers have no thinking, and the last has an empty one
+    "Qwen 3": (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
+        "{% if m.role == 'assistant' and 'user' not in messages[loop.index:] | map(attribute='role') %}"
+        "<think></think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}<think></think>{% endif %}",
+        "<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("chat", [QUESTION, SYSTEM + QUESTION, EARLIER + QUESTION, SYSTEM + EARLIER + QUESTION])
+def test_a_teachers_row_is_what_the_template_writes(byte_tokenizer, name, chat):
+    from tokenizers.processors import TemplateProcessing
+
+    template, eos = SHAPES[name]
+    specials = "<s> </s> <pad> [INST] [/INST] <|im_start|> <|im_end|> <|head|> <|/head|> <|eot|> <|user|> <|assistant|>"
+    tokenizer = byte_tokenizer(template, tuple(specials.split()), eos=eos, pad="<pad>")
+    tokenizer.bos_token = "<s>"
+    adds_bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds_bos  # as Llama's: texts get one, conversations have one
+    finished = [*chat, {"role": "assistant", "content": "hello world"}]
+    if name == "GLM":
+        finished += [{"role": "user", "content": "and now?"}]
+    rendered = tokenizer.apply_chat_template(finished, tokenize=True, return_dict=False)
+    prompt, answer = build_prompt_ids(tokenizer, chat), teacher_ids(tokenizer, "hello world")
+    row = build_teacher_trajectory(torch.tensor(prompt), torch.tensor(answer))
+    assert row["input_ids"].tolist() == rendered[: len(prompt) + len(answer)]
+    assert tokens(tokenizer, answer) == ["hello", "Ġw", "o", "r", "l", "d", eos]
+    assert row["loss_mask"].tolist() == [1] * len(answer)
+    assert prompt.count(tokenizer.bos_token_id) == ("bos_token" in template)
+
+
 def test_a_template_without_the_text_of_an_answer_is_refused(byte_tokenizer):
     """Of a question with the same text, the end would be that of the question."""
     tokenizer = byte_tokenizer(
