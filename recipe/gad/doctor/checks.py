@@ -443,7 +443,7 @@ def check_generation_prompt(config: DictConfig) -> Findings:
         yield SEE_END_TOKEN
         return
     if turn.agrees(end) and switch is None:
-        yield from _first_tokens(tokenizer, kwargs, turn)
+        yield from _first_tokens(config, tokenizer, turn)
         if end is not None and end not in turn.opening() and has_discriminator(config) and span != "answer":
             yield note(
                 f"the chat template names {end}, and no prompt begins to think; if the student thinks on its own, use "
@@ -476,22 +476,24 @@ OTHER_TEMPLATE = (
 )
 
 
-def _first_tokens(tokenizer: Any, template_kwargs: dict, turn: Turn) -> Findings:
+def _first_tokens(config: DictConfig, tokenizer: Any, turn: Turn) -> Findings:
     """The tokens with which the template begins an answer are those with which teacher answers begin."""
-    if turn.only_in_prompt():
-        return  # an answer of the template begins elsewhere
+    spaced = turn.only_in_answer() != ""
+    if turn.only_in_prompt() or not has_discriminator(config) or (get(config, "gad.retokenize") and not spaced):
+        return
     from recipe.gad.training.trajectory import build_prompt_ids, tokenize_teacher
 
-    prompt = build_prompt_ids(tokenizer, [PROBE[0]], template_kwargs)
-    teacher = tokenize_teacher(tokenizer, [PROBE[1]["content"]], [])[0]
-    ids = tokenizer.apply_chat_template([*PROBE], tokenize=True, return_dict=False, **template_kwargs)[len(prompt) :]
+    kwargs, text = _template_kwargs(config), PROBE[1]["content"]
+    prompt = build_prompt_ids(tokenizer, [PROBE[0]], kwargs)
+    teacher = tokenize_teacher(tokenizer, [text], [])[0]
+    ids = tokenizer.apply_chat_template([*PROBE], tokenize=True, return_dict=False, **kwargs)[len(prompt) :]
     if ids[: len(teacher)] != teacher:
         first, other = (tokenizer.convert_ids_to_tokens(tokens)[:3] for tokens in (ids, teacher))
         yield warning(
-            f"the chat template of {tokenizer.name_or_path} begins the answer {PROBE[1]['content']!r} with the tokens "
-            f"{first}, and teacher answers begin with {other}: a student that answers as the template does is told "
-            "apart by that alone",
-            fix=OTHER_TEMPLATE,
+            f"the chat template of {tokenizer.name_or_path} begins the answer {text!r} with the tokens {first}, and "
+            f"teacher answers begin with {other}: a student that answers as the template does is told apart by that "
+            "alone",
+            fix=OTHER_TEMPLATE if spaced else "gad.retokenize=True",
         )
 
 

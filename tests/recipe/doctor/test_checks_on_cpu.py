@@ -53,6 +53,8 @@ from recipe.gad.run.checks import check_ray, run_checks
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
 from recipe.gad.run.findings import Finding
+from recipe.gad.training.reading import Reading
+from recipe.gad.training.trajectory import tokenize_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -477,6 +479,29 @@ def test_white_space_that_begins_the_answers_of_the_template(compose_config, byt
         assert part in warning
     config = compose_config(*WARMUP, f"{MODEL}.path={folder}", "++data.apply_chat_template_kwargs.space=''")
     assert messages(check_generation_prompt, config, "warning") == []
+
+
+def test_a_tokenizer_that_puts_a_space_before_teacher_answers(compose_config, spaced_tokenizer, model):
+    """As TinyLlama's chat model: after "<|assistant|>:", a rollout's first token has no space."""
+    folder = model("sentencepiece")
+    tokenizer = spaced_tokenizer(
+        "{% for m in messages %}<|{{ m.role }}|>:{{ space }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+
+    def found(*overrides):
+        config = compose_config(*WARMUP, f"{MODEL}.path={folder}", *overrides)
+        return messages(check_generation_prompt, config, "warning")
+
+    (warning,) = found()
+    assert "the tokens ['a', 'n', 's'], and teacher answers begin with ['▁', 'a', 'n']" in warning
+    assert warning.endswith("Fix: gad.retokenize=True")
+    assert found("gad.retokenize=True") == found("gad.stage=seqkd", "critic.enable=False") == []
+    assert found("++data.apply_chat_template_kwargs.space=' '") == []
+    rollout = tokenizer.convert_tokens_to_ids([*"answer", "</s>"])
+    (read,) = Reading(tokenizer, None, [], retokenize=True).read([rollout])[0]
+    assert read == tokenize_teacher(tokenizer, ["answer"], [tokenizer.eos_token_id])[0]
 
 
 def test_a_template_that_writes_the_date(compose_config, model):

@@ -205,21 +205,12 @@ def test_a_template_without_the_text_of_an_answer_is_refused(byte_tokenizer):
         end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))
 
 
-def test_the_end_of_a_turn_is_tokenized_after_the_answer():
-    """As Llama 2: SentencePiece puts a space before a text that stands alone, and the template has a space already."""
-    from tokenizers import Tokenizer, normalizers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = ["<unk>", "<s>", "</s>", "▁", "▁▁", *"[]/INSTanswerquestionxyz"]
-    core = Tokenizer(BPE({token: i for i, token in enumerate(dict.fromkeys(vocab))}, [("▁", "▁")], unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    template = (
+def test_the_end_of_a_turn_is_tokenized_after_the_answer(spaced_tokenizer):
+    """As Llama 2: the template has a space before the end of a turn, to which the tokenizer would add one."""
+    tokenizer = spaced_tokenizer(
         "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
         "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
     )
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **names)
     chat = [*QUESTION, {"role": "assistant", "content": "answer"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
     assert tokens(tokenizer, rendered)[-8:] == [*"answer", "▁", "</s>"]
