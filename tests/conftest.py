@@ -135,6 +135,25 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def spaced_tokenizer():
+    """Function that builds a tokenizer for a chat template which, as SentencePiece, puts a space before every text."""
+
+    def spaced_tokenizer(template: str):
+        from tokenizers import Tokenizer, decoders, normalizers
+        from tokenizers.models import BPE
+        from transformers import PreTrainedTokenizerFast
+
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        vocab = dict.fromkeys([*special.values(), "▁", "▁▁", *"abcdefghijklmnopqrstuvwxyzINST[]/<|>:"])
+        core = Tokenizer(BPE({token: i for i, token in enumerate(vocab)}, [("▁", "▁")], unk_token="<unk>"))
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **special)
+
+    return spaced_tokenizer
+
+
+@pytest.fixture(scope="session")
 def tiny_problem(tmp_path_factory):
     """Folder with model/ (random 2-layer Llama, word tokens), train.parquet (64 rows) and val.parquet (8 rows)."""
     import pyarrow as pa

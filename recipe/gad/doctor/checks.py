@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -173,6 +174,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_vocabulary, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_end_token, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_generation_prompt, frozenset({"plugin", "models", "tokenizers"})),
+        Prerequisites(check_prompt_date, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_chat_ids, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_agent_loop, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_lengths, frozenset({"plugin", "models", "tokenizers", "data"})),
@@ -300,6 +302,7 @@ def _model_configs(config: DictConfig) -> Iterator[tuple[str, Any]]:
 
 
 NO_TOKENIZER = warning("the student's tokenizer is not on this machine", fix="download the model first")
+SEE_END_TOKEN = note("not checked: see end_token")
 PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
@@ -373,7 +376,7 @@ def check_end_token(config: DictConfig) -> Findings:
     try:
         end = turn_end(tokenizer, _template_kwargs(config))
     except (ValueError, TemplateError) as problem:
-        fix = "set eos_token in tokenizer_config.json, or correct the chat template"
+        fix = f"set eos_token in tokenizer_config.json, or {ACTOR_MODEL}.custom_chat_template to another template"
         yield error(f"no end of turn in {folder}: {problem}", fix)
         return
     yield from _agreeing_end(tokenizer, end) if end.agrees else _differing_end(tokenizer, end)
@@ -431,27 +434,32 @@ def check_generation_prompt(config: DictConfig) -> Findings:
 
     tokenizer, kwargs, span = _student_tokenizer(config), _template_kwargs(config), get(config, "gad.score_span")
     if tokenizer is None or not tokenizer.chat_template:
-        return  # check_end_token says so
+        yield SEE_END_TOKEN
+        return
     end = think_end(get(config, "gad.think_end"), tokenizer)
     try:
-        turn = Turn.of(tokenizer, kwargs)
-        switch = None if turn.agrees(end) else switch_off(tokenizer, kwargs, end)
+        turn, switch = Turn.of(tokenizer, kwargs), switch_off(tokenizer, kwargs, end)
     except (ValueError, TemplateError):
-        return  # check_end_token says so
-    if turn.agrees(end):
+        yield SEE_END_TOKEN
         return
-    what = (
-        f"the chat template of {tokenizer.name_or_path} begins an answer with {turn.only_in_answer()!r} after "
-        f"{turn.prompt!r}"
-        if turn.only_in_answer().strip()
-        else f"the generation prompt of {tokenizer.name_or_path} begins with {turn.only_in_prompt()!r}, which an "
-        "answer does not have"
-    )
-    fix = f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
-    if switch is not None:
-        fix = f"++data.apply_chat_template_kwargs.{switch}=False"
-    if not turn.thinks(end):
-        yield warning(f"{what}; rollouts may write it, and teacher answers do not", fix)
+    if turn.agrees(end) and switch is None:
+        yield from _first_tokens(config, tokenizer, turn)
+        if end is not None and end not in turn.opening() and has_discriminator(config) and span != "answer":
+            yield note(
+                f"the chat template names {end}, and no prompt begins to think; if the student thinks on its own, use "
+                "gad.score_span=answer"
+            )
+        return
+    folder, off = tokenizer.name_or_path, "" if switch is None else f"{switch[0]}={switch[1]}"
+    if turn.agrees(end):
+        what = f"the chat template of {folder} writes another prompt with {off}, which switches thinking off"
+    elif turn.only_in_answer().strip():
+        what = f"the chat template of {folder} begins an answer with {turn.only_in_answer()!r} after {turn.prompt!r}"
+    else:
+        what = f"the generation prompt of {folder} ends with {turn.only_in_prompt()!r}, which an answer does not have"
+    fix = f"++data.apply_chat_template_kwargs.{off}" if off else OTHER_TEMPLATE
+    if not (turn.agrees(end) or turn.thinks(end)):
+        yield warning(f"{what}; rollouts begin otherwise than teacher answers", fix)
     elif span != "answer":
         think = "; if the student is to think, gad.score_span=answer" if has_discriminator(config) else ""
         yield error(f"{what}: the student thinks before it answers, and teacher answers do not", fix + think)
@@ -461,6 +469,68 @@ def check_generation_prompt(config: DictConfig) -> Findings:
             fix="in stage warmup, set trainer.critic_warmup above the number of steps, so that only the discriminator "
             "trains; in stage gad, gad.imitation_coef=0 gad.teacher_in_group=False",
         )
+
+
+OTHER_TEMPLATE = (
+    f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
+)
+
+
+def _first_tokens(config: DictConfig, tokenizer: Any, turn: Turn) -> Findings:
+    """The tokens with which the template begins an answer are those with which teacher answers begin."""
+    spaced = turn.only_in_answer() != ""
+    if turn.only_in_prompt() or not has_discriminator(config) or (get(config, "gad.retokenize") and not spaced):
+        return
+    from recipe.gad.training.trajectory import build_prompt_ids, tokenize_teacher
+
+    kwargs, text = _template_kwargs(config), PROBE[1]["content"]
+    prompt = build_prompt_ids(tokenizer, [PROBE[0]], kwargs)
+    teacher = tokenize_teacher(tokenizer, [text], [])[0]
+    ids = tokenizer.apply_chat_template([*PROBE], tokenize=True, return_dict=False, **kwargs)[len(prompt) :]
+    if ids[: len(teacher)] != teacher:
+        first, other = (tokenizer.convert_ids_to_tokens(tokens)[:3] for tokens in (ids, teacher))
+        yield warning(
+            f"the chat template of {tokenizer.name_or_path} begins the answer {text!r} with the tokens {first}, and "
+            f"teacher answers begin with {other}: a student that answers as the template does is told apart by that "
+            "alone",
+            fix=OTHER_TEMPLATE if spaced else "gad.retokenize=True",
+        )
+
+
+def check_prompt_date(config: DictConfig) -> Findings:
+    """Prompts are the same on another day."""
+    from jinja2 import TemplateError
+
+    tokenizer, kwargs = _student_tokenizer(config), _template_kwargs(config)
+    if tokenizer is None or not tokenizer.chat_template:
+        yield SEE_END_TOKEN
+        return
+
+    def changes(**more: Any) -> bool:
+        """Does the template write the date, which it gets from a function?"""
+        prompts = {
+            tokenizer.apply_chat_template(
+                [PROBE[0]], tokenize=False, **{"strftime_now": datetime(2001, 2, day).strftime, **kwargs, **more}
+            )
+            for day in (3, 4)
+        }
+        return len(prompts) > 1
+
+    today = datetime.now().strftime("%d %b %Y")
+    try:
+        if not changes():
+            return
+        fix = f"set {ACTOR_MODEL}.custom_chat_template to one with a fixed date"
+        if not changes(date_string=today):
+            fix = f"'++data.apply_chat_template_kwargs.date_string={today}'"
+    except (ValueError, TemplateError):
+        yield SEE_END_TOKEN
+        return
+    yield warning(
+        f"the chat template of {tokenizer.name_or_path} writes the current date into prompts: those of a run that is "
+        "resumed or repeated on another day differ",
+        fix,
+    )
 
 
 def _imitates(config: DictConfig) -> bool:

@@ -11,11 +11,19 @@ from recipe.gad.run.hub import load_tokenizer, local_model
 
 SPANS = ("all", "answer")
 """Values of gad.score_span."""
-THINK_ENDS = ("</think>", "<|channel|>final<|message|>")
-"""Ends of the thinking that a chat template names: of most families, and of gpt-oss."""
+THINK_ENDS = {
+    "</think>": "<think>",
+    "<|channel|>final<|message|>": "<|channel|>analysis",
+    "<channel|>": "<|channel>",
+    "</seed:think>": "<seed:think>",
+    "[/THINK]": "[THINK]",
+    "<|START_TEXT|>": "<|START_TEXT|>",
+}
+"""End of the thinking -> its beginning: of most families, gpt-oss, Gemma 4, Seed-OSS, Mistral and Command (where an
+answer has a mark of its own). A chat template may name the beginning alone."""
 
-SWITCHES = ("enable_thinking", "thinking")
-"""Arguments of chat templates with which, at False, a student does not think."""
+SWITCHES = {"enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0}
+"""Arguments of chat templates, and the value with which a student does not think."""
 
 _PROBE = "xyzzy"
 
@@ -25,7 +33,17 @@ def think_end(configured: str | None, tokenizer: Any) -> str | None:
     if configured is not None:
         return configured
     template = str(tokenizer.chat_template or "")
-    return next((end for end in THINK_ENDS if end in template), None)
+    named = [end for end in THINK_ENDS if end in template]
+    named += [end for end, begin in THINK_ENDS.items() if begin in template]
+    return next(iter(named), None)
+
+
+def _after_common(text: str, other: str) -> str:
+    """``text`` without what it shares with the beginning of ``other``; tags such as ``<think>`` stay whole."""
+    common = os.path.commonprefix([text, other])
+    if common.rfind("<") > common.rfind(">") and len(common) < max(len(text), len(other)):
+        common = common[: common.rindex("<")]
+    return text.removeprefix(common)
 
 
 class Turn(NamedTuple):
@@ -40,7 +58,7 @@ class Turn(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any, template_kwargs: dict) -> "Turn":
-        """Raises jinja2.TemplateError if the template refuses the turn, ValueError if it drops its text."""
+        """Raises jinja2.TemplateError if the template refuses the turn, ValueError if it leaves out its text."""
         question = [{"role": "user", "content": "question"}]
         kwargs = {**template_kwargs, "tokenize": False}
         turn = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": _PROBE}], **kwargs)
@@ -52,35 +70,41 @@ class Turn(NamedTuple):
 
     def opening(self) -> str:
         """The generation prompt."""
-        return self.prompt.removeprefix(os.path.commonprefix([self.prompt, self.bare]))
+        return _after_common(self.prompt, self.bare)
 
     def only_in_answer(self) -> str:
         """What the template writes before an answer, and the prompt of a rollout lacks."""
-        return self.answer.removeprefix(os.path.commonprefix([self.prompt, self.answer]))
+        return _after_common(self.answer, self.prompt)
 
     def only_in_prompt(self) -> str:
         """What the prompt of a rollout has, and the template does not write before an answer."""
-        return self.prompt.removeprefix(os.path.commonprefix([self.prompt, self.answer]))
+        return _after_common(self.prompt, self.answer)
 
-    def opens_thinking(self, end: str | None) -> bool:
-        """Does the generation prompt begin thinking that it does not end, while an answer comes without?"""
-        return end is not None and self.only_in_prompt().strip() != "" and end not in self.only_in_prompt()
+    def goes_on(self, end: str | None) -> bool:
+        """Does the generation prompt write more than an answer begins with, and not end thinking there?"""
+        return self.only_in_prompt().strip() != "" and (end is None or end not in self.only_in_prompt())
 
     def thinks(self, end: str | None) -> bool:
         """Does a rollout begin with thinking, which ends with ``end``?"""
-        return self.opens_thinking(end) or (end is not None and end in self.only_in_answer())
+        return end is not None and (self.goes_on(end) or end in self.only_in_answer())
 
     def agrees(self, end: str | None) -> bool:
         """Do rollouts begin where the template begins an answer? A teacher's row starts with the rollouts' prompt, so
         thinking that the generation prompt begins and ends is on both sides."""
-        return not self.only_in_answer().strip() and not self.opens_thinking(end)
+        return not self.only_in_answer().strip() and not self.goes_on(end)
 
 
-def switch_off(tokenizer: Any, template_kwargs: dict, end: str | None) -> str | None:
-    """The one of :data:`SWITCHES` with which rollouts begin where the template begins an answer, or None."""
-    for name in SWITCHES:
-        if Turn.of(tokenizer, {**template_kwargs, name: False}).agrees(end):
-            return name
+def switch_off(tokenizer: Any, template_kwargs: dict, end: str | None) -> tuple[str, Any] | None:
+    """Name and value of the one of :data:`SWITCHES` with which rollouts begin where the template begins an answer.
+
+    None: no switch does that. If rollouts begin there anyway, only a switch that changes the prompt counts: without it,
+    the student may think, even though the template shows no thinking.
+    """
+    turn = Turn.of(tokenizer, template_kwargs)
+    for name, value in SWITCHES.items():
+        off = Turn.of(tokenizer, {**template_kwargs, name: value})
+        if off.agrees(end) and (off.prompt != turn.prompt or not turn.agrees(end)):
+            return name, value
     return None
 
 

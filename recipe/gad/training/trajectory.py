@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,41 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids
 
 
+def _ids_of_part(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> list[int]:
+    """Token ids of ``text[start:end]`` as they follow the text before: SentencePiece would put a space in front of a
+    part that stands alone."""
+    parts = (text[:start], text[:end], text[start:end])
+    before, whole, alone = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+    return whole[len(before) :] if whole[: len(before)] == before else alone
+
+
 def turn_suffix_ids(tokenizer: PreTrainedTokenizerBase, apply_chat_template_kwargs: dict | None = None) -> list[int]:
-    """Tokens that the chat template puts after the text of an assistant turn, such as "<|im_end|>" and a newline."""
-    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    """Tokens that the chat template puts after the text of an assistant turn, such as "<|im_end|>" and a newline.
+
+    Some templates write no special token there unless another turn follows (GLM: "<|user|>"). Then the tokens between
+    the answer and a next question count.
+
+    Raises:
+        ValueError: the template leaves out the text of an answer.
+    """
+    question = {"role": "user", "content": "question"}
+    messages = [question, {"role": "assistant", "content": _PROBE}]
     kwargs = {**(apply_chat_template_kwargs or {}), "tokenize": False}
     text = tokenizer.apply_chat_template(messages, **kwargs)
-    return tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False)["input_ids"]
+    if _PROBE not in text:
+        raise ValueError("the chat template leaves out the text of an answer")
+    suffix = _ids_of_part(tokenizer, text, text.rindex(_PROBE) + len(_PROBE), len(text))
+    special = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
+    if special & set(suffix):
+        return suffix
+    try:
+        text = tokenizer.apply_chat_template([*messages, question], **kwargs)
+    except TemplateError:  # takes no second question
+        return suffix
+    start = text.rindex(_PROBE) + len(_PROBE)
+    end = text.find(question["content"], start)
+    between = _ids_of_part(tokenizer, text, start, end) if end >= 0 else suffix
+    return between if special & set(between) else suffix
 
 
 def end_of_turn_ids(
@@ -70,8 +100,9 @@ def end_of_turn_ids(
     """Tokens a student emits after the text of its answer: from the chat template, up to and with the first stop token.
 
     A template may append more tokens to an assistant turn ("<|im_end|>" and a newline); a rollout stops at the first
-    stop token. Without a chat template, or if its end of turn holds no stop token (with a warning), the answer ends
-    with the tokenizer's eos token. ``stop_ids`` come from :func:`stop_token_ids`.
+    stop token, which may also be the one that begins the next turn. Without a chat template, or if its end of turn
+    holds no stop token (with a warning), the answer ends with the tokenizer's eos token. ``stop_ids`` come from
+    :func:`stop_token_ids`.
     """
     fallback = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stop_ids)]
     if not tokenizer.chat_template:

@@ -29,6 +29,7 @@ from recipe.gad.doctor.checks import (
     check_generation_prompt,
     check_lengths,
     check_numbers,
+    check_prompt_date,
     check_rollout_heads,
     check_versions,
     examine,
@@ -52,6 +53,8 @@ from recipe.gad.run.checks import check_ray, run_checks
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
 from recipe.gad.run.findings import Finding
+from recipe.gad.training.reading import Reading
+from recipe.gad.training.trajectory import tokenize_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -387,7 +390,29 @@ TEMPLATES = {
     # nothing about thinking, but rollouts have to write a name
     "name": QUESTION + "{% else %}<assistant> um: {{ m.content }} <end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}",
+    # thinks unless it is told not to, and shows nothing of it (SmolLM3, Hunyuan)
+    "silent": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% if enable_thinking is false %}<think></think> {% endif %}{% endif %}",
+    # the same with a number and other tags (Seed-OSS)
+    "budget": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% if thinking_budget == 0 %}<seed:think></seed:think> {% endif %}"
+    "{% endif %}",
+    # begins to think, and names no end of it (OLMo 3)
+    "begins": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> <think>{% endif %}",
+    # an answer has the end alone (GLM 4.7, DeepSeek V3.1)
+    "end": QUESTION + "{% else %}<assistant></think>{{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{{ '</think>' if enable_thinking is false else '<think>' }}{% endif %}",
+    # takes thinking out of answers, as an early template of DeepSeek R1
+    "knows": QUESTION + "{% else %}<assistant> {{ m.content.split('</think>')[-1] }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}",
+    # a name in the generation prompt alone
+    "goes on": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> um: {% endif %}",
 }
+
+
+RIGHT = "Rollouts begin where the chat template begins an answer, as teacher answers do."
 
 
 def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_config, model):
@@ -409,7 +434,11 @@ def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_conf
     assert found("hybrid", switch) == found("empty") == []
     (error,) = found("hybrid", "gad.stage=seqkd", "critic.enable=False")
     assert error.endswith(f"Fix: {switch}")
-    for name, part in (("always", "begins with '<think> '"), ("channels", "with '<|channel|>final<|message|>'")):
+    for name, part in (
+        ("always", "ends with '<think> '"),
+        ("begins", "ends with '<think>'"),
+        ("channels", "with '<|channel|>final<|message|>'"),
+    ):
         (error,) = found(name)
         assert part in error and "custom_chat_template" in error and answer in error
         assert found(name, answer) == found(name, answer, policy, level="warning") == []
@@ -418,6 +447,88 @@ def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_conf
     assert found("name") == []
     (warning,) = found("name", level="warning")
     assert "begins an answer with ' um: '" in warning and "custom_chat_template" in warning
+    (warning,) = found("goes on", level="warning")
+    assert "ends with 'um: ', which an answer does not have" in warning and "custom_chat_template" in warning
+    assert found("goes on") == []
+    budget = "++data.apply_chat_template_kwargs.thinking_budget=0"
+    for name, off in (("silent", switch), ("budget", budget)):
+        (error,) = found(name)
+        assert f"another prompt with {off.rpartition('.')[2]}, which switches thinking off" in error
+        assert f"Fix: {off}; if the student is to think, {answer}" in error
+        assert found(name, off) == found(name, off, level="warning") == found(name, answer) == []
+    (note,) = found("knows", level="ok")
+    assert "names </think>, and no prompt begins to think" in note and answer in note
+    assert found("empty", level="ok") == found("knows", answer, policy, level="ok") == [RIGHT]
+    (error,) = found("end")
+    assert "begins an answer with '</think>' after '<bos><user> question <end><assistant><think>'" in error
+    assert f"Fix: {switch};" in error and found("end", switch) == []
+
+
+def test_white_space_that_begins_the_answers_of_the_template(compose_config, byte_tokenizer, model):
+    """As after GLM 4.5's empty thinking: the template writes a line break, and teacher answers have none."""
+    folder = model("spaced")
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}\n{% else %}A:{{ space }}{{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    byte_tokenizer(template).save_pretrained(folder)
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}", "++data.apply_chat_template_kwargs.space=' '")
+    (warning,) = messages(check_generation_prompt, config, "warning")
+    for part in ("begins the answer 'answer' with the tokens ['Ġ', 'a', 'n']", "begin with ['a', 'n', 's']",
+                 "Fix: ", "custom_chat_template"):  # fmt: skip
+        assert part in warning
+    config = compose_config(*WARMUP, f"{MODEL}.path={folder}", "++data.apply_chat_template_kwargs.space=''")
+    assert messages(check_generation_prompt, config, "warning") == []
+
+
+def test_a_tokenizer_that_puts_a_space_before_teacher_answers(compose_config, spaced_tokenizer, model):
+    """As TinyLlama's chat model: after "<|assistant|>:", a rollout's first token has no space."""
+    folder = model("sentencepiece")
+    tokenizer = spaced_tokenizer(
+        "{% for m in messages %}<|{{ m.role }}|>:{{ space }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+
+    def found(*overrides):
+        config = compose_config(*WARMUP, f"{MODEL}.path={folder}", *overrides)
+        return messages(check_generation_prompt, config, "warning")
+
+    (warning,) = found()
+    assert "the tokens ['a', 'n', 's'], and teacher answers begin with ['▁', 'a', 'n']" in warning
+    assert warning.endswith("Fix: gad.retokenize=True")
+    assert found("gad.retokenize=True") == found("gad.stage=seqkd", "critic.enable=False") == []
+    assert found("++data.apply_chat_template_kwargs.space=' '") == []
+    rollout = tokenizer.convert_tokens_to_ids([*"answer", "</s>"])
+    (read,) = Reading(tokenizer, None, [], retokenize=True).read([rollout])[0]
+    assert read == tokenize_teacher(tokenizer, ["answer"], [tokenizer.eos_token_id])[0]
+
+
+def test_a_template_that_writes_the_date(compose_config, model):
+    """Llama 3.2 takes it from date_string, if that is given."""
+    now = "strftime_now('%d %b %Y')"
+    for name, date in (("llama", f"date_string if date_string is defined else {now}"), ("fixed", now)):
+        folder = model(name)
+        (folder / "chat_template.jinja").write_text(f"{{{{ {date} }}}} {QUESTION}{{% endif %}}{{% endfor %}}")
+        (warning,) = messages(check_prompt_date, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "warning")
+        assert "writes the current date into prompts" in warning
+        fix = warning.partition("Fix: ")[2]
+        if name == "fixed":
+            assert fix == f"set {MODEL}.custom_chat_template to one with a fixed date"
+        else:
+            config = compose_config(*WARMUP, f"{MODEL}.path={folder}", fix.strip("'"))
+            assert messages(check_prompt_date, config, "warning") == []
+    assert messages(check_prompt_date, compose_config(*WARMUP, f"{MODEL}.path={model('none')}"), "warning") == []
+
+
+def test_a_template_that_leaves_out_the_answer(compose_config, model):
+    """As a template that takes a list of parts for the content, or writes no answer that ends a conversation."""
+    folder = model("parts")
+    template = "{% for m in messages %}<user>{% for part in m.content %}{{ part.text }}{% endfor %}<end>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    (error,) = messages(check_end_token, compose_config(*WARMUP, f"{MODEL}.path={folder}"), "error")
+    assert "the chat template leaves out the text of an answer" in error
+    assert "actor_rollout_ref.model.custom_chat_template" in error
 
 
 def test_a_broken_tokenizer(compose_config, model):

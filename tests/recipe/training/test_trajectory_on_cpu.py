@@ -112,6 +112,112 @@ def test_a_template_whose_turn_does_not_stop_a_rollout_warns_and_takes_eos(byte_
     assert "</s>" in record.getMessage() and "generation_config.eos_token_id" in record.getMessage()
 
 
+USERS = "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        # GLM: an answer ends where the next question begins
+        (USERS + "{% endfor %}", "<|user|>", ["<|user|>"]),
+        # Apertus, Qwen1.5: the end of a turn is left out at the end of the conversation
+        (USERS + "{% if not loop.last %}<|end|>\n{% endif %}{% endfor %}", "<|end|>", ["<|end|>"]),
+        # a question alone ends the turn before it
+        (USERS + "{% if not loop.last %}{{ '\n' }}<|end|>{% endif %}{% endfor %}", "<|end|>", ["Ċ", "<|end|>"]),
+        # the end of a turn counts first
+        (USERS + "<|end|>{% endfor %}", "<|end|>", ["<|end|>"]),
+        # a second question is refused
+        (USERS + "{% if loop.index > 2 %}{{ raise_exception('no') }}{% endif %}{% endfor %}", "</s>", ["</s>"]),
+    ],
+)
+def test_a_turn_may_end_where_the_next_begins(byte_tokenizer, template, eos, expected):
+    tokenizer = byte_tokenizer(template, ("<|user|>", "<|assistant|>", "<|end|>", "</s>"), eos=eos, pad="</s>")
+    assert tokens(tokenizer, end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))) == expected
+
+
+SYSTEM = [{"role": "system", "content": "be brief"}]
+EARLIER = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+SHAPES = {
+    "ChatML": (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}",
+        "<|im_end|>",
+    ),
+    # a bos token, and texts without white space at their ends
+    "Llama 3": (
+        "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>{{ '\n\n' + m.content | trim }}<|eot|>"
+        "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>{{ '\n\n' }}{% endif %}",
+        "<|eot|>",
+    ),
+    # no generation prompt, and the system prompt in the first question
+    "Mistral": (
+        "{{ bos_token }}{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]{{ system if loop.first }}"
+        "{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        "</s>",
+    ),
+    # a turn ends where the next begins
+    "GLM": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}",
+        "<|user|>",
+    ),
+    # earlier answers have no thinking, and the last has an empty one
+    "Qwen 3": (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
+        "{% if m.role == 'assistant' and 'user' not in messages[loop.index:] | map(attribute='role') %}"
+        "<think></think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}<think></think>{% endif %}",
+        "<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("chat", [QUESTION, SYSTEM + QUESTION, EARLIER + QUESTION, SYSTEM + EARLIER + QUESTION])
+def test_a_teachers_row_is_what_the_template_writes(byte_tokenizer, name, chat):
+    from tokenizers.processors import TemplateProcessing
+
+    template, eos = SHAPES[name]
+    specials = "<s> </s> <pad> [INST] [/INST] <|im_start|> <|im_end|> <|head|> <|/head|> <|eot|> <|user|> <|assistant|>"
+    tokenizer = byte_tokenizer(template, tuple(specials.split()), eos=eos, pad="<pad>")
+    tokenizer.bos_token = "<s>"
+    adds_bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds_bos  # as Llama's: texts get one, conversations have one
+    finished = [*chat, {"role": "assistant", "content": "hello world"}]
+    if name == "GLM":
+        finished += [{"role": "user", "content": "and now?"}]
+    rendered = tokenizer.apply_chat_template(finished, tokenize=True, return_dict=False)
+    prompt, answer = build_prompt_ids(tokenizer, chat), teacher_ids(tokenizer, "hello world")
+    row = build_teacher_trajectory(torch.tensor(prompt), torch.tensor(answer))
+    assert row["input_ids"].tolist() == rendered[: len(prompt) + len(answer)]
+    assert tokens(tokenizer, answer) == ["hello", "Ġw", "o", "r", "l", "d", eos]
+    assert row["loss_mask"].tolist() == [1] * len(answer)
+    assert prompt.count(tokenizer.bos_token_id) == ("bos_token" in template)
+
+
+def test_a_template_without_the_text_of_an_answer_is_refused(byte_tokenizer):
+    """Of a question with the same text, the end would be that of the question."""
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="leaves out the text of an answer"):
+        end_of_turn_ids(tokenizer, stop_token_ids(tokenizer))
+
+
+def test_the_end_of_a_turn_is_tokenized_after_the_answer(spaced_tokenizer):
+    """As Llama 2: the template has a space before the end of a turn, to which the tokenizer would add one."""
+    tokenizer = spaced_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+    )
+    chat = [*QUESTION, {"role": "assistant", "content": "answer"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert tokens(tokenizer, rendered)[-8:] == [*"answer", "▁", "</s>"]
+    assert tokens(tokenizer, teacher_ids(tokenizer, "answer")) == ["▁", *"answer", "▁", "</s>"]
+    assert rendered[len(build_prompt_ids(tokenizer, QUESTION)) :] == teacher_ids(tokenizer, "answer")
+
+
 def test_template_kwargs_reach_the_template(byte_tokenizer):
     template = TURNS + "{{ closing }}</s>" + REST
     tokenizer = byte_tokenizer(template, ("</s>", "<pad>"), eos="</s>", pad="<pad>")
