@@ -357,7 +357,7 @@ def discriminator_variants(runner, warmup) -> list[str]:
     return [
         *("--warmup_dir", str(warmup), "trainer.test_freq=1", "critic.ppo_mini_batch_size=4"),
         *(f"gad.discriminator_lead.{key}" for key in lead),
-        *("gad.discriminator_ema=0.5", "gad.replay=0.67", "gad.replay_capacity=10"),
+        *("gad.discriminator_ema=0.5", "gad.replay=0.67", "gad.replay_capacity=10", "gad.label_smoothing=0.1"),
         *(f"gad.unlabelled_files=[{runner.problem}/val.parquet]", "gad.unlabelled_ratio=0.25"),
     ]
 

@@ -4,11 +4,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transfer_queue as tq
+from omegaconf import OmegaConf
 
 from recipe.gad.run.log import VAL_D_ACC
 from recipe.gad.training import shortcuts
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay
+from recipe.gad.training.smoothing import loss_of
 from recipe.gad.training.teachers import Teachers
 from tests.integration.test_gad_step_on_cpu import (
     drop,
@@ -157,6 +159,39 @@ def test_scores_are_those_of_the_averaged_weights_and_a_resumed_run_has_the_same
     assert equal(averaged(live), saved)
     live.set(trainer__resume_mode="disable", gad__discriminator_ema=0.0, gad__score_in_update=False)
     trainer.global_steps += 1
+
+
+# ---------------------------------------------------------------------- smoothed labels
+
+
+@pytest.mark.parametrize("in_update", [True, False])
+def test_an_update_with_smoothed_labels_equals_the_pairwise_one(live, monkeypatch, in_update):
+    trainer = live.trainer
+    switches = OmegaConf.merge(live.config.gad, {"label_smoothing": 0.2})
+    monkeypatch.setattr(trainer.discriminator, "group_loss", loss_of(switches, trainer._teachers))
+    live.set(gad__score_in_update=in_update)
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
+    critic, gaps = hf_model(live, "critic"), []
+
+    def value(row):
+        return critic(torch.cat(row).unsqueeze(0)).logits[0, -1, 0]
+
+    for teacher, students in live_groups(live):
+        gaps += [value(teacher) - value(student) for student in students]
+    gaps = torch.stack(gaps)
+    assert len(gaps) == 8 * 4 - 1
+    loss = (0.8 * torch.log1p((-gaps).exp()) + 0.2 * torch.log1p(gaps.exp())).mean()
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in critic.parameters() if p.grad is not None))
+    trainer._compute_values(batch, metrics=metrics)
+    trainer._update_critic(batch, metrics=metrics)
+    live.set(gad__score_in_update=False)
+    assert metrics["critic/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["critic/d_loss"] == pytest.approx(torch.log1p((-gaps).exp()).mean().item(), rel=1e-5)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    live.finish(batch)
+    trainer.discriminator._loss = None  # the workers have this loss
 
 
 # ---------------------------------------------------------------------- replay

@@ -421,6 +421,13 @@ def check_replay(config: DictConfig) -> Findings:
         )
 
 
+def check_label_smoothing(config: DictConfig) -> Findings:
+    """Smoothed labels have a range in which the teacher is still preferred, and a discriminator."""
+    key = "gad.label_smoothing"
+    if (smoothing := number(config, key, 0, 0.5)) and not has_discriminator(config):
+        yield error(f"{key}={smoothing}: stage {get(config, 'gad.stage')} trains no discriminator", fix=f"{key}=0")
+
+
 def check_shortcuts(config: DictConfig) -> Findings:
     """Switches about what the discriminator reads need a discriminator, and one that judges whole answers."""
     for key in ("gad.retokenize", "gad.shortcut_probe"):
@@ -911,6 +918,7 @@ CHECKS: tuple[Check, ...] = (
     check_polling,
     check_lead,
     check_average,
+    check_label_smoothing,
     check_replay,
     check_teacher_answers,
     check_shortcuts,

@@ -1216,6 +1216,18 @@ def test_an_average_that_cannot_work_is_refused(gad, changes, parts):
     expect(gad({"gad.discriminator_ema": 0.9, **changes}), *parts)
 
 
+def test_label_smoothing_is_below_one_half_and_for_a_discriminator(gad, config):
+    key = "gad.label_smoothing"
+    for value in (0, 0.0, 0.1, 0.49):
+        assert errors_of(gad({key: value})) == []
+    for value in (-0.1, 0.5, float("nan"), True, "0.1"):
+        expect(gad({key: value}), f"{key}={value}", "from 0 to below 0.5", f"Fix: set {key}")
+    for credit in ({"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False}, {"gad.replay": 0.5}):
+        assert errors_of(gad({key: 0.1, **credit})) == []
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, "gad.actor_objective": "imitation", key: 0.1}
+    expect(config(seqkd), f"{key}=0.1", "stage seqkd trains no discriminator", f"Fix: {key}=0")
+
+
 def test_replay_that_cannot_work_is_refused(gad, config):
     assert errors_of(gad({"gad.replay": 0.5})) == []
     expect(gad({"gad.replay": -0.5}), "gad.replay=-0.5", "from 0 to below 10")

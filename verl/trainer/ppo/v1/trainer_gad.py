@@ -36,7 +36,7 @@ from recipe.gad.run.stop import take_request
 from recipe.gad.run.watchdog import Watchdog
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.bad_steps import BadSteps, texts
-from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
+from recipe.gad.training.credit import token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.lora import merge_checkpoint
@@ -44,6 +44,7 @@ from recipe.gad.training.reading import Reading
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.shortcuts import ShortcutProbe, read_as, replaced_rows
+from recipe.gad.training.smoothing import loss_of
 from recipe.gad.training.start import StartsSideBySide
 from recipe.gad.training.state import load_state, save_metrics, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
@@ -126,9 +127,8 @@ class PPOTrainerGAD(StartsSideBySide, PPOTrainerSync):
     def _setup(self):
         super()._setup()
         if self.use_critic:
-            loss = prefix_discriminator_loss if self.config.gad.credit == "token" else self._teachers.loss
             averages = self.config.gad.discriminator_ema > 0
-            layout = self.rollout_n, loss, averages, self._teachers.most
+            layout = self.rollout_n, loss_of(self.config.gad, self._teachers), averages, self._teachers.most
             self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, *layout)
 
     # ------------------------------------------------------------------ a step
