@@ -67,7 +67,7 @@ from recipe.gad.run.findings import (
     one_line,
     warning,
 )
-from recipe.gad.run.model_checks import check_lora, check_models, check_tokenizers
+from recipe.gad.run.model_checks import check_fresh_discriminator, check_lora, check_models, check_tokenizers
 from recipe.gad.run.refusals import (
     check_agents,
     check_choices,
@@ -937,6 +937,7 @@ CHECKS: tuple[Check, ...] = (
     check_lora,
     check_tokenizers,
     check_data,
+    check_fresh_discriminator,
     check_choices,
     check_loggers,
     check_estimator,

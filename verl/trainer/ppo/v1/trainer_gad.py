@@ -52,7 +52,7 @@ from recipe.gad.training.teacher_terms import group_advantages, group_update, lo
 from recipe.gad.training.teachers import Teachers
 from recipe.gad.training.trajectory import TEACHER_IDS
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
-from recipe.gad.training.validation import Pair, SeenRows, pair_rows
+from recipe.gad.training.validation import Pair, SeenRows, fresh_accuracy, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -496,22 +496,23 @@ class PPOTrainerGAD(StartsSideBySide, PPOTrainerSync):
             read, _ = reading.read(pair.student for pair in seen.pairs)
             seen.pairs = [pair._replace(student=ids) for pair, ids in zip(seen.pairs, read, strict=True)]
         if seen.pairs:
-            metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
+            metrics |= self._validation_accuracies(seen.pairs)
             self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
             if self._step_folder().is_dir():  # saved before this validation
                 self._save_state()
         return metrics
 
-    def _validation_accuracy(self, pairs: list[Pair]) -> float:
-        """Share of pairs in which D prefers the teacher. The rollout engine makes room for D's forward pass."""
+    def _validation_accuracies(self, pairs: list[Pair]) -> dict[str, float]:
+        """Shares of pairs in which D, and a fresh D, prefers the teacher. The rollout engine makes room for them."""
         rows = pair_rows(pairs, self.discriminator.data_parallel_size(), self.tokenizer.eos_token_id)
         self._put_rows("train", rows)
         self.checkpoint_manager.sleep_replicas()
         scores = self.discriminator.compute_values(self._view(list(rows)))
+        fresh = fresh_accuracy(self.config, self.critic_wg, pairs, self.tokenizer)
         self.checkpoint_manager.update_weights(self.global_steps)
         tq.kv_clear(keys=list(rows), partition_id="train")
         student, teacher = scores[: 2 * len(pairs)].chunk(2)
-        return compute_discriminator_accuracy(student, teacher).mean().item()
+        return {VAL_D_ACC: compute_discriminator_accuracy(student, teacher).mean().item(), **fresh}
 
     # ------------------------------------------------------------------ the actor
 
