@@ -251,6 +251,14 @@ def gad(runner, warmup):
 
 
 @in_background
+def with_fresh_discriminators(runner, warmup):
+    settings = (f"model={runner.problem}/model", "epochs=1", "lr=1e-3")
+    return runner.stage(
+        "gad", "fresh", "--warmup_dir", str(warmup), *(f"gad.fresh_discriminator.{value}" for value in settings)
+    )
+
+
+@in_background
 def olmo_warmup(runner):
     from transformers import AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
@@ -490,6 +498,14 @@ def same_steps(got: dict, expected: dict) -> None:
 
 def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metrics(gad, killed_gad):
     same_metrics(killed_gad, gad)
+
+
+@pytest.mark.long
+def test_a_run_with_fresh_discriminators_trains_as_one_without(gad, with_fresh_discriminators):
+    log = metrics(with_fresh_discriminators)
+    fresh = {step: found.pop("val-aux/two_sample") for step, found in log.items() if "val-aux/two_sample" in found}
+    assert sorted(fresh) == [0, STEPS] and all(0.0 <= accuracy <= 1.0 for accuracy in fresh.values())
+    same_steps(log, metrics(gad))
 
 
 @pytest.mark.long
