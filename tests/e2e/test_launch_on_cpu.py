@@ -250,12 +250,14 @@ def gad(runner, warmup):
     return runner.stage("gad", "gad", "--warmup_dir", str(warmup))
 
 
+def fresh_discriminators(runner) -> list[str]:
+    settings = f"model={runner.problem}/model", "epochs=1", "lr=1e-3"
+    return [f"gad.fresh_discriminator.{value}" for value in settings]
+
+
 @in_background
 def with_fresh_discriminators(runner, warmup):
-    settings = (f"model={runner.problem}/model", "epochs=1", "lr=1e-3")
-    return runner.stage(
-        "gad", "fresh", "--warmup_dir", str(warmup), *(f"gad.fresh_discriminator.{value}" for value in settings)
-    )
+    return runner.stage("gad", "fresh", "--warmup_dir", str(warmup), *fresh_discriminators(runner))
 
 
 @in_background
@@ -351,7 +353,8 @@ def variants(runner, warmup):
 
 @in_background
 def variants_on_two_ranks(runner, warmup):
-    return runner.stage("gad", "variants-2", "--warmup_dir", str(warmup), *VARIANTS, "trainer.n_gpus_per_node=2")
+    ranks = ["trainer.n_gpus_per_node=2", *fresh_discriminators(runner)]
+    return runner.stage("gad", "variants-2", "--warmup_dir", str(warmup), *VARIANTS, *ranks)
 
 
 @in_background
@@ -524,6 +527,7 @@ def test_the_variants_of_the_objective_resume_with_the_same_metrics(variants, ki
 def test_the_variants_of_the_objective_do_the_same_on_two_ranks(variants, variants_on_two_ranks):
     names = ["actor/imitation_loss", "actor/teacher_pg_loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm"]
     one_log, two_log = metrics(variants), metrics(variants_on_two_ranks)
+    assert 0.0 <= two_log[STEPS]["val-aux/two_sample"] <= 1.0, "the ranks share the seeds"
     for step in range(1, STEPS + 1):
         for name in [*names, "gad/policy_gate", "critic/d_loss"]:
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)
