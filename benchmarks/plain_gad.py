@@ -35,21 +35,21 @@ import torch.nn.functional as F
 
 from recipe.gad.evaluation.sampling import Settings, TokenizedRows, load_rows, write_answers
 from recipe.gad.evaluation.scores import text_section, update_scores
-from recipe.gad.evaluation.two_sample import (
-    MAX_BATCH_TOKENS,
-    TwoSampleSettings,
-    batches_by_tokens,
-    fresh_discriminator,
-    last_token_values,
-    load_base,
-    run_two_sample_test,
-    score,
-)
+from recipe.gad.evaluation.two_sample import run_two_sample_test
 from recipe.gad.referee.plan import check_count, check_one_of, check_positive, read_yaml, values_of
 from recipe.gad.referee.results import differences, mean, read_values
 from recipe.gad.referee.schedule import Job, Scheduler, State
 from recipe.gad.referee.verdict import METRICS
 from recipe.gad.run.config import is_number
+from recipe.gad.run.two_sample import TwoSampleSettings
+from recipe.gad.training.fresh import (
+    MAX_BATCH_TOKENS,
+    batches_by_tokens,
+    fresh_discriminator,
+    last_token_values,
+    load_base,
+    score,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLIP = 0.2

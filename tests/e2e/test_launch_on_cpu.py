@@ -250,6 +250,16 @@ def gad(runner, warmup):
     return runner.stage("gad", "gad", "--warmup_dir", str(warmup))
 
 
+def fresh_discriminators(runner) -> list[str]:
+    settings = f"model={runner.problem}/model", "epochs=1", "lr=1e-3"
+    return [f"gad.fresh_discriminator.{value}" for value in settings]
+
+
+@in_background
+def with_fresh_discriminators(runner, warmup):
+    return runner.stage("gad", "fresh", "--warmup_dir", str(warmup), *fresh_discriminators(runner))
+
+
 @in_background
 def olmo_warmup(runner):
     from transformers import AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
@@ -343,7 +353,8 @@ def variants(runner, warmup):
 
 @in_background
 def variants_on_two_ranks(runner, warmup):
-    return runner.stage("gad", "variants-2", "--warmup_dir", str(warmup), *VARIANTS, "trainer.n_gpus_per_node=2")
+    ranks = ["trainer.n_gpus_per_node=2", *fresh_discriminators(runner)]
+    return runner.stage("gad", "variants-2", "--warmup_dir", str(warmup), *VARIANTS, *ranks)
 
 
 @in_background
@@ -357,7 +368,7 @@ def discriminator_variants(runner, warmup) -> list[str]:
     return [
         *("--warmup_dir", str(warmup), "trainer.test_freq=1", "critic.ppo_mini_batch_size=4"),
         *(f"gad.discriminator_lead.{key}" for key in lead),
-        *("gad.discriminator_ema=0.5", "gad.replay=0.67", "gad.replay_capacity=10"),
+        *("gad.discriminator_ema=0.5", "gad.replay=0.67", "gad.replay_capacity=10", "gad.label_smoothing=0.1"),
         *(f"gad.unlabelled_files=[{runner.problem}/val.parquet]", "gad.unlabelled_ratio=0.25"),
     ]
 
@@ -493,6 +504,14 @@ def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metric
 
 
 @pytest.mark.long
+def test_a_run_with_fresh_discriminators_trains_as_one_without(gad, with_fresh_discriminators):
+    log = metrics(with_fresh_discriminators)
+    fresh = {step: found.pop("val-aux/two_sample") for step, found in log.items() if "val-aux/two_sample" in found}
+    assert sorted(fresh) == [0, STEPS] and all(0.0 <= accuracy <= 1.0 for accuracy in fresh.values())
+    same_steps(log, metrics(gad))
+
+
+@pytest.mark.long
 def test_sigkill_of_a_warmup_then_the_same_command_gives_the_same_metrics(warmup, killed_warmup):
     same_metrics(killed_warmup, warmup)
 
@@ -508,6 +527,7 @@ def test_the_variants_of_the_objective_resume_with_the_same_metrics(variants, ki
 def test_the_variants_of_the_objective_do_the_same_on_two_ranks(variants, variants_on_two_ranks):
     names = ["actor/imitation_loss", "actor/teacher_pg_loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm"]
     one_log, two_log = metrics(variants), metrics(variants_on_two_ranks)
+    assert 0.0 <= two_log[STEPS]["val-aux/two_sample"] <= 1.0, "the ranks share the seeds"
     for step in range(1, STEPS + 1):
         for name in [*names, "gad/policy_gate", "critic/d_loss"]:
             assert two_log[step][name] == pytest.approx(one_log[step][name], rel=2e-3, abs=1e-4), (step, name)

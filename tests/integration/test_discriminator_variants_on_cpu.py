@@ -4,11 +4,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transfer_queue as tq
+from omegaconf import OmegaConf
 
-from recipe.gad.run.log import VAL_D_ACC
-from recipe.gad.training import shortcuts
+from recipe.gad.run.log import VAL_D_ACC, VAL_TWO_SAMPLE
+from recipe.gad.run.two_sample import TwoSampleSettings
+from recipe.gad.training import shortcuts, validation
+from recipe.gad.training.fresh import Pair, held_out, load_base
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay
+from recipe.gad.training.smoothing import loss_of
 from recipe.gad.training.teachers import Teachers
 from tests.integration.test_gad_step_on_cpu import (
     drop,
@@ -59,6 +63,59 @@ def test_validation_accuracy_equals_huggingface_and_changes_nothing_else(live, m
     assert 0.0 < accuracy
     assert all(torch.equal(value, weights[name]) for name, value in live.weights("critic").items())
     assert not any((tq.kv_list() or {}).values()), "rows of the validation stay in the queue"
+
+
+def random_states(live):
+    """Of all generators of the worker's process."""
+
+    def collect(worker):
+        import random
+
+        import numpy
+        import torch
+
+        return torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1]
+
+    torch_state, python_state, numpy_state = live.on_workers(collect)
+    return torch_state.tolist(), python_state, numpy_state.tolist()
+
+
+def test_a_fresh_discriminator_judges_validation_answers_and_changes_nothing_else(live, tiny_problem, monkeypatch):
+    spy, tokenizer, key = Spy(live.trainer.replay_buffer), live.trainer.tokenizer, "gad__fresh_discriminator"
+    live.step()
+    monkeypatch.setattr(live.trainer, "replay_buffer", spy)
+    without = live.trainer._validate()
+    assert VAL_TWO_SAMPLE not in without and VAL_D_ACC in without
+    spy.rows.clear()
+    weights, states = {role: live.weights(role) for role in ("actor", "critic")}, random_states(live)
+    settings = TwoSampleSettings(f"{tiny_problem}/model", (0, 3), lr=3e-3, epochs=2)
+    values = {"model": settings.model, "seeds": list(settings.seeds), "lr": settings.lr, "epochs": settings.epochs}
+    live.set(**{f"{key}__{name}": value for name, value in values.items()})
+    metrics = live.trainer._validate()
+    live.set(**{f"{key}__{name}": None for name in values})
+    accuracy = metrics.pop(VAL_TWO_SAMPLE)
+    assert metrics == without
+    assert random_states(live) == states
+    for role, before in weights.items():
+        assert all(torch.equal(value, before[name]) for name, value in live.weights(role).items())
+    assert not any((tq.kv_list() or {}).values()), "rows of the validation stay in the queue"
+
+    pairs = []
+    for prompt, student, text in sorted(
+        (prompt.tolist(), student.tolist(), text) for prompt, student, text in spy.rows
+    ):
+        teacher = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        read = shortcuts.canonical_ids(tokenizer, student)
+        pairs.append(Pair(str(prompt), prompt + read, prompt + teacher))
+    base = load_base(settings.model)
+    wins = [held_out(base, pairs, settings, seed)[0] for seed in settings.seeds]
+    assert len(pairs) == 8 and accuracy == pytest.approx(sum(map(sum, wins)) / 16)
+
+
+def test_validation_answers_to_one_prompt_have_no_fresh_discriminator(live):
+    pairs = [validation.Pair([5, 6], [7], [8]), validation.Pair([5, 6], [9], [8])]
+    config = OmegaConf.create({"gad": {"fresh_discriminator": {"model": live.config.actor_rollout_ref.model.path}}})
+    assert validation.fresh_accuracy(config, None, pairs, live.trainer.tokenizer) == {}
 
 
 # ---------------------------------------------------------------------- the discriminator's lead
@@ -157,6 +214,39 @@ def test_scores_are_those_of_the_averaged_weights_and_a_resumed_run_has_the_same
     assert equal(averaged(live), saved)
     live.set(trainer__resume_mode="disable", gad__discriminator_ema=0.0, gad__score_in_update=False)
     trainer.global_steps += 1
+
+
+# ---------------------------------------------------------------------- smoothed labels
+
+
+@pytest.mark.parametrize("in_update", [True, False])
+def test_an_update_with_smoothed_labels_equals_the_pairwise_one(live, monkeypatch, in_update):
+    trainer = live.trainer
+    switches = OmegaConf.merge(live.config.gad, {"label_smoothing": 0.2})
+    monkeypatch.setattr(trainer.discriminator, "group_loss", loss_of(switches, trainer._teachers))
+    live.set(gad__score_in_update=in_update)
+    batch, metrics = live.sample()
+    batch = trainer._balance_batch(drop(batch, batch.keys[:1]), metrics=metrics)
+    critic, gaps = hf_model(live, "critic"), []
+
+    def value(row):
+        return critic(torch.cat(row).unsqueeze(0)).logits[0, -1, 0]
+
+    for teacher, students in live_groups(live):
+        gaps += [value(teacher) - value(student) for student in students]
+    gaps = torch.stack(gaps)
+    assert len(gaps) == 8 * 4 - 1
+    loss = (0.8 * torch.log1p((-gaps).exp()) + 0.2 * torch.log1p(gaps.exp())).mean()
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in critic.parameters() if p.grad is not None))
+    trainer._compute_values(batch, metrics=metrics)
+    trainer._update_critic(batch, metrics=metrics)
+    live.set(gad__score_in_update=False)
+    assert metrics["critic/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["critic/d_loss"] == pytest.approx(torch.log1p((-gaps).exp()).mean().item(), rel=1e-5)
+    assert metrics["critic/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    live.finish(batch)
+    trainer.discriminator._loss = None  # the workers have this loss
 
 
 # ---------------------------------------------------------------------- replay

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipe.gad.evaluation.sampling import read_answers
-from recipe.gad.evaluation.two_sample import fresh_discriminator, load_base
+from recipe.gad.training.fresh import fresh_discriminator, load_base
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
 ANSWERS = [[[10, 11, 1], [12, 13]], [[14, 15, 6, 7], [1]], [[8], [9, 10]]]

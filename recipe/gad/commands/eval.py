@@ -10,7 +10,7 @@ import typer
 from recipe.gad.commands.options import json_object, option_groups, starting, whole_numbers
 from recipe.gad.evaluation.judge import CONCURRENCY, DEFAULT_EXTRA, JudgeSettings
 from recipe.gad.evaluation.sampling import RUN_KEYS, Settings
-from recipe.gad.evaluation.two_sample import TwoSampleSettings
+from recipe.gad.run.two_sample import TwoSampleSettings
 
 ANSWERS, VLLM = "Answers", "vLLM"
 TWO_SAMPLE, JUDGE = "Two-sample test", "Judge"

@@ -24,6 +24,7 @@ from recipe.gad.doctor.memory import (
     RoleMemory,
     checkpoint_bytes,
     checkpoints_on_disk,
+    fresh_memory,
     kv_tokens,
     model_shape,
     role_memory,
@@ -67,6 +68,8 @@ from recipe.gad.run.findings import (
 from recipe.gad.run.hold import WRITER
 from recipe.gad.run.hub import load_tokenizer, local_model
 from recipe.gad.run.thinking import Turn, switch_off, think_end
+from recipe.gad.run.two_sample import FRESH, fresh_settings
+from recipe.gad.training.fresh import MAX_BATCH_TOKENS
 
 SAMPLE_ROWS = 1000
 """Rows per data key whose lengths are counted. This takes a second and gives shares to about 3 percentage points."""
@@ -749,6 +752,21 @@ def memory_findings(config: DictConfig, gpu_memory: float | None) -> Findings:
             f"{memory.activations / GIB:.2f}, logits {memory.logits / GIB:.2f}; peak {memory.peak / GIB:.2f}, "
             f"while other roles work {memory.resident / GIB:.2f}"
         )
+    if (settings := fresh_settings(config)) is not None:
+        if (folder := local_model(settings.model)) is None:
+            yield warning(
+                f"{FRESH}.model={settings.model} is not on this machine: no estimate", fix="download it first"
+            )
+            return
+        shape = _shape(folder, True, False)
+        row = integer(config, "data.max_prompt_length") + integer(config, "data.max_response_length")
+        tokens = max(2 * row, min(MAX_BATCH_TOKENS, 2 * settings.batch_pairs * row))
+        parts[FRESH] = memory = fresh_memory(shape, tokens)
+        yield note(
+            f"{FRESH}: {shape.parameters:,} parameters, whole on a GPU; GiB: weights, gradients and Adam "
+            f"{memory.states / GIB:.2f}, activations of {tokens} tokens {memory.activations / GIB:.2f}; peak "
+            f"{memory.peak / GIB:.2f}"
+        )
     gpu_memory = this_gpu_bytes() if gpu_memory is None else gpu_memory
     if gpu_memory is None:
         yield warning(
@@ -770,13 +788,12 @@ def _phase_findings(config: DictConfig, actor: ModelShape, parts: dict[str, Role
         others = sum(size for other, size in resident.items() if other != role) + asleep
         states, peak = memory.states + others, memory.peak + others
         found = f"{role} at work: about {peak / GIB:.1f} of {gpu_memory / GIB:.1f} GiB"
-        limit = f"{REF}.log_prob" if role == REF else f"{role}.ppo"
+        more = f"{OFFLOAD}, more GPUs, or {FRESH}.model=null" if role == FRESH else f"{OFFLOAD}, or more GPUs"
+        limit = f"{role}.{'log_prob' if role == REF else 'ppo'}_max_token_len_per_gpu"
         if states > gpu_memory:
-            yield error(
-                f"{found}; weights, gradients and Adam alone take {states / GIB:.1f}", fix=f"{OFFLOAD}, or more GPUs"
-            )
+            yield error(f"{found}; weights, gradients and Adam alone take {states / GIB:.1f}", fix=more)
         elif peak > MEMORY_SHARE * gpu_memory:
-            yield warning(found, fix=f"a smaller {limit}_max_token_len_per_gpu, {OFFLOAD}, or more GPUs")
+            yield warning(found, fix=more if role == FRESH else f"a smaller {limit}, {more}")
         else:
             yield note(found)
 

@@ -280,6 +280,19 @@ def role_memory(shape: ModelShape, run: Training) -> RoleMemory:
     )
 
 
+def fresh_memory(shape: ModelShape, tokens: int) -> RoleMemory:
+    """Memory of a fresh discriminator of validation (gad.fresh_discriminator) on the GPU that trains it.
+
+    float32 weights on this GPU alone, which autocast keeps in bfloat16 too; activations are recomputed.
+
+    Args:
+        shape: of its base model as a value model.
+        tokens: of its largest micro-batch.
+    """
+    run = Training(shards=1, tokens=tokens, logits=False, param_offload=True, optimizer_offload=True)
+    return replace(role_memory(shape, run), gathered=float(run.compute_bytes * shape.parameters))
+
+
 def checkpoint_bytes(shape: ModelShape, run: Training, contents: Sequence[str]) -> int:
     """Bytes on disk of one checkpoint of one role, over all ranks; ``contents`` is checkpoint.save_contents."""
     trained = shape.parameters if run.trainable is None else run.trainable

@@ -20,6 +20,7 @@ from recipe.gad.run.findings import Finding, visible
 from recipe.gad.run.log import (
     ROUGE_L,
     VAL_D_ACC,
+    VAL_TWO_SAMPLE,
     Metrics,
     answers_over_training,
     load_metrics,
@@ -168,8 +169,10 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "Discriminator accuracy",
             "Share of pairs in which D prefers the teacher; 0.5 is a coin toss. High after the warmup, in the band "
             "once the student follows. Alone it proves nothing: look at ROUGE-L beside it. Its distance from the "
-            "accuracy on validation prompts is memorizing; the accuracy there is what the reward is worth.",
-            {"d_acc": "critic/d_acc", "on validation prompts": VAL_D_ACC},
+            "accuracy on validation prompts is memorizing; the accuracy there is what the reward is worth. A fresh "
+            "discriminator was trained on validation answers alone: if it tells the sides apart and D does not, the "
+            "student has only left D's sight.",
+            {"d_acc": "critic/d_acc", "on validation prompts": VAL_D_ACC, "fresh discriminator": VAL_TWO_SAMPLE},
             (0.5, 0.9),
         ),
         Panel("d_loss", "Discriminator loss", "ln 2 = 0.693 is guessing, 0 is certainty.", {"d_loss": "critic/d_loss"}),

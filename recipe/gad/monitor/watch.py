@@ -16,6 +16,7 @@ from recipe.gad.run.findings import Finding, line, visible
 from recipe.gad.run.log import (
     ROUGE_L,
     VAL_D_ACC,
+    VAL_TWO_SAMPLE,
     MetricLog,
     matching_names,
     phase_seconds,
@@ -27,6 +28,7 @@ from recipe.gad.run.log import (
 KEY_METRICS = (
     "critic/d_acc",
     VAL_D_ACC,
+    VAL_TWO_SAMPLE,
     "critic/d_loss",
     "critic/score_gap",
     ROUGE_L,

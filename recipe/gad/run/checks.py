@@ -67,7 +67,7 @@ from recipe.gad.run.findings import (
     one_line,
     warning,
 )
-from recipe.gad.run.model_checks import check_lora, check_models, check_tokenizers
+from recipe.gad.run.model_checks import check_fresh_discriminator, check_lora, check_models, check_tokenizers
 from recipe.gad.run.refusals import (
     check_agents,
     check_choices,
@@ -419,6 +419,13 @@ def check_replay(config: DictConfig) -> Findings:
             f"gad.replay_capacity={capacity} is less than the {needed} prompts that one step replays",
             fix=f"gad.replay_capacity={needed} or more",
         )
+
+
+def check_label_smoothing(config: DictConfig) -> Findings:
+    """Smoothed labels have a range in which the teacher is still preferred, and a discriminator."""
+    key = "gad.label_smoothing"
+    if (smoothing := number(config, key, 0, 0.5)) and not has_discriminator(config):
+        yield error(f"{key}={smoothing}: stage {get(config, 'gad.stage')} trains no discriminator", fix=f"{key}=0")
 
 
 def check_shortcuts(config: DictConfig) -> Findings:
@@ -911,6 +918,7 @@ CHECKS: tuple[Check, ...] = (
     check_polling,
     check_lead,
     check_average,
+    check_label_smoothing,
     check_replay,
     check_teacher_answers,
     check_shortcuts,
@@ -929,6 +937,7 @@ CHECKS: tuple[Check, ...] = (
     check_lora,
     check_tokenizers,
     check_data,
+    check_fresh_discriminator,
     check_choices,
     check_loggers,
     check_estimator,

@@ -31,6 +31,9 @@ ROUGE_L = "val-aux/*/rouge_l/mean@*"
 VAL_D_ACC = "val-aux/d_acc"
 """Name of the discriminator's accuracy on the validation prompts."""
 
+VAL_TWO_SAMPLE = "val-aux/two_sample"
+"""Name of the accuracy of discriminators that are trained anew in every validation (gad.fresh_discriminator)."""
+
 
 class MetricLog:
     """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only the new lines.

@@ -8,11 +8,23 @@ from typing import Any
 from omegaconf import DictConfig
 
 from recipe.gad.run.checkpoint import has_score_head, weight_problems
-from recipe.gad.run.config import ACTOR, ACTOR_MODEL, LORA_KEYS, get, has_discriminator, lora_rank
+from recipe.gad.run.config import (
+    ACTOR,
+    ACTOR_MODEL,
+    LORA_KEYS,
+    files_of,
+    get,
+    has_discriminator,
+    integer,
+    lora_rank,
+    validates,
+)
+from recipe.gad.run.data_file import data_file_problems
 from recipe.gad.run.findings import Finding, Findings, error, note, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
 from recipe.gad.run.lora import adapter_problem
 from recipe.gad.run.score_head import discriminator_problem, student_problem
+from recipe.gad.run.two_sample import FRESH, MIN_PROMPTS, fresh_settings
 
 FSDP = ("fsdp", "fsdp2")
 
@@ -138,8 +150,10 @@ def check_tokenizers(config: DictConfig) -> Findings:
         if isinstance(actor, str) and HUB_ID.fullmatch(actor) and len(keys) > 1:
             yield note(f"not checked: the tokenizer of {actor} is in no local folder")
         return  # else check_models reports an error
-    for key in keys[1:]:
-        critic = get(config, key)
+    others = {key: get(config, key) for key in keys[1:]}
+    if len(keys) > 1 and (settings := fresh_settings(config)) is not None:
+        others[f"{FRESH}.model"] = settings.model
+    for key, critic in others.items():
         if not isinstance(critic, str) or critic == actor:
             continue
         folders = Path(actor).expanduser(), Path(critic).expanduser()
@@ -148,6 +162,41 @@ def check_tokenizers(config: DictConfig) -> Findings:
                 yield warning(f"{key}={critic}: no local tokenizer to compare with the vocabulary of {actor}")
         elif not _same_tokenizer_files(*folders):
             yield from _vocabulary_findings(key, *folders, bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
+
+
+def check_fresh_discriminator(config: DictConfig) -> Findings:
+    """Fresh discriminators, if wanted, have a base model, and validations with answers to learn from."""
+    if (settings := fresh_settings(config)) is None:
+        return
+    key = f"{FRESH}.model"
+    what, off = f"{key}={get(config, key)}", f"{key}=null"
+    if not has_discriminator(config):
+        yield error(
+            f"{what}: stage {get(config, 'gad.stage')} trains no discriminator, on whose GPUs fresh ones are trained",
+            fix=f"{off}, and gad eval --two_sample_model for the checkpoints",
+        )
+        return
+    if not get(config, "gad.val_d_acc"):
+        yield error(f"{what} needs the samples that gad.val_d_acc notes", fix=f"gad.val_d_acc=True, or {off}")
+    if not validates(config):
+        yield error(
+            f"{what}, but trainer.test_freq={get(config, 'trainer.test_freq')} and trainer.val_before_train="
+            f"{get(config, 'trainer.val_before_train')}: there is no validation",
+            fix=f"trainer.test_freq=50, or {off}",
+        )
+    folder = Path(settings.model)
+    if folder.is_dir() and (problem := discriminator_problem(folder)) is not None:
+        yield problem.about(what)
+    prompt_key, teacher_key = get(config, "data.prompt_key"), get(config, "data.teacher_key")
+    files = [file for file in files_of(get(config, "data.val_files")) if not file.startswith("hdfs://")]
+    rows = sum(data_file_problems(file, prompt_key, teacher_key)[0] or 0 for file in files)
+    limit = integer(config, "data.val_max_samples", -1, minimum=-1)
+    if 0 < (rows := min(rows, limit) if limit > 0 else rows) < MIN_PROMPTS:  # check_data reports unreadable files
+        yield error(
+            f"{what}: data.val_files has {rows} rows, and discriminators need {MIN_PROMPTS} different prompts: one to "
+            "learn from, one to judge",
+            fix=f"more validation rows, or {off}",
+        )
 
 
 def _same_tokenizer_files(first: Path, second: Path) -> bool:

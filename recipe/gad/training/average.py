@@ -1,6 +1,8 @@
-"""The discriminator's worker: ``gad.discriminator_ema`` (an average of its weights, which scores), and LoRA."""
+"""The discriminator's worker: ``gad.discriminator_ema`` (an average of its weights, which scores), LoRA, and
+``gad.fresh_discriminator`` (others that are trained anew in validation)."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import torch
 from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
 
+from recipe.gad.run.two_sample import TwoSampleSettings
+from recipe.gad.training import fresh
 from recipe.gad.training.lora import add_adapters
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils.device import get_torch_device
@@ -65,6 +69,11 @@ class DiscriminatorWorker(TrainingWorker):
             for average, shard in zip(self._average, self._shards(), strict=True):
                 average.lerp_(shard.to(average), 1.0 - self._decay)
         return output
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def fresh_accuracies(self, pairs: Sequence[fresh.Pair], settings: TwoSampleSettings) -> list[float]:
+        """Accuracies of fresh discriminators, one for each of this rank's share of the seeds; D stays as it is."""
+        return fresh.accuracies(pairs, settings, settings.seeds[self.rank :: self.world_size])
 
     def _average_file(self, folder: str) -> Path:
         return Path(folder) / f"average_world_size_{self.world_size}_rank_{self.rank}.pt"

@@ -1,15 +1,23 @@
-"""The discriminator's accuracy on validation prompts, whose teacher answers it never trains on.
+"""Accuracies on validation prompts: the discriminator's, which never trains on their teacher answers, and that of
+fresh discriminators, which train on nothing else (``gad.fresh_discriminator``).
 
 Stock validation removes its rows as soon as their text is read, so :class:`SeenRows` notes token ids on the way.
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import transfer_queue as tq
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
 
+from recipe.gad.run.log import VAL_TWO_SAMPLE
+from recipe.gad.run.two_sample import MIN_PROMPTS, fresh_settings
+from recipe.gad.training import fresh
 from recipe.gad.training.rows import Trajectory, filler
+from recipe.gad.training.shortcuts import canonical_ids
 from recipe.gad.training.trajectory import TEACHER_IDS, build_teacher_trajectory
 
 
@@ -58,3 +66,22 @@ def pair_rows(pairs: Sequence[Pair], n_ranks: int, eos_token_id: int) -> dict[st
     }
     fillers = {f"validation_filler_{i}": filler(eos_token_id) for i in range(-len(rows) % n_ranks)}
     return rows | fillers
+
+
+def fresh_accuracy(
+    config: DictConfig, critic_wg: Any, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """:data:`VAL_TWO_SAMPLE`, if ``gad.fresh_discriminator`` wants it and the pairs have enough different prompts.
+
+    As in ``gad eval``, the discriminators read both sides as the tokens of their text. They are trained on the GPUs of
+    the critic's workers, which share the seeds.
+    """
+    settings = fresh_settings(config)
+    if settings is None or len({tuple(pair.prompt) for pair in pairs}) < MIN_PROMPTS:
+        return {}
+    read = [
+        fresh.Pair(str(prompt), prompt + canonical_ids(tokenizer, student), prompt + teacher)
+        for prompt, student, teacher in sorted(pairs)
+    ]
+    by_rank = critic_wg.fresh_accuracies(read, settings)
+    return {VAL_TWO_SAMPLE: fmean(accuracy for rank in by_rank for accuracy in rank)}

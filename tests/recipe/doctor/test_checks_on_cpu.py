@@ -43,6 +43,7 @@ from recipe.gad.doctor.memory import (
     Training,
     checkpoint_bytes,
     checkpoints_on_disk,
+    fresh_memory,
     kv_tokens,
     model_shape,
     role_memory,
@@ -53,6 +54,7 @@ from recipe.gad.run.checks import check_ray, run_checks
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
 from recipe.gad.run.findings import Finding
+from recipe.gad.run.two_sample import FRESH
 from recipe.gad.training.reading import Reading
 from recipe.gad.training.trajectory import tokenize_teacher
 
@@ -931,6 +933,20 @@ def test_a_run_against_a_gpu(compose_config):
     assert "of the engine" in text, "validation samples"
     _, text = levels(80.0, ("trainer.test_freq", -1), ("trainer.val_before_train", False))
     assert "engine" not in text and "at work" in text
+
+
+def test_a_fresh_discriminator_against_a_gpu(compose_config, tiny_problem):
+    config = compose_config("trainer.device=cuda", "data.max_prompt_length=16", f"{FRESH}.model={tiny_problem}/model")
+    found = {finding.what.partition(":")[0]: finding for finding in memory_findings(config, 80 * GIB)}
+    size = model_shape(tiny_problem / "model", value_model=True).parameters
+    states = 16 * size / GIB  # float32: weights, gradients and two moments of Adam
+    assert f"{FRESH}: {size:,} parameters" in found[FRESH].what and f"Adam {states:.2f}, activations of 448 tokens" in (
+        found[FRESH].what
+    )  # batches of 8 pairs, 28 tokens a row
+    assert fresh_memory(SHAPE, 448).states == 16 * SHAPE.parameters and fresh_memory(SHAPE, 448).resident == 0
+    assert found[f"{FRESH} at work"].level == "ok"
+    levels = {finding.what.partition(":")[0]: finding for finding in memory_findings(config, 0.0001 * GIB)}
+    assert levels[f"{FRESH} at work"].level == "error" and f"or {FRESH}.model=null" in levels[f"{FRESH} at work"].fix
 
 
 def test_without_a_gpu_the_estimate_is_not_compared(compose_config, monkeypatch):

@@ -10,19 +10,19 @@ import torch
 from scipy import stats
 
 from recipe.gad.evaluation.intervals import cross_fitted_mean
-from recipe.gad.evaluation.two_sample import (
+from recipe.gad.evaluation.two_sample import run_two_sample_test, tokenize_pairs
+from recipe.gad.quickstart.problem import LETTERS, STYLES, answer
+from recipe.gad.run.two_sample import TwoSampleSettings
+from recipe.gad.training.fresh import (
     Pair,
-    TwoSampleSettings,
+    accuracies,
     area_under_curve,
     batches_by_tokens,
     fresh_discriminator,
     halves,
     load_base,
-    run_two_sample_test,
     score,
-    tokenize_pairs,
 )
-from recipe.gad.quickstart.problem import LETTERS, STYLES, answer
 
 PROMPTS = [" ".join(letters) for letters in itertools.permutations(LETTERS, 3)]
 BATCH = 16
@@ -99,6 +99,19 @@ def test_same_seed_same_numbers_and_the_spread_is_over_seeds(model):
     assert first["accuracy"] == asdict(cross_fitted_mean(range(40), wins, null=0.5))
     assert first["wins"] == pytest.approx(wins.mean(axis=0))
     assert len(set(values)) > 1
+
+
+def test_inside_a_process_that_trains_the_numbers_are_the_same_and_its_random_state_stays(model):
+    lines = answers_of("base", "teacher", 40)
+    settings = TwoSampleSettings(model=model, seeds=(4, 5, 6), lr=3e-4, epochs=1)
+    expected = [row["accuracy"] for row in run_two_sample_test(lines, settings)["by_seed"]]
+    pairs = tokenize_pairs(lines, model)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    ranks = [accuracies(pairs, settings, settings.seeds[rank::2]) for rank in (0, 1)]
+    assert ranks == [[pytest.approx(expected[0]), pytest.approx(expected[2])], [pytest.approx(expected[1])]]
+    assert accuracies(pairs, settings, ()) == []
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
 
 
 def test_rows_of_one_prompt_count_as_one(model):

@@ -1182,6 +1182,7 @@ def gad(config, critic):
 
 
 LEAD = "gad.discriminator_lead"
+FRESH = "gad.fresh_discriminator"
 
 
 @pytest.mark.parametrize(
@@ -1214,6 +1215,60 @@ def test_a_lead_that_cannot_work_is_refused(gad, changes, parts):
 def test_an_average_that_cannot_work_is_refused(gad, changes, parts):
     assert errors_of(gad({"gad.discriminator_ema": 0.9})) == []
     expect(gad({"gad.discriminator_ema": 0.9, **changes}), *parts)
+
+
+def test_label_smoothing_is_below_one_half_and_for_a_discriminator(gad, config):
+    key = "gad.label_smoothing"
+    for value in (0, 0.0, 0.1, 0.49):
+        assert errors_of(gad({key: value})) == []
+    for value in (-0.1, 0.5, float("nan"), True, "0.1"):
+        expect(gad({key: value}), f"{key}={value}", "from 0 to below 0.5", f"Fix: set {key}")
+    for credit in ({"gad.credit": "token", "algorithm.norm_adv_by_std_in_grpo": False}, {"gad.replay": 0.5}):
+        assert errors_of(gad({key: 0.1, **credit})) == []
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, "gad.actor_objective": "imitation", key: 0.1}
+    expect(config(seqkd), f"{key}=0.1", "stage seqkd trains no discriminator", f"Fix: {key}=0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gad.val_d_acc": False}, ["needs the samples", "Fix: gad.val_d_acc=True, or"]),
+        ({"trainer.test_freq": -1, "trainer.val_before_train": False}, ["trainer.test_freq=-1", "Fix: trainer.test_f"]),
+        (
+            {"data.val_max_samples": 1},
+            ["data.val_files has 1 rows", "2 different prompts", "Fix: more validation rows"],
+        ),
+        ({f"{FRESH}.model": "/no/model"}, [f"{FRESH}: /no/model: no such folder", "Fix: pass a"]),
+        ({f"{FRESH}.model": None, f"{FRESH}.lr": 0.1}, [f"{FRESH}.lr=0.1 has no effect", f"Fix: set {FRESH}.model"]),
+        ({f"{FRESH}.lr": 0}, ["lr 0, 3 epochs", "above 0"]),
+        ({f"{FRESH}.lr": "fast"}, [f"{FRESH}.lr=fast", "expected a number"]),
+        ({f"{FRESH}.epochs": 0}, [f"{FRESH}.epochs=0", "at least 1"]),
+        ({f"{FRESH}.batch_pairs": 1.5}, [f"{FRESH}.batch_pairs=1.5", "whole number"]),
+        ({f"{FRESH}.seeds": [0, "x"]}, [f"{FRESH}.seeds=[0, 'x']", "whole numbers"]),
+        ({f"{FRESH}.seeds": 3}, [f"{FRESH}.seeds=3", f"Fix: {FRESH}.seeds=[0,1,2]"]),
+        ({f"{FRESH}.seeds": []}, ["at least one seed", "Fix: name one"]),
+    ],
+)
+def test_fresh_discriminators_that_cannot_work_are_refused(gad, tiny_problem, changes, parts):
+    on = {f"{FRESH}.model": f"{tiny_problem}/model"}
+    assert errors_of(gad({**on, f"{FRESH}.seeds": [4], f"{FRESH}.lr": 1e-3})) == []
+    expect(gad({**on, **changes}), *parts)
+
+
+def test_fresh_discriminators_start_from_a_neutral_model_with_the_students_vocabulary(
+    gad, config, critic, tiny_problem, tmp_path
+):
+    expect(gad({f"{FRESH}.model": str(critic)}), "has a score head", "not neutral", "Fix: pass a base model")
+    other = shutil.copytree(tiny_problem / "model", tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    expect(gad({f"{FRESH}.model": str(other)}), f"{FRESH}.model={other} has another vocabulary", first, second)
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False, "gad.actor_objective": "imitation"}
+    what = "stage seqkd trains no discriminator"
+    expect(config({**seqkd, f"{FRESH}.model": f"{tiny_problem}/model"}), what, "gad eval --two_sample_model")
 
 
 def test_replay_that_cannot_work_is_refused(gad, config):

@@ -36,7 +36,7 @@ from recipe.gad.run.stop import take_request
 from recipe.gad.run.watchdog import Watchdog
 from recipe.gad.training import rows as gad_rows
 from recipe.gad.training.bad_steps import BadSteps, texts
-from recipe.gad.training.credit import prefix_discriminator_loss, token_credit
+from recipe.gad.training.credit import token_credit
 from recipe.gad.training.gate import PolicyGate
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.lora import merge_checkpoint
@@ -44,6 +44,7 @@ from recipe.gad.training.reading import Reading
 from recipe.gad.training.replay import Replay, fresh_groups, pair_metrics, past_rows, spread_both
 from recipe.gad.training.rows import Group, Row, Trajectory
 from recipe.gad.training.shortcuts import ShortcutProbe, read_as, replaced_rows
+from recipe.gad.training.smoothing import loss_of
 from recipe.gad.training.start import StartsSideBySide
 from recipe.gad.training.state import load_state, save_metrics, save_state
 from recipe.gad.training.task_reward import FIELDS, add_task_reward
@@ -51,7 +52,7 @@ from recipe.gad.training.teacher_terms import group_advantages, group_update, lo
 from recipe.gad.training.teachers import Teachers
 from recipe.gad.training.trajectory import TEACHER_IDS
 from recipe.gad.training.unlabelled import UnlabelledPrompts, join
-from recipe.gad.training.validation import Pair, SeenRows, pair_rows
+from recipe.gad.training.validation import Pair, SeenRows, fresh_accuracy, pair_rows
 from verl.trainer.ppo.core_algos import compute_discriminator_accuracy
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -126,9 +127,8 @@ class PPOTrainerGAD(StartsSideBySide, PPOTrainerSync):
     def _setup(self):
         super()._setup()
         if self.use_critic:
-            loss = prefix_discriminator_loss if self.config.gad.credit == "token" else self._teachers.loss
             averages = self.config.gad.discriminator_ema > 0
-            layout = self.rollout_n, loss, averages, self._teachers.most
+            layout = self.rollout_n, loss_of(self.config.gad, self._teachers), averages, self._teachers.most
             self.discriminator = DataParallelPPOCritic(self.critic_wg, self.config.critic, *layout)
 
     # ------------------------------------------------------------------ a step
@@ -496,22 +496,23 @@ class PPOTrainerGAD(StartsSideBySide, PPOTrainerSync):
             read, _ = reading.read(pair.student for pair in seen.pairs)
             seen.pairs = [pair._replace(student=ids) for pair, ids in zip(seen.pairs, read, strict=True)]
         if seen.pairs:
-            metrics[VAL_D_ACC] = self._validation_accuracy(seen.pairs)
+            metrics |= self._validation_accuracies(seen.pairs)
             self._lead.note_validation(self.global_steps, metrics[VAL_D_ACC])
             if self._step_folder().is_dir():  # saved before this validation
                 self._save_state()
         return metrics
 
-    def _validation_accuracy(self, pairs: list[Pair]) -> float:
-        """Share of pairs in which D prefers the teacher. The rollout engine makes room for D's forward pass."""
+    def _validation_accuracies(self, pairs: list[Pair]) -> dict[str, float]:
+        """Shares of pairs in which D, and a fresh D, prefers the teacher. The rollout engine makes room for them."""
         rows = pair_rows(pairs, self.discriminator.data_parallel_size(), self.tokenizer.eos_token_id)
         self._put_rows("train", rows)
         self.checkpoint_manager.sleep_replicas()
         scores = self.discriminator.compute_values(self._view(list(rows)))
+        fresh = fresh_accuracy(self.config, self.critic_wg, pairs, self.tokenizer)
         self.checkpoint_manager.update_weights(self.global_steps)
         tq.kv_clear(keys=list(rows), partition_id="train")
         student, teacher = scores[: 2 * len(pairs)].chunk(2)
-        return compute_discriminator_accuracy(student, teacher).mean().item()
+        return {VAL_D_ACC: compute_discriminator_accuracy(student, teacher).mean().item(), **fresh}
 
     # ------------------------------------------------------------------ the actor
 
