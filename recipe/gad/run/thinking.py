@@ -19,8 +19,8 @@ THINK_ENDS = {
     "[/THINK]": "[THINK]",
     "<|START_TEXT|>": "<|START_TEXT|>",
 }
-"""End of the thinking -> its beginning: of most families, gpt-oss, Gemma 4, Seed-OSS, Mistral and Command (where an
-answer has a mark of its own). A chat template may name the beginning alone."""
+"""Text that ends the thinking -> text that begins it: of most families, gpt-oss, Gemma 4, Seed-OSS, Mistral and
+Command, which marks the beginning of the answer instead. Some chat templates name only the text that begins it."""
 
 SWITCHES = {"enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0}
 """Arguments of chat templates, and the value with which a student does not think."""
@@ -33,9 +33,9 @@ def think_end(configured: str | None, tokenizer: Any) -> str | None:
     if configured is not None:
         return configured
     template = str(tokenizer.chat_template or "")
-    named = [end for end in THINK_ENDS if end in template]
-    named += [end for end, begin in THINK_ENDS.items() if begin in template]
-    return next(iter(named), None)
+    ends = [end for end in THINK_ENDS if end in template]
+    begun = [end for end, begin in THINK_ENDS.items() if begin in template]
+    return next(iter(ends + begun), None)
 
 
 def _after_common(text: str, other: str) -> str:
@@ -80,18 +80,18 @@ class Turn(NamedTuple):
         """What the prompt of a rollout has, and the template does not write before an answer."""
         return _after_common(self.prompt, self.answer)
 
-    def goes_on(self, end: str | None) -> bool:
-        """Does the generation prompt write more than an answer begins with, and not end thinking there?"""
+    def adds_text(self, end: str | None) -> bool:
+        """Does the generation prompt hold text that no answer begins with, other than thinking that it ends?"""
         return self.only_in_prompt().strip() != "" and (end is None or end not in self.only_in_prompt())
 
     def thinks(self, end: str | None) -> bool:
         """Does a rollout begin with thinking, which ends with ``end``?"""
-        return end is not None and (self.goes_on(end) or end in self.only_in_answer())
+        return end is not None and (self.adds_text(end) or end in self.only_in_answer())
 
     def agrees(self, end: str | None) -> bool:
         """Do rollouts begin where the template begins an answer? A teacher's row starts with the rollouts' prompt, so
         thinking that the generation prompt begins and ends is on both sides."""
-        return not self.only_in_answer().strip() and not self.goes_on(end)
+        return not self.only_in_answer().strip() and not self.adds_text(end)
 
 
 def switch_off(tokenizer: Any, template_kwargs: dict, end: str | None) -> tuple[str, Any] | None:

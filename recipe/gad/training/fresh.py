@@ -8,8 +8,8 @@ training
 and is measured on the pairs of the other half. Then the halves swap, so that every pair is held out once. The seed
 decides the halves. D's score is the value at the last token; padding follows it, so equal answers get equal scores.
 
-``gad eval`` (recipe/gad/evaluation/two_sample.py) trains them on answers of its own, and ``gad.fresh_discriminator`` in
-validation on those of a running stage.
+``gad eval`` (recipe/gad/evaluation/two_sample.py) trains them on answers that it samples. With
+``gad.fresh_discriminator``, validation trains them on the answers of the running stage.
 """
 
 import copy

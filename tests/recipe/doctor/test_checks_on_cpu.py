@@ -409,7 +409,7 @@ TEMPLATES = {
     "knows": QUESTION + "{% else %}<assistant> {{ m.content.split('</think>')[-1] }} <end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}",
     # a name in the generation prompt alone
-    "goes on": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "prefix": QUESTION + "{% else %}<assistant> {{ m.content }} <end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant> um: {% endif %}",
 }
 
@@ -449,9 +449,9 @@ def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_conf
     assert found("name") == []
     (warning,) = found("name", level="warning")
     assert "begins an answer with ' um: '" in warning and "custom_chat_template" in warning
-    (warning,) = found("goes on", level="warning")
+    (warning,) = found("prefix", level="warning")
     assert "ends with 'um: ', which an answer does not have" in warning and "custom_chat_template" in warning
-    assert found("goes on") == []
+    assert found("prefix") == []
     budget = "++data.apply_chat_template_kwargs.thinking_budget=0"
     for name, off in (("silent", switch), ("budget", budget)):
         (error,) = found(name)
