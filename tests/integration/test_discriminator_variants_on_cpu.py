@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from recipe.gad.run.log import VAL_D_ACC, VAL_TWO_SAMPLE
 from recipe.gad.run.two_sample import TwoSampleSettings
-from recipe.gad.training import shortcuts, validation
+from recipe.gad.training import shortcuts
 from recipe.gad.training.fresh import Pair, held_out, load_base
 from recipe.gad.training.lead import DiscriminatorLead
 from recipe.gad.training.replay import Replay
@@ -110,12 +110,6 @@ def test_a_fresh_discriminator_judges_validation_answers_and_changes_nothing_els
     base = load_base(settings.model)
     wins = [held_out(base, pairs, settings, seed)[0] for seed in settings.seeds]
     assert len(pairs) == 8 and accuracy == pytest.approx(sum(map(sum, wins)) / 16)
-
-
-def test_validation_answers_to_one_prompt_have_no_fresh_discriminator(live):
-    pairs = [validation.Pair([5, 6], [7], [8]), validation.Pair([5, 6], [9], [8])]
-    config = OmegaConf.create({"gad": {"fresh_discriminator": {"model": live.config.actor_rollout_ref.model.path}}})
-    assert validation.fresh_accuracy(config, None, pairs, live.trainer.tokenizer) == {}
 
 
 # ---------------------------------------------------------------------- the discriminator's lead

@@ -19,7 +19,7 @@ from recipe.gad.run.config import (
     lora_rank,
     validates,
 )
-from recipe.gad.run.data_file import data_file_problems
+from recipe.gad.run.data_file import column_values
 from recipe.gad.run.findings import Finding, Findings, error, note, warning
 from recipe.gad.run.hub import HUB_ID, cached_model, load_tokenizer
 from recipe.gad.run.lora import adapter_problem
@@ -187,15 +187,16 @@ def check_fresh_discriminator(config: DictConfig) -> Findings:
     folder = Path(settings.model)
     if folder.is_dir() and (problem := discriminator_problem(folder)) is not None:
         yield problem.about(what)
-    prompt_key, teacher_key = get(config, "data.prompt_key"), get(config, "data.teacher_key")
-    files = [file for file in files_of(get(config, "data.val_files")) if not file.startswith("hdfs://")]
-    rows = sum(data_file_problems(file, prompt_key, teacher_key)[0] or 0 for file in files)
-    limit = integer(config, "data.val_max_samples", -1, minimum=-1)
-    if 0 < (rows := min(rows, limit) if limit > 0 else rows) < MIN_PROMPTS:  # check_data reports unreadable files
+    files, limit = files_of(get(config, "data.val_files")), integer(config, "data.val_max_samples", -1, minimum=-1)
+    try:
+        prompts = len({prompt for file in files for prompt in column_values(file, get(config, "data.prompt_key"))})
+    except (ValueError, OSError):  # check_data reports files that cannot be read
+        return
+    if 0 < (prompts := min(prompts, limit) if limit > 0 else prompts) < MIN_PROMPTS:
         yield error(
-            f"{what}: data.val_files has {rows} rows, and discriminators need {MIN_PROMPTS} different prompts: one to "
-            "learn from, one to judge",
-            fix=f"more validation rows, or {off}",
+            f"{what}: validation has {prompts} different prompts (data.val_files: {', '.join(files)}; "
+            f"data.val_max_samples={limit}), and discriminators need {MIN_PROMPTS}: one to learn from, one to judge",
+            fix=f"validate on more prompts, or {off}",
         )
 
 

@@ -4,6 +4,7 @@ fresh discriminators, which train on nothing else (``gad.fresh_discriminator``).
 Stock validation removes its rows as soon as their text is read, so :class:`SeenRows` notes token ids on the way.
 """
 
+import logging
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from recipe.gad.training import fresh
 from recipe.gad.training.rows import Trajectory, filler
 from recipe.gad.training.shortcuts import canonical_ids
 from recipe.gad.training.trajectory import TEACHER_IDS, build_teacher_trajectory
+
+logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
@@ -71,13 +74,16 @@ def pair_rows(pairs: Sequence[Pair], n_ranks: int, eos_token_id: int) -> dict[st
 def fresh_accuracy(
     config: DictConfig, critic_wg: Any, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """:data:`VAL_TWO_SAMPLE`, if ``gad.fresh_discriminator`` wants it and the pairs have enough different prompts.
+    """:data:`VAL_TWO_SAMPLE`, if ``gad.fresh_discriminator`` wants it; a warning if the pairs have too few prompts.
 
     As in ``gad eval``, the discriminators read both sides as the tokens of their text. They are trained on the GPUs of
     the critic's workers, which share the seeds.
     """
-    settings = fresh_settings(config)
-    if settings is None or len({tuple(pair.prompt) for pair in pairs}) < MIN_PROMPTS:
+    if (settings := fresh_settings(config)) is None:
+        return {}
+    if (prompts := len({tuple(pair.prompt) for pair in pairs})) < MIN_PROMPTS:
+        files = config.data.val_files
+        logger.warning("no %s: the answers are to %d different prompts of %s", VAL_TWO_SAMPLE, prompts, files)
         return {}
     read = [
         fresh.Pair(str(prompt), prompt + canonical_ids(tokenizer, student), prompt + teacher)

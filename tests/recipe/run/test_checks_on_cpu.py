@@ -1236,7 +1236,7 @@ def test_label_smoothing_is_below_one_half_and_for_a_discriminator(gad, config):
         ({"trainer.test_freq": -1, "trainer.val_before_train": False}, ["trainer.test_freq=-1", "Fix: trainer.test_f"]),
         (
             {"data.val_max_samples": 1},
-            ["data.val_files has 1 rows", "2 different prompts", "Fix: more validation rows"],
+            ["validation has 1 different prompts", "data.val_max_samples=1", "need 2", "Fix: validate on more prompts"],
         ),
         ({f"{FRESH}.model": "/no/model"}, [f"{FRESH}: /no/model: no such folder", "Fix: pass a"]),
         ({f"{FRESH}.model": None, f"{FRESH}.lr": 0.1}, [f"{FRESH}.lr=0.1 has no effect", f"Fix: set {FRESH}.model"]),
@@ -1253,6 +1253,24 @@ def test_fresh_discriminators_that_cannot_work_are_refused(gad, tiny_problem, ch
     on = {f"{FRESH}.model": f"{tiny_problem}/model"}
     assert errors_of(gad({**on, f"{FRESH}.seeds": [4], f"{FRESH}.lr": 1e-3})) == []
     expect(gad({**on, **changes}), *parts)
+
+
+def test_fresh_discriminators_need_different_prompts_and_not_only_rows(gad, tiny_problem, tmp_path):
+    rows = rows_with({})
+    other = [{**rows[0], "content": [{"role": "user", "content": "f a c"}]}]
+    files = [tmp_path / name for name in ("a.parquet", "b.jsonl", "c.parquet")]
+    pq.write_table(pa.Table.from_pylist(rows), files[0])
+    files[1].write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(other), files[2])
+    names = [str(file) for file in files]
+
+    def validating_on(chosen):
+        return gad({f"{FRESH}.model": f"{tiny_problem}/model", "data.val_files": chosen})
+
+    both = ", ".join(names[:2])
+    expect(validating_on(names[:2]), "validation has 1 different prompts", both, "need 2", f"or {FRESH}.model=null")
+    assert errors_of(validating_on(names)) == []
+    expect(validating_on([*names[:2], "no.parquet"]), "data.val_files: no.parquet: no such file")
 
 
 def test_fresh_discriminators_start_from_a_neutral_model_with_the_students_vocabulary(

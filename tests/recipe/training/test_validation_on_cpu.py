@@ -1,6 +1,7 @@
 """The rows that the discriminator scores in validation (recipe/gad/training/validation.py)."""
 
 import torch
+from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from recipe.gad.training import validation
@@ -45,3 +46,12 @@ def test_samples_are_handed_on_in_the_order_of_their_ids_whatever_order_they_arr
         batch, _ = seen.sample()
         assert batch.keys == ["b", "a", "c"] and [tag["of"] for tag in batch.tags] == ["b", "a", "c"]
         assert sorted(seen.pairs) == [Pair([1, 2], [4], [7]), Pair([2], [5], [7])]
+
+
+def test_validation_answers_to_one_prompt_have_no_fresh_discriminator_and_a_warning(tiny_problem, caplog):
+    fresh = {"fresh_discriminator": {"model": f"{tiny_problem}/model"}}
+    config = OmegaConf.create({"gad": fresh, "data": {"val_files": "val.parquet"}})
+    assert validation.fresh_accuracy(config, None, [Pair([5, 6], [7], [8]), Pair([5, 6], [9], [8])], None) == {}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "no val-aux/two_sample: the answers are to 1 different prompts of val.parquet"
