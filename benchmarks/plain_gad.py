@@ -26,8 +26,9 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +37,16 @@ import torch.nn.functional as F
 from recipe.gad.evaluation.sampling import Settings, TokenizedRows, load_rows, write_answers
 from recipe.gad.evaluation.scores import text_section, update_scores
 from recipe.gad.evaluation.two_sample import run_two_sample_test
-from recipe.gad.referee.plan import check_count, check_one_of, check_positive, read_yaml, values_of
+from recipe.gad.referee.plan import (
+    check_count,
+    check_names,
+    check_one_of,
+    check_path,
+    check_positive,
+    check_seeds,
+    read_yaml,
+    values_of,
+)
 from recipe.gad.referee.results import differences, mean, read_values
 from recipe.gad.referee.schedule import Job, Scheduler, State
 from recipe.gad.referee.verdict import METRICS
@@ -87,7 +97,7 @@ class Stage:
         check_one_of("does", self.does, ("imitate", "lead", "gad"))
         check_count(self, "steps", "prompts")
         check_positive(self, "lr", "d_lr", "max_seconds")
-        if not is_number(self.imitation) or self.imitation < 0:
+        if not is_number(self.imitation) or not self.imitation >= 0:
             raise ValueError(f"imitation {self.imitation!r}: expected a number of at least 0")
         if self.does == "gad" and self.d_lr is None:
             raise ValueError("a stage that does gad needs d_lr, the discriminator's rate")
@@ -121,8 +131,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.compile, bool):
             raise ValueError(f"compile {self.compile!r}: expected true or false")
-        for name in (*self.controls, *self.arms):
-            check_one_of("controls and arms", name, tuple(self.stages))
+        check_path(self, "model", "data", "watch")
+        check_seeds(self.seeds)
+        for key in ("controls", "arms"):
+            check_names(key, getattr(self, key), tuple(self.stages))
         check_count(self, "held_out", "answers", "rows", "max_prompt_length", "max_response_length")
         check_positive(self, "temperature")
         prompts = {stage.prompts for stage in self.stages.values() if stage.does != "imitate"}
@@ -142,7 +154,7 @@ class Plan:
         if not isinstance(stages, dict):
             raise ValueError(f"stages: found {stages!r}, expected names with the settings of a stage each")
         values["stages"] = {name: _stage(name, settings, tuple(stages)) for name, settings in stages.items()}
-        values["judge"] = values_of(TwoSampleSettings, values["judge"], "judge", given=("model",))
+        values["judge"] = _judge(values["judge"])
         return cls(**values)
 
     def rows_of(self, file: str | Path) -> TokenizedRows:
@@ -170,6 +182,19 @@ def _stage(name: str, settings: Any, names: tuple[str, ...]) -> Stage:
         return Stage(**values)
     except ValueError as error:
         raise ValueError(f"stage {name!r}: {error}") from None
+
+
+def _judge(value: Any) -> dict[str, Any]:
+    """Settings of the two-sample test, all but its model."""
+    values = values_of(TwoSampleSettings, value, "judge", given=("model",))
+    whole = SimpleNamespace(**{entry.name: entry.default for entry in fields(TwoSampleSettings)} | values)
+    try:
+        check_seeds(whole.seeds)
+        check_count(whole, "epochs", "batch_pairs")
+        check_positive(whole, "lr")
+    except ValueError as error:
+        raise ValueError(f"judge: {error}") from None
+    return values
 
 
 # ---------------------------------------------------------------------- sampling

@@ -240,13 +240,23 @@ def lead(**changes) -> dict:
     ("change", "error"),
     [
         ({"sedes": [1]}, "the plan: unknown key 'sedes'"),
-        ({"arms": ["gdd"]}, "controls and arms 'gdd': expected one of gad, lead, seqkd"),
+        ({"arms": ["gdd"]}, "arms 'gdd': expected one of gad, lead, seqkd"),
         ({"held_out": "all"}, "held_out 'all': expected a whole number of at least 1"),
         ({"compile": "yes"}, "compile 'yes': expected true or false"),
         ({"answers": 3}, r"rows 16 is no multiple of \[3\]"),
         ({"stages": ["gad"]}, r"stages: found \('gad',\), expected names with the settings"),
         ({"stages": {"gad": 3}}, "stage 'gad': found 3, expected a mapping with keys of does, steps"),
+        ({"answers": None}, "answers None: expected a whole number of at least 1"),
+        ({"seeds": 3}, "seeds 3: expected a list of different values"),
+        ({"controls": 3}, "controls 3: expected a list of gad, lead, seqkd"),
+        ({"watch": ["a"]}, r"watch \('a',\): expected one path"),
         ({"judge": {"seed": [0]}}, "judge: unknown key 'seed'"),
+        ({"judge": {"lr": "fast"}}, "judge: lr 'fast': expected a number above 0"),
+        ({"judge": {"epochs": None}}, "judge: epochs None: expected a whole number of at least 1"),
+        ({"judge": {"batch_pairs": [8]}}, r"judge: batch_pairs \(8,\): expected a whole number of at least 1"),
+        ({"judge": {"seeds": "0"}}, "judge: seeds '0': expected a list of different values"),
+        ({"judge": {"seeds": [[0]]}}, r"judge: seeds \[0\]: expected whole numbers of at least 0"),
+        (lead(imitation=math.nan), "stage 'gad': imitation nan: expected a number of at least 0"),
         (lead(stepz=2), "stage 'gad': unknown key 'stepz'. Known keys: does, steps, lr,"),
         (lead(lr=None), "stage 'gad' lacks lr"),
         (lead(lr="2e-5"), "stage 'gad': lr '2e-5': expected a number above 0"),
@@ -270,3 +280,8 @@ def test_a_mistake_in_a_plan_is_named(plain, tiny_problem, tmp_path, change, err
 )
 def test_the_plans_can_be_read(plain, plan):
     assert plain.Plan.read(plan).arms
+
+
+def test_an_empty_step_count_is_named(plain):
+    with pytest.raises(ValueError, match="steps None: expected a whole number of at least 1"):
+        plain.Stage("imitate", steps=None, lr=1e-3)

@@ -6,7 +6,7 @@ number of them. docs/referee.md explains every key.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -152,13 +152,12 @@ class Plan:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("model", "train_files", "val_files"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one path")
+        check_path(self, "model", "train_files", "val_files")
         check_count(self, "train_batch_size")
         check_one_of("device", self.device, DEVICES)
         _check_overrides(self.overrides)
-        _check_numbers(self.seeds, self.train_rows, self.train_batch_size)
+        check_seeds(self.seeds)
+        _check_rows(self.train_rows, self.train_batch_size)
         _check_keys("evaluation", self.evaluation, EVALUATION_KEYS)
         self._check_choice()
         self._check_arms()
@@ -170,9 +169,8 @@ class Plan:
             raise InputError("choose_by two_sample needs evaluation.two_sample_model", fix="name the untrained student")
 
     def _check_arms(self) -> None:
-        for key, names in (("control", (self.control,)), ("references", self.references)):
-            for name in names:
-                check_one_of(key, name, tuple(self.arms))
+        check_one_of("control", self.control, tuple(self.arms))
+        check_names("references", self.references, tuple(self.arms))
         if self.is_reference(self.control):
             raise ValueError(f"control {self.control!r} is a reference: it has no stages, or references names it")
         wanted = self.arms[self.control].teacher_batches
@@ -277,18 +275,37 @@ def _is_whole(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def check_count(owner: Any, *names: str) -> None:
+def _given(owner: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Name and value of the fields ``names`` of a dataclass, without a None that is the field's default."""
     for name in names:
         value = getattr(owner, name)
-        if value is not None and not _is_whole(value, 1):
+        if value is not None or getattr(type(owner), name, "") is not None:
+            yield name, value
+
+
+def check_count(owner: Any, *names: str) -> None:
+    for name, value in _given(owner, names):
+        if not _is_whole(value, 1):
             raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
 
 
 def check_positive(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and not (is_number(value) and value > 0):
+    for name, value in _given(owner, names):
+        if not (is_number(value) and value > 0):
             raise ValueError(f"{name} {value!r}: expected a number above 0")
+
+
+def check_path(owner: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(value := getattr(owner, name), str):
+            raise ValueError(f"{name} {value!r}: expected one path")
+
+
+def check_names(key: str, names: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(names, tuple):
+        raise ValueError(f"{key} {names!r}: expected a list of {', '.join(known)}")
+    for name in names:
+        check_one_of(key, name, known)
 
 
 def check_one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
@@ -296,12 +313,19 @@ def check_one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{key} {value!r}: expected one of {', '.join(known)}")
 
 
-def _check_numbers(seeds: Any, train_rows: Any, batch: int) -> None:
-    for key, values in (("seeds", seeds), ("train_rows", train_rows)):
-        if not isinstance(values, tuple) or not values or len(set(values)) != len(values):
-            raise ValueError(f"{key} {values!r}: expected a list of different values, at least one")
+def _check_different(key: str, values: Any) -> None:
+    if not isinstance(values, tuple) or not values or any(values.count(value) > 1 for value in values):
+        raise ValueError(f"{key} {values!r}: expected a list of different values, at least one")
+
+
+def check_seeds(seeds: Any) -> None:
+    _check_different("seeds", seeds)
     if wrong := [seed for seed in seeds if not _is_whole(seed, 0)]:
         raise ValueError(f"seeds {wrong[0]!r}: expected whole numbers of at least 0")
+
+
+def _check_rows(train_rows: Any, batch: int) -> None:
+    _check_different("train_rows", train_rows)
     if wrong := [rows for rows in train_rows if rows != ALL_ROWS and not _is_whole(rows, batch)]:
         raise ValueError(f"train_rows {wrong[0]!r}: expected {ALL_ROWS!r} or at least train_batch_size ({batch}) rows")
 

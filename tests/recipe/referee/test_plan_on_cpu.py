@@ -30,12 +30,14 @@ MISTAKES = {
     "no seeds": (plan_value(seeds=[]), "seeds (): expected a list of different values"),
     "equal seeds": (plan_value(seeds=[1, 1]), "seeds (1, 1): expected a list of different values"),
     "seed": (plan_value(seeds=[-1]), "seeds -1: expected whole numbers of at least 0"),
+    "seed in a list": (plan_value(seeds=[[1]]), "seeds [1]: expected whole numbers of at least 0"),
     "rows": (plan_value(train_rows=["half"]), "train_rows 'half': expected 'all' or at least train_batch_size (8)"),
     "too few rows": (plan_value(train_rows=[7]), "train_rows 7: expected 'all' or at least train_batch_size (8) rows"),
     "batch": (plan_value(train_batch_size=0), "train_batch_size 0: expected a whole number of at least 1"),
     "control": (plan_value(control="sft"), "control 'sft': expected one of base, seqkd, gad"),
     "untrained control": (plan_value(control="base"), "control 'base' is a reference"),
     "reference": (plan_value(references=["sft"]), "references 'sft': expected one of"),
+    "one reference": (plan_value(references="seqkd"), "references 'seqkd': expected a list of base, seqkd, gad"),
     "overrides": (plan_value(overrides=["lr"]), "expected a list of Hydra overrides such as"),
     "own key": (
         plan_value(overrides=["data.seed=3"]),
@@ -59,6 +61,10 @@ MISTAKES = {
     "steps": (
         plan_value(arms=arms(x=[{"seqkd": {"steps": True}}])),
         "steps True: expected a whole number of at least 1",
+    ),
+    "empty steps": (
+        plan_value(arms=arms(x=[{"seqkd": {"steps": None}}])),
+        "steps None: expected a whole number of at least 1",
     ),
     "step time": (
         plan_value(arms=arms(x=[{"seqkd": {"steps": 1, "seconds_per_step": 0}}])),
