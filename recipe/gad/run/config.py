@@ -19,6 +19,11 @@ LEAD_MEAN = 10
 """Without validation, gad.discriminator_lead looks at means of so many training steps: one step is too noisy."""
 SIMILAR = 0.65
 """A key may be a misspelling of one whose last name has this share of equal characters (difflib)."""
+PASSED_ON = frozenset(
+    "ray_init engine_kwargs apply_chat_template_kwargs mm_processor_kwargs reward_kwargs sampler_kwargs "
+    "override_config override_optimizer_config".split()
+)
+"""Groups that verl hands on whole, to Ray, an engine or a model: these take more keys than the configuration has."""
 LORA_KEYS = ("lora_rank", "lora.rank")
 
 
@@ -187,11 +192,14 @@ def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfi
 
 def _unknown_key(key: str, known: Iterator[str]) -> InputError:
     """The error for an override of a key that the configuration does not have."""
-    by_name: dict[str, list[str]] = {}
-    for one in known:
+    group, by_name = key.rpartition(".")[0], dict[str, list[str]]()
+    passed_on = not PASSED_ON.isdisjoint(group.split("."))
+    for one in (one for one in known if not passed_on or one.startswith(f"{group}.")):
         by_name.setdefault(one.rpartition(".")[2], []).append(one)
     names = get_close_matches(key.rpartition(".")[2], by_name, cutoff=SIMILAR)
     similar = get_close_matches(key, [one for name in names for one in by_name[name]], n=2, cutoff=0)
+    if passed_on and not similar:
+        return InputError(f"there is no key {key} yet", fix=f"add it: write +{key}=...")
     fix = f"write {either(similar)}" if similar else "look it up in docs/configuration.md"
     return InputError(f"there is no key {key}", fix=f"{fix}, or +{key} for a key that your own code reads")
 

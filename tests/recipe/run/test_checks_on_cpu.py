@@ -193,12 +193,30 @@ def test_numbers_that_are_none(config):
         ("actor_rollout_ref.lora_rank=8", "Fix: write actor_rollout_ref.model.lora_rank or "),
         ("trainer.epochs=2", "Fix: write trainer.total_epochs or "),
         ("gad.foo.bar=1", "no key gad.foo.bar. Fix: look it up in docs/configuration.md, or +gad.foo.bar for"),
+        ("ray_kwargs.ray_init.num_cpu=2", "Fix: write ray_kwargs.ray_init.num_cpus, or +ray_kwargs"),
         ("critic.optim.lr", "critic.optim.lr is no override. Fix: write key=value, without spaces"),
     ],
 )
 def test_a_misspelt_override_names_what_it_may_mean(override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         compose_config([override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "ray_kwargs.ray_init._temp_dir=/x",
+        "ray_kwargs.ray_init.runtime_env.env_vars.NCCL_DEBUG=INFO",
+        "data.apply_chat_template_kwargs.enable_thinking=False",
+        "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=1",
+    ],
+)
+def test_a_key_that_verl_passes_on_is_added_with_a_plus(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(ValueError) as refused:
+        compose_config([override])
+    assert str(refused.value) == f"there is no key {key} yet. Fix: add it: write +{key}=..."
+    assert str(OmegaConf.select(compose_config([f"+{override}"]), key)) == value
 
 
 def test_plugin_kept_from_loading(config, monkeypatch):
