@@ -7,6 +7,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,14 @@ def find_teacher(paths: Iterable[str | Path], teacher_key: TeacherKey, text: str
 
 def most_answers(path: str | Path, teacher_key: TeacherKey) -> int:
     """Most teacher answers of a row of a data file that has passed :func:`check_data_file`."""
-    return max(map(len, _answers_by_row(Path(path).expanduser(), teacher_key)))
+    file = Path(path).expanduser()
+    status = file.stat()
+    return _most_answers(file, tuple(teacher_columns(teacher_key)), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache  # two checks ask for the same files
+def _most_answers(file: Path, teachers: tuple[str, ...], *_version: int) -> int:
+    return max(map(len, _answers_by_row(file, teachers)))
 
 
 def _answers_by_row(file: Path, teacher_key: TeacherKey) -> Iterator[list[tuple[str, str]]]:

@@ -23,11 +23,13 @@ from safetensors.numpy import load_file, save_file
 
 from recipe.gad import plugin
 from recipe.gad.run import checks as check
+from recipe.gad.run import data_file
 from recipe.gad.run.checkpoint import TRACKER, claim_folder
 from recipe.gad.run.checks import check_config, required_ray_cpus
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import check_data_file, data_file_problems, teacher_text
 from recipe.gad.run.findings import ConfigError, error, warning
+from recipe.gad.run.refusals import compared_answers
 
 ROOT = Path(__file__).resolve().parents[3]
 ROLLOUT, ACTOR, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "actor_rollout_ref.model"
@@ -399,6 +401,19 @@ def test_all_teacher_answers_need_several_and_room_in_a_micro_batch(data):
     refused(compare(several, seqkd), "gad.teacher_answers=all: stage seqkd trains no discriminator")
     (unreadable,) = check.run_checks(data(None, "no.parquet", {"gad.teacher_answers": "all"}), [check.check_tokens])
     assert unreadable.level == "ok", "check_data reports the file"
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_answers_of_a_file_are_counted_once_until_it_changes(data, name, monkeypatch):
+    read = []
+    original = data_file._answers_by_row
+    monkeypatch.setattr(data_file, "_answers_by_row", lambda file, keys: read.append(file) or original(file, keys))
+    for answers in (["a", "b"], ["a", "b", "c"]):
+        rows = [{"content": USER, "teacher_response": answers} for _ in range(8)]
+        config = data(rows, name, {"gad.teacher_answers": "all"})
+        assert check_config(config) == [] and compared_answers(config) == len(answers)
+        assert len(read) == 1
+        read.clear()
 
 
 def test_teacher_answers_that_are_no_text(data):
