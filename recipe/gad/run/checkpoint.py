@@ -270,7 +270,8 @@ def check_workers(step_folder: Path, world_size: int) -> None:
         raise InputError(
             f"{saved_by} workers saved {step_folder}, and only as many can resume it; this run has {world_size} "
             "(trainer.nnodes x trainer.n_gpus_per_node)",
-            fix=f"run with {saved_by}, or start a new run (another --output_dir) from its models: {' '.join(models)}; "
+            fix=f"run with {saved_by}, or start a new run from its models: in another --output_dir, with "
+            f"{' '.join(models)} in place of --warmup_dir or --seqkd_dir; "
             "gad export writes a model whose folder is missing",
         )
 

@@ -314,9 +314,9 @@ def test_fsdp_shards_must_be_all_there_and_of_as_many_workers(warmup):
     with pytest.raises(ValueError, match="2 workers saved .*, and only as many can resume it; this run has 1") as error:
         check_folder(warmup, "warmup", world_size=1)
     step = warmup / "global_step_10"
-    way_out = f"--model {step}/actor/huggingface --reward_model {step}/critic/huggingface; gad export"
-    assert "Fix: run with 2, or start a new run (another --output_dir)" in str(error.value)
-    assert way_out in str(error.value)
+    models = f"--model {step}/actor/huggingface --reward_model {step}/critic/huggingface"
+    assert "Fix: run with 2, or start a new run from its models: in another --output_dir" in str(error.value)
+    assert f"with {models} in place of --warmup_dir or --seqkd_dir; gad export" in str(error.value)
     (warmup / "global_step_10" / "critic" / "model_world_size_2_rank_0.pt").unlink()
     with pytest.raises(ValueError, match="critic has 1 of 2 model shards"):
         check_folder(warmup, "warmup", world_size=2)
