@@ -16,7 +16,7 @@ are forced to their full length, teacher answers are as long. Sides:
 
 All but gad get their answers from vLLM as stock verl does, token by token with text. All sides look for finished
 rollouts as often (gad.poll_interval), so stock's 2 s polling does not count against it.
-Further arguments are Hydra overrides.
+Further arguments are Hydra overrides. The doctor's estimate of the GPU memory comes first.
 """
 
 import argparse
@@ -336,16 +336,22 @@ def main() -> None:
     import torch
 
     import verl  # noqa: F401  (activates the overlay)
+    from recipe.gad.doctor.checks import memory_findings
     from recipe.gad.run.config import compose_config
 
     sides = tuple(args.sides)
     steps = (args.warmup_rounds + args.rounds) * len(sides)
     with tempfile.TemporaryDirectory(prefix="gad-step-time-") as name:
         build_problem(Path(name), args.size, args.prompt, args.response, prompts=4 * args.prompts)
+        config = compose_config(overrides(args, Path(name), steps))
+        findings = list(memory_findings(config, gpu_memory=None))
+        print(*findings, sep="\n", flush=True)
+        if any(finding.level == "error" for finding in findings):
+            raise SystemExit("this run does not fit the GPU")
         memory = DeviceMemory()
         if args.device == "gpu":
             memory.start()
-        records = train(compose_config(overrides(args, Path(name), steps)), sides)
+        records = train(config, sides)
     counted = records[args.warmup_rounds * len(sides) :]
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     print(
