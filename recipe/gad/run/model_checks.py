@@ -189,7 +189,7 @@ def check_fresh_discriminator(config: DictConfig) -> Findings:
         yield problem.about(what)
     files, limit = files_of(get(config, "data.val_files")), integer(config, "data.val_max_samples", -1, minimum=-1)
     try:
-        prompts = len({prompt for file in files for prompt in column_values(file, get(config, "data.prompt_key"))})
+        prompts = len(set().union(*(column_values(file, get(config, "data.prompt_key")) for file in files)))
     except (ValueError, OSError):  # check_data reports files that cannot be read
         return
     if 0 < (prompts := min(prompts, limit) if limit > 0 else prompts) < MIN_PROMPTS:
