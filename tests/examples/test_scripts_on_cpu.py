@@ -430,7 +430,7 @@ def test_the_smollm2_example_trains_and_evaluates_through_the_same_scripts(fake,
     short, plateau, seqkd, warmup, gad = configs
     assert gad.trainer.total_training_steps == seqkd.trainer.total_training_steps == 200, "as many teacher batches"
     assert gad.data.train_batch_size == seqkd.data.train_batch_size == 32
-    assert warmup.trainer.critic_warmup > warmup.trainer.total_training_steps == 60, "the discriminator trains alone"
+    assert warmup.trainer.critic_warmup > warmup.trainer.total_training_steps == 120, "the discriminator trains alone"
     student = f"{out}/plateau/global_step_{plateau.trainer.total_training_steps}/actor/huggingface"
     assert warmup.actor_rollout_ref.model.path == seqkd.actor_rollout_ref.model.path == student
     assert warmup.critic.model.path == short.actor_rollout_ref.model.path == f"{out}/student"

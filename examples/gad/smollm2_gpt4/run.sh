@@ -26,7 +26,7 @@ out=$OUTPUT_DIR
   fail "$out holds no student and data; run prepare.sh --output_dir $out"
 
 # From the plateau, SeqKD and GAD take as many batches of teacher answers. The student stands still in the warmup.
-short_steps=240 plateau_steps=3000 lead_steps=60 steps=200
+short_steps=240 plateau_steps=3000 lead_steps=120 steps=200
 flags=(${SKIP_DOCTOR:+--skip-doctor} --train_files "$out/data/train.parquet" --val_files "$out/data/val.parquet")
 sizes=(
   data.train_batch_size=32
@@ -59,7 +59,7 @@ train() { # train FOLDER STAGE STEPS [--FLAG FOLDER ...] [hydra.key=value ...]
 
 evaluate() { # evaluate NAME MODEL: the two-sample test's discriminators always start from the untrained student
   "$PYTHON" -m recipe.gad.cli eval --model "$2" --val_files "$out/data/val.parquet" --output_dir "$out/eval/$1" \
-    --temperature 0.8 --max_prompt_length 512 --max_response_length 256 --gpu_memory_utilization 0.3 \
+    --n 4 --temperature 0.8 --max_prompt_length 512 --max_response_length 256 --gpu_memory_utilization 0.3 \
     --two_sample_model "$out/student"
 }
 
