@@ -29,6 +29,8 @@ MERGER_DTYPE = "bfloat16"
 """The only dtype that verl's merger writes."""
 DEFAULT_DTYPE, DEFAULT_LORA, DEFAULT_AVERAGE = "bfloat16", "merge", 1
 """Defaults of the function and of the command: dtype, treatment of LoRA, number of averaged checkpoints."""
+ATTENTION = "eager"
+"""Attention while exporting. A critic's config.json asks for the run's: flash-attn, say, which may be missing here."""
 CHECK_TOKENS = 8
 """Length of the input on which outputs are compared, in tokens."""
 TOLERANCE = 1e-4
@@ -162,7 +164,7 @@ def join_shards(folder: Path, kind: Any, scratch: Path) -> tuple[Path, Path | No
         def save_hf_model_and_tokenizer(self, state_dict):
             self.adapter = self.save_lora_adapter(state_dict)
             with torch.device("meta"):
-                model = kind.from_config(self.model_config)
+                model = kind.from_config(self.model_config, attn_implementation=ATTENTION)
             drop_tied_target_keys(state_dict, model, self.model_config)
             save_file(state_dict, joined / "model.safetensors", metadata={"format": "pt"})
 
@@ -197,7 +199,9 @@ def load_source(folder: Path, role: str, scratch: Path, shards: bool = False) ->
     stored, adapter = folder / "huggingface", None
     if shards or verify_hf_folder(stored):
         stored, adapter = join_shards(folder, kind, scratch)
-    model, info = kind.from_pretrained(stored, dtype=torch.float32, output_loading_info=True)
+    model, info = kind.from_pretrained(
+        stored, dtype=torch.float32, attn_implementation=ATTENTION, output_loading_info=True
+    )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
@@ -380,7 +384,7 @@ def _write_model(model: Any, adapter: Path | None, folder: Path, result: Path, d
     exact = _compute_outputs(model)
     _cast_parameters(model, dtype).save_pretrained(result)
     rounded = _compute_outputs(_cast_parameters(model, exact.dtype))
-    written = type(model).from_pretrained(result, dtype="auto")
+    written = type(model).from_pretrained(result, dtype="auto", attn_implementation=ATTENTION)
     if written.dtype != dtype:
         raise ValueError(f"the export says dtype {written.dtype}, expected {dtype}; nothing was written")
     _require_same(_compute_outputs(_cast_parameters(written.eval(), exact.dtype)), rounded, f"the export and {folder}")

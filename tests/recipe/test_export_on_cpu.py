@@ -154,6 +154,19 @@ def test_a_critic_gives_its_score_at_the_last_token(runs, run, dtype, tmp_path):
     )
 
 
+@pytest.mark.parametrize("run", ["whole", "shards"])
+def test_a_run_with_flash_attention_is_exported_where_that_package_is_missing(runs, run, tmp_path):
+    step = tmp_path / "run" / "global_step_2"
+    shutil.copytree(runs / run / "global_step_2", step)
+    file = step / "critic" / "huggingface" / "config.json"
+    config = json.loads(file.read_text()) | {"attn_implementation": "flash_attention_2"}  # as verl writes it on a GPU
+    file.write_text(json.dumps(config))
+    export_model(step / "critic", tmp_path / "out")
+    expected = weights(runs, f"{run}-critic")
+    assert all(torch.equal(v, expected[k].bfloat16()) for k, v in load(tmp_path / "out", True).state_dict().items())
+    assert "attn_implementation" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def by_hand(runs, run="lora-actor", dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     """W + alpha / r B A of a LoRA run, float64, by the names of a plain model; from bfloat16, as the merger."""
     trained = weights(runs, run).items()
