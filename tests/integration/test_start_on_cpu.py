@@ -1,11 +1,13 @@
 """The start of a run's processes (recipe/gad/training/start.py): real Ray actors, and the live trainer's."""
 
 import asyncio
+import sched
+import sys
 
 import pytest
 import ray
 
-from recipe.gad.training.start import Begins, waiting
+from recipe.gad.training.start import Begins, introduce, waiting
 
 
 @pytest.fixture
@@ -42,6 +44,20 @@ def test_what_keeps_a_server_from_starting_is_raised(server):
     process = ray.remote(waiting(server)).options(num_cpus=0).remote()
     with pytest.raises(ValueError, match="2 is above 1"):
         Begins(process).remote(2, 1)
+
+
+def test_who_asks_the_servers_imports_their_engine_at_once(ray_cluster):
+    class Server(sched.scheduler):
+        """``sched`` is the engine."""
+
+    class Asks:
+        def knows(self):
+            return "sched" in sys.modules
+
+    servers = [ray.remote(waiting(Server)).options(num_cpus=0).remote()]
+    told, other = (ray.remote(Asks).options(num_cpus=0).remote() for _ in range(2))
+    introduce(servers, [told])
+    assert ray.get([told.knows.remote(), other.knows.remote()]) == [True, False]
 
 
 def test_the_engine_of_the_live_trainer_has_started_once(live):

@@ -11,9 +11,10 @@ class AgentLoops(AgentLoopManagerTQ):
     _started: ClassVar[Optional["AgentLoops"]] = None
 
     @classmethod
-    def start(cls, **arguments: Any) -> None:
-        """Start the processes; the next :meth:`create` returns their manager."""
+    def start(cls, **arguments: Any) -> "AgentLoops":
+        """Start the processes and return their manager; so does the next :meth:`create`."""
         cls._started = super().create(**arguments)
+        return cls._started
 
     @classmethod
     def create(cls, *args: Any, **arguments: Any) -> "AgentLoops":

@@ -9,6 +9,7 @@ leave, and before a checkpoint is loaded.
 
 import asyncio
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,12 @@ def with_servers(replica: type[RolloutReplica], servers: dict[int, ActorHandle])
     return WithServer
 
 
+def introduce(servers: Iterable[ActorHandle], actors: Iterable[ActorHandle]) -> None:
+    """Let ``actors`` import the engine of ``servers`` now: Ray imports an actor's class where its handle arrives."""
+    for actor in actors:
+        actor.__ray_call__.remote(lambda *_: None, list(servers))
+
+
 class StartsSideBySide(Stock):
     """What a trainer of stock verl starts, and when. A base of the GAD trainer, before the stock trainer."""
 
@@ -130,18 +137,19 @@ class StartsSideBySide(Stock):
             return
         self._engine_to_come = False
         self.config.actor_rollout_ref.rollout.nnodes = 0
-        name = get(self.config, f"{ROLLOUT}.agent.agent_loop_manager_class")
+        name, asking = get(self.config, f"{ROLLOUT}.agent.agent_loop_manager_class"), []
         if name and hasattr(agent_loops := load_class_from_fqn(name), "start"):
-            agent_loops.start(
+            asking = agent_loops.start(
                 config=self.config,
                 llm_client=self.get_llm_client(),
                 teacher_client=self.get_teacher_client(),
                 reward_loop_worker_handles=self.get_reward_handles(),
-            )
+            ).agent_loop_workers
         manager, servers = self.llm_server_manager, self._servers.result()
         manager.worker_group = self.actor_rollout_wg
         if servers:
             manager.rollout_replica_class = with_servers(manager.rollout_replica_class, servers)
+            introduce(servers.values(), (manager.global_load_balancer, *asking))
         asyncio.run(manager._initialize_llm_servers())
         by_address = dict(zip(manager.server_addresses, manager.server_handles, strict=True))
         ray.get(manager.global_load_balancer.add_servers.remote(by_address))
