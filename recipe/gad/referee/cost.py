@@ -55,19 +55,17 @@ def used(run_group: Sequence[Run], state: State, plan: Plan, rows: int | None) -
 
 @dataclass
 class Estimator:
-    """Minutes of jobs that have not run, from the plan's ``seconds_per_step`` and from jobs that have."""
+    """Minutes of jobs that have not run, from jobs that have, else from the plan's ``seconds_per_step``."""
 
     trainings: list[Training]
     evaluations: list[Evaluation]
     state: State
 
     def seconds_per_step(self, training: Training) -> float | None:
-        """The plan's own figure, else the median step of the finished runs of an equal stage, else None."""
-        if training.stage.seconds_per_step is not None:
-            return training.stage.seconds_per_step
+        """The median step of the finished runs of an equal stage, else the plan's figure, else None."""
         equal = (other for other in self.trainings if other.stage == training.stage and other.is_finished())
         seconds = [second for other in equal for second in step_seconds(other)]
-        return statistics.median(seconds) if seconds else None
+        return statistics.median(seconds) if seconds else training.stage.seconds_per_step
 
     def start_seconds(self) -> float | None:
         """Mean seconds of a finished training outside of its steps."""

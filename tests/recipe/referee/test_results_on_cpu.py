@@ -164,6 +164,8 @@ def test_a_dry_run_takes_step_times_from_the_plan_and_from_finished_jobs(tmp_pat
     value["arms"]["gad"][2]["gad"]["seconds_per_step"] = 6
     value["arms"]["gad"][1]["discriminator"]["seconds_per_step"] = 3
     value["arms"]["seqkd"][1]["seqkd"]["seconds_per_step"] = 1
+    for arm in ("seqkd", "gad"):
+        value["arms"][arm][0]["seqkd"]["seconds_per_step"] = 50  # measured below
     plan = parse_plan(value)
     runs = expand(plan, tmp_path)
     shared = runs[1].trainings[0]
