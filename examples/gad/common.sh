@@ -5,6 +5,13 @@ MODEL="" REWARD_MODEL="" EXP_NAME="" NNODES=1 RESUME_STEP="" TRAIN_FILES="" VAL_
 DEVICE=gpu DRY_RUN="" SKIP_DOCTOR="" RAW_LOG=""
 HYDRA_OVERRIDES=()
 PYTHON=${PYTHON:-python3}
+# After SeqKD, this came closest to the teacher (docs/experiments.md): the discriminator leads alone for the whole warmup,
+# its rate is three times the policy's, and the policy's falls to 0.
+LEAD=(trainer.critic_warmup=1000000 critic.optim.lr=3e-6)
+AFTER_LEAD=(
+  critic.optim.lr=3e-6 actor_rollout_ref.actor.optim.lr_scheduler_type=cosine
+  actor_rollout_ref.actor.use_kl_loss=False algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2
+)
 
 flags_help() {
   cat <<'HELP'

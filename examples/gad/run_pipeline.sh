@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SeqKD, a warmup from SeqKD's student in which an untrained model becomes the discriminator, then GAD with an imitation
+# SeqKD, a warmup in which an untrained model becomes the discriminator of SeqKD's student, then GAD with an imitation
 # term: the order that came closest to the teacher (docs/experiments.md). Rerun the same command to resume.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -25,10 +25,15 @@ flags=(${TRAIN_FILES:+--train_files "$TRAIN_FILES"} ${VAL_FILES:+--val_files "$V
 [ -z "$RAW_LOG" ] || flags+=(--raw-log)
 start=(${MODEL:+--model "$MODEL"} ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"})
 run() { # run STAGE [flags ...]
-  local stage=$1 last=(); shift
-  [ "$stage" != seqkd ] || last=(${SEQKD_EPOCHS:+trainer.total_epochs="$SEQKD_EPOCHS"})
+  local stage=$1 first=() last=(); shift
+  case "$stage" in
+    seqkd) last=(${SEQKD_EPOCHS:+trainer.total_epochs="$SEQKD_EPOCHS"}) ;;
+    warmup) first=("${LEAD[@]}") ;;
+    gad) first=("${AFTER_LEAD[@]}") ;;
+  esac
   stoppable bash "$here/run_$stage.sh" "$@" "${flags[@]}" --exp_name "${EXP_NAME:+$EXP_NAME-}$stage" \
-    --output_dir "$base/$stage" -- ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"} ${last[@]+"${last[@]}"}
+    --output_dir "$base/$stage" -- ${first[@]+"${first[@]}"} ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"} \
+    ${last[@]+"${last[@]}"}
 }
 run seqkd "${start[@]}"
 if [ -n "$DRY_RUN" ]; then # the checkpoints do not exist yet
@@ -39,7 +44,4 @@ else
   gad=(--warmup_dir "$base/warmup")
 fi
 run warmup "${warmup[@]}" --reward_model "${REWARD_MODEL:-$MODEL}"
-HYDRA_OVERRIDES=(
-  algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
-)
 run gad "${gad[@]}"

@@ -117,6 +117,7 @@ def test_the_chain_submits_four_jobs_each_after_the_one_before(slurm, tmp_path):
         assert config.trainer.default_local_dir == f"{tmp_path}/out/{stage}"
         if stage == "gad":
             assert (config.gad.imitation_coef, config.algorithm.norm_adv_by_std_in_grpo) == (0.2, False)
+        assert (config.trainer.critic_warmup > 10**5) == (stage == "warmup"), "the discriminator trains alone"
     assert jobs[102][1][2:6] == ["--seqkd_dir", f"{tmp_path}/out/seqkd", "--reward_model", "org/student"]
     assert jobs[103][1][2:4] == ["--warmup_dir", f"{tmp_path}/out/warmup"]
     assert jobs[104][1][1:] == [

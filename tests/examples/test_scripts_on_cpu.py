@@ -316,7 +316,13 @@ def test_the_pipeline_prints_its_three_stages(device):
     assert seqkd.actor_rollout_ref.model.path == warmup.critic.model.path == "org/student"
     assert warmup.actor_rollout_ref.model.path == "/out/seqkd/global_step_N/actor/huggingface"
     assert (gad.gad.imitation_coef, gad.algorithm.norm_adv_by_std_in_grpo) == (0.2, False)
+    actor = gad.actor_rollout_ref.actor
+    assert (actor.optim.lr_scheduler_type, actor.use_kl_loss) == ("cosine", False)
     assert (warmup.gad.imitation_coef, warmup.algorithm.norm_adv_by_std_in_grpo) == (0, True)
+    assert (seqkd.trainer.critic_warmup, gad.trainer.critic_warmup) == (0, 0)
+    assert warmup.trainer.critic_warmup > 10**5, "the discriminator trains alone"
+    for config in (warmup, gad):
+        assert config.critic.optim.lr == 3 * actor.optim.lr
     assert configs[2].actor_rollout_ref.model.path == "/out/warmup/global_step_N/actor/huggingface"
     assert configs[2].critic.model.path == "/out/warmup/global_step_N/critic/huggingface"
 

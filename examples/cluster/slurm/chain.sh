@@ -46,15 +46,16 @@ submit() { # submit NAME NODES COMMAND...
   fi
 }
 train() { # train STAGE START...
+  local recipe=()
+  [ "$1" != warmup ] || recipe=("${LEAD[@]}")
+  [ "$1" != gad ] || recipe=("${AFTER_LEAD[@]}")
   submit "$1" "$NNODES" bash "$root/examples/gad/run_$1.sh" "${@:2}" "${flags[@]}" \
-    --exp_name "${EXP_NAME:+$EXP_NAME-}$1" --output_dir "$OUTPUT_DIR/$1" ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
+    --exp_name "${EXP_NAME:+$EXP_NAME-}$1" --output_dir "$OUTPUT_DIR/$1" ${recipe[@]+"${recipe[@]}"} \
+    ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
 }
 
 [ -n "$DRY_RUN" ] || mkdir -p "$OUTPUT_DIR/slurm" # SLURM creates no folder for a log
 train seqkd "${start[@]}"
 train warmup --seqkd_dir "$OUTPUT_DIR/seqkd" --reward_model "$discriminator"
-HYDRA_OVERRIDES=(
-  algorithm.norm_adv_by_std_in_grpo=False gad.imitation_coef=0.2 ${HYDRA_OVERRIDES[@]+"${HYDRA_OVERRIDES[@]}"}
-)
 train gad --warmup_dir "$OUTPUT_DIR/warmup"
 submit eval 1 bash "$root/examples/cluster/evaluate.sh" --val_files "$(absolute "$VAL_FILES")" --output_dir "$OUTPUT_DIR"

@@ -46,10 +46,10 @@ SAMPLED_STEPS = 5
 
 AGAINST_IMITATION = (
     "No curve here says whether GAD was worth its time. With a 135M student and 4,458 answers of GPT-4, SeqKD gained "
-    "more per GPU second until it had read each answer about 20 times. From there, more SeqKD made the student worse. "
-    "GAD took about a third of the distance that was left in the two-sample test, in twice the time, and fewer answers "
-    "were cut or repeated (docs/experiments.md). Train SeqKD until gad eval finds no gain, then compare "
-    "both from there."
+    "more per GPU second until it had read each answer about 20 times. From there, more SeqKD gained nothing or did "
+    "harm. GAD took about a third of the distance that was left in the two-sample test, in twice the time, and fewer "
+    "answers were cut or repeated (docs/experiments.md). Train SeqKD until gad eval finds no gain, then compare both "
+    "from there."
 )
 """Under every GAD run. docs/experiments.md is the home of the numbers."""
 
