@@ -62,6 +62,7 @@ def healthy_run(rng: np.random.Generator, prompts: int, n: int, steps: int) -> d
             "critic/d_acc": (gap > 0).mean(),
             "critic/score_gap": gap.mean(),
             "critic/lr": 1e-6,
+            "actor/pg_loss": 0.0,
             "actor/entropy": drift(1.2, 0.9) + rng.normal(0, 0.5) / np.sqrt(prompts * n),
             "actor/kl_loss": drift(0.0, 0.3) * (1 + rng.normal(0, 2) / np.sqrt(prompts * n)),
             "gad/policy_gate": gate.factor,

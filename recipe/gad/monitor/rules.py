@@ -36,6 +36,11 @@ COIN_TOSS_STEPS = 30
 FOOLED_D_ACC = 0.45
 """Below a coin toss by more than noise: D prefers the student, so it has stopped following the student's changes."""
 
+WEAK_D_ACC = 0.6
+"""d_acc on validation prompts with which a lead is too short: it was 0.53 to 0.64 after such leads, 0.66 to 0.77 after
+120 steps alone. One of 64 prompts has a standard error of 0.06, so one start in 30 is below by chance if D is right on
+0.71."""
+
 MEMORIZED = 0.15
 MEMORIZED_VALIDATIONS = 3
 """Training d_acc so far above d_acc on validation prompts, in three validations in a row. At an accuracy of 0.85, this
@@ -195,6 +200,25 @@ def frozen_discriminator(learning_rate: Curve) -> Finding | None:
     )
 
 
+def weak_discriminator(pg_loss: Curve, val_d_acc: Curve) -> Finding | None:
+    """D hardly tells the sides apart when the policy begins to follow it; ``pg_loss`` says in which steps it does."""
+    began = pg_loss.steps[0]
+    since = val_d_acc.steps >= began - 1  # the validation of the step before sees the D with which the policy begins
+    start = Curve(val_d_acc.steps[since], val_d_acc.values[since]).first(1)
+    if not len(start.steps) or start.values[0] >= WEAK_D_ACC:
+        return None
+    return warning(
+        "The student follows a weak discriminator",
+        evidence=f"{VAL_D_ACC} is {start.values[0]:.3g} in step {start.steps[0]}, and the student follows the "
+        f"discriminator from step {began} on. Expected is {WEAK_D_ACC} or more: 0.5 is chance, and what GAD gains "
+        "comes from the discriminator's lead.",
+        fix="Start the stage again from a discriminator that has trained alone for longer: raise trainer.critic_warmup "
+        "and trainer.total_epochs in the warmup stage, or set gad.discriminator_lead.max_steps in stage gad. If more "
+        "steps alone do not help, raise critic.optim.lr, or start the warmup with a larger one (--reward_model). With "
+        "fewer than 50 validation prompts, add some before you trust this.",
+    )
+
+
 def memorizing_discriminator(d_acc: Curve, val_d_acc: Curve) -> Finding | None:
     """D knows the teacher's training answers by heart: it is far better on them than on validation prompts."""
     pairs = []
@@ -211,8 +235,8 @@ def memorizing_discriminator(d_acc: Curve, val_d_acc: Curve) -> Finding | None:
         evidence=f"critic/d_acc (mean of {RECENT} steps) against {VAL_D_ACC}: {shown}. The reward is worth what the "
         "accuracy on validation prompts says.",
         fix="Collect more teacher answers, or train fewer epochs (trainer.total_epochs). Otherwise slow the "
-        "discriminator: lower critic.optim.lr, or raise critic.optim.weight_decay. With fewer than 50 validation "
-        "prompts, add some before you trust this.",
+        "discriminator: lower critic.optim.lr, raise critic.optim.weight_decay, or set gad.label_smoothing=0.1. With "
+        "fewer than 50 validation prompts, add some before you trust this.",
     )
 
 
@@ -526,6 +550,7 @@ RULES = (
     Rule(guessing_discriminator, ("critic/d_acc",)),
     Rule(fooled_discriminator, ("critic/d_acc",)),
     Rule(frozen_discriminator, ("critic/lr",)),
+    Rule(weak_discriminator, ("actor/pg_loss", VAL_D_ACC)),
     Rule(memorizing_discriminator, ("critic/d_acc", VAL_D_ACC)),
     Rule(collapsed_entropy, ("actor/entropy",), policy_steps=True),
     Rule(falling_validation, (ROUGE_L, "critic/score_gap")),

@@ -267,11 +267,59 @@ def validations(values, every=10) -> Curve:
     return Curve(np.arange(every, every * len(values) + 1, every), np.array(values, dtype=float))
 
 
+def gad_stage(first_policy_step: int, accuracies: dict[int, float]) -> dict:
+    """Metrics of 60 steps in which the policy trains from one step on, with validations at some steps."""
+    metrics = {step: {"actor/pg_loss": 0.01} if step >= first_policy_step else {} for step in range(61)}
+    for step, accuracy in accuracies.items():
+        metrics[step]["val-aux/d_acc"] = accuracy
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("began", "accuracies", "seen"),
+    [
+        (1, {0: 0.53, 20: 0.7}, "0.53 in step 0"),  # no lead
+        (1, {20: 0.594, 40: 0.7}, "0.594 in step 20"),  # trainer.val_before_train=False
+        (21, {0: 0.7, 10: 0.7, 20: 0.55, 30: 0.7}, "0.55 in step 20"),  # a lead that ends with a validation
+        (26, {0: 0.7, 20: 0.7, 30: 0.578}, "0.578 in step 30"),  # and one that ends between two
+    ],
+)
+def test_weak_discriminator(began, accuracies, seen):
+    (finding,), looked_at = apply_rules(gad_stage(began, accuracies))
+    assert finding.level == "warning" and finding.where == "weak_discriminator" and "val-aux/d_acc" in looked_at
+    assert f"val-aux/d_acc is {seen}" in finding.evidence and f"from step {began} on" in finding.evidence
+    assert "Expected is 0.6 or more" in finding.evidence
+    for remedy in ("trainer.critic_warmup", "gad.discriminator_lead.max_steps", "critic.optim.lr", "--reward_model"):
+        assert remedy in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("began", "accuracies"),
+    [
+        (1, {0: 0.6, 20: 0.5, 40: 0.5}),  # it may fall later: the student gets closer
+        (21, {0: 0.5, 10: 0.55, 20: 0.66}),  # it was weak before its lead
+        (26, {0: 0.5, 20: 0.5, 40: 0.7}),  # the lead went on after the weak validation
+        (21, {0: 0.5, 10: 0.5}),  # no validation yet since the lead
+        (61, {0: 0.5, 20: 0.5, 60: 0.5}),  # the policy has not begun, as in the warmup's metrics
+        (1, {}),  # gad.val_d_acc=False
+    ],
+)
+def test_weak_discriminator_is_silent(began, accuracies):
+    assert apply_rules(gad_stage(began, accuracies))[0] == []
+
+
+def test_weak_discriminator_is_silent_about_a_lead_that_was_long_enough():
+    """The mean of 0.66 to 0.77 in 64 pairs: at most 38 right, with a chance of 0.031, are below 0.6."""
+    starts = np.random.default_rng(0).binomial(64, 0.71, size=1000) / 64
+    findings = [health.weak_discriminator(curve([0.01]), Curve(np.array([0]), start[None])) for start in starts]
+    assert 10 < sum(finding is not None for finding in findings) < 50
+
+
 def test_memorizing_discriminator():
     training = curve([0.86] * 30 + [0.94] * 30)
     finding = health.memorizing_discriminator(training, validations([0.8, 0.75, 0.72, 0.7, 0.69, 0.69]))
     assert finding.level == "warning" and "0.94 against 0.69 (step 60)" in finding.evidence
-    assert "critic.optim.lr" in finding.fix
+    assert "critic.optim.lr" in finding.fix and "gad.label_smoothing=0.1" in finding.fix
     assert health.memorizing_discriminator(training, validations([0.8, 0.75, 0.72, 0.85, 0.69, 0.69])) is None
     assert health.memorizing_discriminator(training, validations([0.5, 0.5])) is None  # two are not enough
     assert health.memorizing_discriminator(curve([0.94] * 12), validations([0.5] * 3, every=4)) is None  # too early
