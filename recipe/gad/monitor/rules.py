@@ -214,8 +214,8 @@ def weak_discriminator(pg_loss: Curve, val_d_acc: Curve) -> Finding | None:
         "comes from the discriminator's lead.",
         fix="Start the stage again from a discriminator that has trained alone for longer: raise trainer.critic_warmup "
         "and trainer.total_epochs in the warmup stage, or set gad.discriminator_lead.max_steps in stage gad. If more "
-        "steps alone do not help, raise critic.optim.lr, or start the warmup with a larger one (--reward_model). With "
-        "fewer than 50 validation prompts, add some before you trust this.",
+        "steps alone do not help, raise critic.optim.lr, or start the warmup with a larger discriminator "
+        "(--reward_model). With fewer than 50 validation prompts, add some before you trust this.",
     )
 
 
