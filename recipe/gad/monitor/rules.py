@@ -40,6 +40,8 @@ WEAK_D_ACC = 0.6
 """d_acc on validation prompts with which a lead is too short: it was 0.53 to 0.64 after such leads, 0.66 to 0.77 after
 120 steps alone. One of 64 prompts has a standard error of 0.06, so one start in 30 is below by chance if D is right on
 0.71."""
+WEAK_WITHIN = 20
+"""Steps after the first of the policy in which a validation still tells of the lead."""
 
 MEMORIZED = 0.15
 MEMORIZED_VALIDATIONS = 3
@@ -203,8 +205,9 @@ def frozen_discriminator(learning_rate: Curve) -> Finding | None:
 def weak_discriminator(pg_loss: Curve, val_d_acc: Curve) -> Finding | None:
     """D hardly tells the sides apart when the policy begins to follow it; ``pg_loss`` says in which steps it does."""
     began = pg_loss.steps[0]
-    since = val_d_acc.steps >= began - 1  # the validation of the step before sees the D with which the policy begins
-    start = Curve(val_d_acc.steps[since], val_d_acc.values[since]).first(1)
+    # the validation of the step before sees the D with which the policy begins; later the student may have caught up
+    near = (val_d_acc.steps >= began - 1) & (val_d_acc.steps < began + WEAK_WITHIN)
+    start = Curve(val_d_acc.steps[near], val_d_acc.values[near]).first(1)
     if not len(start.steps) or start.values[0] >= WEAK_D_ACC:
         return None
     return warning(

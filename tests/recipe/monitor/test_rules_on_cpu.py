@@ -301,6 +301,7 @@ def test_weak_discriminator(began, accuracies, seen):
         (26, {0: 0.5, 20: 0.5, 40: 0.7}),  # the lead went on after the weak validation
         (21, {0: 0.5, 10: 0.5}),  # no validation yet since the lead
         (61, {0: 0.5, 20: 0.5, 60: 0.5}),  # the policy has not begun, as in the warmup's metrics
+        (1, {30: 0.5}),  # the first validation comes late: the student may have caught up
         (1, {}),  # gad.val_d_acc=False
     ],
 )
