@@ -1,7 +1,7 @@
 """Composing a run's configuration with Hydra, reading its dotted keys, and what follows from them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,7 +140,7 @@ def parallelism(config: DictConfig, role: str) -> tuple[int, int] | None:
     return sequence, sequence
 
 
-def leaf_keys(config: DictConfig) -> Iterator[str]:
+def leaf_keys(config: DictConfig | dict) -> Iterator[str]:
     """Dotted keys of all values that are no groups of keys themselves."""
 
     def keys(group: dict, prefix: str) -> Iterator[str]:
@@ -150,8 +150,17 @@ def leaf_keys(config: DictConfig) -> Iterator[str]:
             else:
                 yield f"{prefix}{name}"
 
-    groups: Any = OmegaConf.to_container(config)
+    groups: Any = config if isinstance(config, dict) else OmegaConf.to_container(config)
     return keys(groups, "")
+
+
+def similar_keys(key: str, known: Iterable[str]) -> list[str]:
+    """At most two of the ``known`` dotted keys, the likeliest first: their last name is that of ``key``, or similar."""
+    by_name = dict[str, list[str]]()
+    for one in known:
+        by_name.setdefault(one.rpartition(".")[2], []).append(one)
+    names = get_close_matches(key.rpartition(".")[2], by_name, cutoff=SIMILAR)
+    return get_close_matches(key, [one for name in names for one in by_name[name]], n=2, cutoff=0)
 
 
 def files_of(value: Any) -> list[str]:
@@ -192,12 +201,9 @@ def compose_config(overrides: list[str], name: str = "gad_trainer") -> DictConfi
 
 def _unknown_key(key: str, known: Iterator[str]) -> InputError:
     """The error for an override of a key that the configuration does not have."""
-    group, by_name = key.rpartition(".")[0], dict[str, list[str]]()
+    group = key.rpartition(".")[0]
     passed_on = not PASSED_ON.isdisjoint(group.split("."))
-    for one in (one for one in known if not passed_on or one.startswith(f"{group}.")):
-        by_name.setdefault(one.rpartition(".")[2], []).append(one)
-    names = get_close_matches(key.rpartition(".")[2], by_name, cutoff=SIMILAR)
-    similar = get_close_matches(key, [one for name in names for one in by_name[name]], n=2, cutoff=0)
+    similar = similar_keys(key, (one for one in known if not passed_on or one.startswith(f"{group}.")))
     if passed_on and not similar:
         return InputError(f"there is no key {key} yet", fix=f"add it: write +{key}=...")
     fix = f"write {either(similar)}" if similar else "look it up in docs/configuration.md"

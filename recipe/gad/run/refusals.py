@@ -18,7 +18,17 @@ from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
-from recipe.gad.run.config import ACTOR, ROLLOUT, files_of, get, has_discriminator, integer, is_number, leaf_keys
+from recipe.gad.run.config import (
+    ACTOR,
+    ROLLOUT,
+    files_of,
+    get,
+    has_discriminator,
+    integer,
+    is_number,
+    leaf_keys,
+    similar_keys,
+)
 from recipe.gad.run.data_file import NO_SOURCE, UNLABELLED, column_values, most_answers
 from recipe.gad.run.findings import Findings, either, error, warning
 
@@ -107,6 +117,8 @@ MOVED = {
     "critic.fsdp.strategy": ("fsdp", "critic.strategy"),
 }
 """Key that nothing reads -> verl's default of it, and the key that is read."""
+TOP_GROUPS = ("algorithm", "data", "trainer")
+"""Groups that verl's sources call by these names where they read them."""
 
 
 def check_estimator(config: DictConfig) -> Findings:
@@ -440,22 +452,105 @@ def check_ratios(config: DictConfig) -> Findings:
 
 def check_names(config: DictConfig) -> Findings:
     """verl or verl-gad reads every key that was added to the configuration."""
+    known = _default_keys()
     for key in leaf_keys(config):
-        if re.search("kwargs|override|runtime_env", key):  # verl hands these to other programs and libraries
+        if key in known or re.search("kwargs|override|runtime_env", key):  # verl hands these to other libraries
             continue
-        words = set(re.findall(r"\w+", key.rpartition(".")[2]))
-        if not words <= _words("*.yaml") and not words <= _words("*.py"):
+        if ".router_replay." in key:  # check_router_replay says where it belongs
+            continue
+        if key.startswith("gad."):
+            if not any(key.startswith(f"{one}.") for one in known):  # a key whose value is a mapping
+                yield error(f"{key}: verl-gad has no such key, so nothing reads it", fix=_likelier(config, key))
+        elif unknown := _unknown_field(config, key):
+            yield error(f"{key}: {unknown}, so verl fails when it starts its workers", fix=_likelier(config, key))
+        elif not _is_read(key):
             yield warning(
-                f"{key} occurs neither in verl's source nor in verl-gad's: it has no effect, unless your own code "
-                "reads it",
-                fix="correct the key, or leave it out",
+                f"{key} is read neither by verl nor by verl-gad: it has no effect, unless your own code reads it",
+                fix=_likelier(config, key),
             )
 
 
+def _likelier(config: DictConfig, key: str) -> str:
+    """The fix for a key that nothing reads: the key that was meant is in the same group, or else in another."""
+    known = [one for one in leaf_keys(config) if one in _default_keys()]
+    group = key.partition(".")[0]
+    similar = similar_keys(key, (one for one in known if one.startswith(f"{group}."))) or similar_keys(key, known)
+    return f"write {either(similar)}, or leave it out" if similar else "correct the key, or leave it out"
+
+
+def _unknown_field(config: DictConfig, key: str) -> str:
+    """What verl cannot convert of a key of the actor, the critic or the rollout engine; empty if it can."""
+    group, *names = key.split(".")
+    node = get(config, group)
+    if group not in ("actor_rollout_ref", "critic"):
+        return ""
+    for name in names:
+        if not isinstance(node, DictConfig):
+            return ""
+        package, _, target = str(node.get("_target_", "")).rpartition(".")
+        fields = _dataclass_fields().get(target, {name}) if package.startswith("verl.") else {name}
+        if name not in fields:
+            return f"verl's {target} has no field {name}"
+        node = node.get(name)
+    return ""
+
+
+def _is_read(key: str) -> bool:
+    """Does any source read the key's last name, from the key's own group if other groups have that name too?"""
+    group, _, name = key.rpartition(".")
+    words, of_group = _words_read()
+    if group in TOP_GROUPS and any(one.endswith(f".{name}") for one in _default_keys()):
+        return (group, name) in of_group
+    return set(re.findall(r"\w+", name)) <= words
+
+
+def _verl_folders() -> list[Path]:
+    verl = find_spec("verl")  # importing verl takes seconds
+    return [Path(folder) for folder in (verl and verl.submodule_search_locations) or ()]
+
+
 @lru_cache
-def _words(pattern: str) -> frozenset[str]:
-    """Every word of the installed verl's and verl-gad's files that match ``pattern``."""
-    verl = find_spec("verl")
-    folders = [Path(folder) for folder in (verl and verl.submodule_search_locations) or ()]
-    files = [file for folder in (*folders, Path(__file__).parents[1]) for file in folder.rglob(pattern)]
-    return frozenset(word for file in files for word in re.findall(r"\w+", file.read_text(errors="replace")))
+def _default_keys() -> frozenset[str]:
+    """Dotted keys of verl's default configurations, one for each kind of engine, and of verl-gad's."""
+    import yaml
+
+    files = [file for folder in _verl_folders() for file in folder.glob("trainer/config/_generated_*.yaml")]
+    files += (Path(__file__).parents[1] / "config").rglob("*.yaml")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
+    return frozenset(key for file in files for key in leaf_keys(yaml.load(file.read_text(), loader) or {}))
+
+
+@lru_cache
+def _dataclass_fields() -> dict[str, set[str]]:
+    """Name of each dataclass of verl's configuration -> its fields, those of its base classes included."""
+    own, bases = dict[str, set[str]](), dict[str, list[str]]()
+    for folder in _verl_folders():
+        for pattern in ("base_config.py", "workers/config/*.py", "trainer/config/*.py", "utils/profiler/config.py"):
+            for file in folder.glob(pattern):
+                for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                    if isinstance(node, ast.ClassDef):
+                        lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+                        own[node.name] = {line.target.id for line in lines if isinstance(line.target, ast.Name)}
+                        bases[node.name] = [ast.unparse(base) for base in node.bases]
+
+    def fields(name: str) -> set[str]:
+        return own.get(name, set()).union(*(fields(base) for base in bases.get(name, ())))
+
+    return {name: fields(name) for name in own}
+
+
+@lru_cache
+def _words_read() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    """Names that verl's and verl-gad's sources read.
+
+    Returns:
+        Every attribute, field and text that is a name; (group, name) where the group stands before the name.
+    """
+    words, of_group = set[str]().union(*_dataclass_fields().values()), set[tuple[str, str]]()
+    before = rf"\b({'|'.join(TOP_GROUPS)})(?:_config|_cfg)?(?:\.get\(\s*[\"']|\[[\"']|\.)(\w+)"
+    for folder in (*_verl_folders(), Path(__file__).parents[1]):
+        for file in folder.rglob("*.py"):
+            text = file.read_text(errors="replace")
+            words.update(re.findall(r"\.(\w+)", text), re.findall(r"[\"'](\w+)[\"']", text))
+            of_group.update(re.findall(before, text))
+    return frozenset(words), frozenset(of_group)

@@ -1,18 +1,26 @@
 """recipe/gad/run/refusals.py: settings that verl accepts and a GAD run would ignore, or on which it would break."""
 
 import json
+import re
 import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from recipe.gad import reward
 from recipe.gad.run import checks, refusals
+from verl import workers
+from verl.utils.config import omega_conf_to_dataclass
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 CORRECTION = "algorithm.rollout_correction"
+ROOT = Path(__file__).parents[3]
+FOLDERS = ("benchmarks", "docs", "examples", "recipe")
 CHECKS = [
     refusals.check_estimator,
     refusals.check_parameter_sync,
@@ -471,13 +479,71 @@ def test_the_defaults_of_clipping_are_verls(base):
 # ---------------------------------------------------------------------- names of keys
 
 
-def test_a_key_that_nothing_reads(found):
+UNREAD = {
+    "gad.kl_loss_coef": "error gad.kl_loss_coef: verl-gad has no such key, so nothing reads it. Fix: write "
+    f"{ACTOR}.kl_loss_coef or ",
+    "gad.task_reward.name": "error gad.task_reward.name: verl-gad has no such key",
+    "gad.dpo_bet": "error gad.dpo_bet: verl-gad has no such key, so nothing reads it. Fix: write gad.dpo_beta, or",
+    f"{ACTOR}.lr": f"error {ACTOR}.lr: verl's FSDPActorConfig has no field lr, so verl fails when it starts its "
+    f"workers. Fix: write {ACTOR}.optim.lr, or leave it out",
+    f"{ACTOR}.optim.leaning_rate": f"error {ACTOR}.optim.leaning_rate: verl's FSDPOptimizerConfig has no field ",
+    f"{ROLLOUT}.multi_turn.max_turns": f"error {ROLLOUT}.multi_turn.max_turns: verl's MultiTurnConfig has no field ",
+    "critic.model.fsdp_config.param_offload": "error critic.model.fsdp_config.param_offload: verl's HFModelConfig has "
+    "no field fsdp_config, so verl fails when it starts its workers. Fix: write critic.fsdp.param_offload or ",
+    "data.num_proc": "warning data.num_proc is read neither by verl nor by verl-gad",
+    "trainer.temperature": "warning trainer.temperature is read neither by verl nor by verl-gad",
+    "trainer.save_frequency": "warning trainer.save_frequency is read neither by verl nor by verl-gad: it has no "
+    "effect, unless your own code reads it. Fix: write trainer.save_freq, or leave it out",
+    "trainer.warmup_use_sft": "warning trainer.warmup_use_sft is read neither by verl nor by verl-gad",
+    "algorithm.clip_ratio_low": "warning algorithm.clip_ratio_low is read neither by verl nor by verl-gad: it has no "
+    f"effect, unless your own code reads it. Fix: write {ACTOR}.clip_ratio_low or ",
+}
+"""Key that nothing reads -> how the finding begins."""
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_a_key_that_nothing_reads(base, key):
+    config = OmegaConf.create(OmegaConf.to_container(base, resolve=True))
+    OmegaConf.update(config, key, 1, force_add=True)
     start = time.monotonic()
-    (message,) = found({"actor_rollout_ref.actor.optim.leaning_rate": 1e-6})
+    (finding,) = refusals.check_names(config)
     assert time.monotonic() - start < 10
-    assert message.startswith("warning actor_rollout_ref.actor.optim.leaning_rate occurs neither in verl's source")
-    (message,) = found({"trainer.warmup_use_sft": True})
-    assert message.startswith("warning trainer.warmup_use_sft ")
+    assert f"{finding.level} {finding}".startswith(UNREAD[key])
+
+
+@pytest.mark.parametrize("key", [f"{ACTOR}.lr", f"{ROLLOUT}.multi_turn.max_turns", "critic.model.fsdp_config.a"])
+def test_verl_does_not_convert_a_field_that_is_refused(base, key):
+    config = OmegaConf.create(OmegaConf.to_container(base, resolve=True))
+    group = ".".join(key.split(".")[: 1 if key.startswith("critic") else 2])
+    omega_conf_to_dataclass(OmegaConf.select(config, group))
+    OmegaConf.update(config, key, 1, force_add=True)
+    with pytest.raises(InstantiationException, match="unexpected keyword argument"):
+        omega_conf_to_dataclass(OmegaConf.select(config, group))
+
+
+def test_the_fields_are_those_of_verl():
+    classes = {name: getattr(workers.config, name) for name in dir(workers.config)}
+    classes = {
+        name: one
+        for name, one in classes.items()
+        if isinstance(one, type) and is_dataclass(one) and one.__module__.startswith("verl.workers.config")
+    }
+    assert {"FSDPActorConfig", "HFModelConfig", "McoreEngineConfig", "RolloutConfig"} <= set(classes)
+    found = refusals._dataclass_fields()
+    assert {name: found[name] for name in classes} == {
+        name: {field.name for field in fields(one)} for name, one in classes.items()
+    }
+
+
+def test_every_added_key_of_the_pages_and_scripts_passes(base):
+    files = [ROOT / "README.md", *(file for name in FOLDERS for file in (ROOT / name).rglob("*.*") if file.is_file())]
+    files = [file for file in files if file.suffix in (".md", ".sh", ".yaml", ".py") and "test_" not in file.name]
+    added = {key for file in files for key in re.findall(r"(?<![\w}:])\+{1,2}([a-z_]+(?:\.\w+)+)=", file.read_text())}
+    assert {f"{ROLLOUT}.engine_kwargs.vllm.kv_cache_memory_bytes", "ray_kwargs.ray_init._temp_dir"} <= added
+    config = OmegaConf.create(OmegaConf.to_container(base, resolve=True))
+    for key in added:
+        OmegaConf.update(config, key, 1, force_add=True)
+    assert list(refusals.check_names(config)) == []
 
 
 def test_keys_that_are_read_or_handed_on_pass(found):
@@ -488,5 +554,9 @@ def test_keys_that_are_read_or_handed_on_pass(found):
         "ray_kwargs.ray_init.runtime_env.env_vars.MY_VARIABLE": "1",
         "algorithm.gdpo_reward_keys": ["a"],  # only verl's Python names it
         "reward.reward_kwargs.overlong_buffer_cfg.enable": True,
+        "data.cache_dir": "a",  # only verl's Python names it
+        "critic.fsdp.wrap_policy.transformer_layer_cls_to_wrap": ["a"],  # a field of no dataclass
+        f"{ACTOR}.use_rollout_log_probs": False,  # a field that no default names
     }
     assert found(added) == []
+    assert not list(refusals.check_names(OmegaConf.create({"gad": {"task_reward": {"weight": {"math": 0.5}}}})))
