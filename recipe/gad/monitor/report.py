@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.gad.monitor.rules import CLIP_BAND, EarlierFinding, all_clear, apply_rules, damaged_files, earlier_findings
+from recipe.gad.monitor.rules import EarlierFinding, all_clear, apply_rules, clip_band, damaged_files, earlier_findings
 from recipe.gad.run.atomic_io import alone_in, check_output, write_atomically
 from recipe.gad.run.findings import Finding, visible
 from recipe.gad.run.log import (
     ROUGE_L,
     VAL_D_ACC,
     VAL_TWO_SAMPLE,
+    VANILLA,
     Metrics,
     answers_over_training,
     load_metrics,
@@ -28,7 +29,8 @@ from recipe.gad.run.log import (
     phase_seconds,
     read_overrides,
     read_samples,
-    recorded_config,
+    recorded_loss_mode,
+    recorded_value,
     running_mean,
     series,
 )
@@ -72,6 +74,7 @@ class Run:
     samples: dict[int, list[dict]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     overrides: dict[str, str] = field(default_factory=dict)
+    loss_mode: str = VANILLA
 
     @property
     def all_clear(self) -> str:
@@ -120,11 +123,9 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     ]
 
 
-def _handover(config: Any, paths: list[Path]) -> int:
-    """Step of the checkpoint of one of the runs in ``paths`` from which a run started; 0 if of none."""
-    for key in ("actor_rollout_ref", "model", "path"):
-        config = config.get(key) if isinstance(config, dict) else None
-    step = re.fullmatch(r"(.+)/global_step_(\d+)/actor/huggingface", config) if isinstance(config, str) else None
+def _handover(model: Any, paths: list[Path]) -> int:
+    """Step of the checkpoint of one of the runs in ``paths`` that is ``model``, a run's student; 0 if of none."""
+    step = re.fullmatch(r"(.+)/global_step_(\d+)/actor/huggingface", model) if isinstance(model, str) else None
     return int(step[2]) if step and Path(step[1]).resolve() in paths else 0
 
 
@@ -132,8 +133,9 @@ def _read_run(path: Path, label: str, handover: int, paths: list[Path]) -> Run:
     left_out: list[str] = []
     run = Run(path, label, load_metrics(path / "metrics.jsonl", left_out))
     try:
-        start = _handover(recorded_config(path), paths)
+        start = _handover(recorded_value(path, "actor_rollout_ref.model.path"), paths)
         handover = handover or start
+        run.loss_mode = recorded_loss_mode(path)
         run.overrides = read_overrides(path)
     except ValueError as error:
         left_out.append(str(error))
@@ -142,9 +144,10 @@ def _read_run(path: Path, label: str, handover: int, paths: list[Path]) -> Run:
     run.samples, run.notes = read_samples(path, SAMPLED_STEPS, run.metrics)
     if is_gad:
         run.notes.append(AGAINST_IMITATION)
-    findings, run.looked_at = apply_rules(run.metrics, list(run.samples.values())[-1] if run.samples else ())
+    samples = list(run.samples.values())[-1] if run.samples else ()
+    findings, run.looked_at = apply_rules(run.metrics, samples, run.loss_mode)
     run.findings = [*damaged_files(left_out), *findings]
-    run.earlier = earlier_findings(run.metrics, run.findings)
+    run.earlier = earlier_findings(run.metrics, run.findings, loss_mode=run.loss_mode)
     return run
 
 
@@ -231,10 +234,9 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "pg_clipfrac",
             "Clipped tokens",
-            "Share of tokens whose update is clipped. It needs several optimizer steps per batch; the band is for "
-            "these.",
+            "Share of tokens whose update is clipped. It needs several optimizer steps per batch. The band is that "
+            "of the loss; runs of different losses have none in common.",
             {"pg_clipfrac": "actor/pg_clipfrac"},
-            CLIP_BAND,
         ),
         Panel("ppo_kl", "KL within a step", "Sampling against updated policy, nats per token.", {"": "actor/ppo_kl"}),
         Panel("kl_loss", "KL to the reference", "From the warmup policy, nats per token.", {"": "actor/kl_loss"}),
@@ -291,6 +293,14 @@ def _has(run: Run, panel: Panel) -> bool:
     return any(matching_names(run.metrics, pattern) for pattern in panel.curves.values())
 
 
+def _band(panel: Panel, runs: Sequence[Run]) -> tuple[float, float] | None:
+    """Where values usually lie in all of the runs that a panel shows."""
+    if panel.name != "pg_clipfrac":
+        return panel.band
+    bands = {clip_band(run.loss_mode) for run in runs if _has(run, panel)}
+    return bands.pop() if len(bands) == 1 else None
+
+
 def _draw(panel: Panel, runs: Sequence[Run], theme: str) -> bytes:
     """PNG of a panel; at least one of the runs has its metrics. A run keeps its colour in all panels."""
     import matplotlib
@@ -334,9 +344,9 @@ def _draw_curves(axis: Any, panel: Panel, runs: Sequence[Run], text_colour: str)
         for name in sorted({name for run in runs for name in matching_names(run.metrics, pattern)})
     ]
     legend: dict[str, Any] = {}
-    if panel.band:
-        usual = axis.axhspan(*panel.band, color=COLOURS[2], alpha=0.13, lw=0)
-        legend[f"usual: {panel.band[0]}-{panel.band[1]}"] = usual
+    if band := _band(panel, runs):
+        usual = axis.axhspan(*band, color=COLOURS[2], alpha=0.13, lw=0)
+        legend[f"usual: {band[0]}-{band[1]}"] = usual
     several = len(runs) > 1
     for i, run in enumerate(runs):
         for j, (label, name) in enumerate(names):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recipe.gad.run.findings import LEVELS, Finding, error, note, warning
-from recipe.gad.run.log import ROUGE_L, VAL_D_ACC, Metrics, matching_names, series
+from recipe.gad.run.log import ROUGE_L, VAL_D_ACC, VANILLA, Metrics, matching_names, series
 
 RECENT = 20
 """Steps of "now": enough to average out the noise of one batch (d_acc moves by 0.1 from step to step)."""
@@ -74,8 +74,10 @@ step to step give it: the means of a small batch turn and come back by a quarter
 CUT_RATIO = 0.25
 """A quarter more cut answers than the teacher has: they lack the end token, which D sees at once."""
 
-CLIP_BAND = (0.1, 0.3)
-"""Usual pg_clipfrac with several updates per batch; with one, every ratio is 1, and it is 0 or not logged."""
+CLIP_BAND = (0.0, 0.3)
+CLIP_BANDS = {"gspo": (0.02, 0.4)}
+"""Usual pg_clipfrac with several updates per batch, and that of losses for which it is another: GSPO's clip range is so
+narrow that runs had 0.02 to 0.31 (examples/gad/moe_gspo). With one update, nothing is clipped."""
 
 CLOSED_GATE = 0.05
 """Mean factor of the policy term; below it the policy takes less than a twentieth of its step."""
@@ -311,26 +313,34 @@ def closed_gate(policy_gate: Curve) -> Finding | None:
     )
 
 
-def clip_fraction(pg_clipfrac: Curve) -> Finding | None:
-    """The share of clipped tokens is outside its usual band; silent where it is 0 by construction."""
+def clip_band(loss_mode: str) -> tuple[float, float]:
+    """Usual pg_clipfrac under a value of actor_rollout_ref.actor.policy_loss.loss_mode."""
+    return CLIP_BANDS.get(loss_mode, CLIP_BAND)
+
+
+def clip_fraction(pg_clipfrac: Curve, loss_mode: str = VANILLA) -> Finding | None:
+    """The share of clipped tokens is outside the usual band of its loss; silent where it is 0 by construction."""
     window = pg_clipfrac.last(RECENT)
     if len(window.steps) < RECENT or not window.values.any():
         return None
-    evidence = f"actor/pg_clipfrac is {window.show()}; usual is {CLIP_BAND[0]}-{CLIP_BAND[1]}."
-    if window.mean() > CLIP_BAND[1]:
+    low, high = clip_band(loss_mode)
+    evidence = f"actor/pg_clipfrac is {window.show()}; usual with this loss is {low}-{high}."
+    if window.mean() > high:
         return warning(
             "Many tokens are clipped",
             evidence=evidence,
             fix="The policy moves too far on one batch: lower actor_rollout_ref.actor.optim.lr, make fewer updates per "
             "batch (a larger actor_rollout_ref.actor.ppo_mini_batch_size, actor_rollout_ref.actor.ppo_epochs=1), or "
-            "widen actor_rollout_ref.actor.clip_ratio.",
+            "raise actor_rollout_ref.actor.clip_ratio_low and actor_rollout_ref.actor.clip_ratio_high.",
         )
-    if window.mean() < CLIP_BAND[0]:
+    if window.mean() < low:
         return note(
             "Few tokens are clipped",
             evidence=evidence,
             fix="This alone is no fault: the updates of a batch are small. If learning is slow, there is room to raise "
-            "actor_rollout_ref.actor.optim.lr.",
+            "actor_rollout_ref.actor.optim.lr. If the clip range is verl's default of 0.2, set "
+            "actor_rollout_ref.actor.clip_ratio_low=0.005 and actor_rollout_ref.actor.clip_ratio_high=0.01: GSPO's "
+            "ratios stay close to 1.",
         )
     return None
 
@@ -541,11 +551,13 @@ def damaged_files(left_out: Sequence[str]) -> list[Finding]:
 
 
 class Rule(NamedTuple):
-    """A rule on curves, patterns of the metrics it needs, and whether it sees only steps with policy updates."""
+    """A rule on curves, patterns of the metrics it needs, whether it sees only steps with policy updates, and whether
+    it takes the run's loss_mode too."""
 
     check: Callable[..., Finding | None]
     needs: tuple[str, ...]
     policy_steps: bool = False
+    reads_loss_mode: bool = False
 
 
 RULES = (
@@ -558,7 +570,7 @@ RULES = (
     Rule(collapsed_entropy, ("actor/entropy",), policy_steps=True),
     Rule(falling_validation, (ROUGE_L, "critic/score_gap")),
     Rule(closed_gate, ("gad/policy_gate",), policy_steps=True),
-    Rule(clip_fraction, ("actor/pg_clipfrac",)),
+    Rule(clip_fraction, ("actor/pg_clipfrac",), reads_loss_mode=True),
     Rule(kl_blow_up, ("actor/kl_loss",)),
     Rule(large_policy_steps, ("actor/ppo_kl",)),
     Rule(length_drift, ("response_length/mean", "teacher_response_length/mean")),
@@ -579,12 +591,15 @@ def curve(metrics: Metrics, pattern: str) -> Curve:
     return Curve(np.array(steps, dtype=int), np.array([np.mean(values[step]) for step in steps], dtype=float))
 
 
-def apply_rules(metrics: Metrics, samples: Sequence[dict] = ()) -> tuple[list[Finding], list[str]]:
+def apply_rules(
+    metrics: Metrics, samples: Sequence[dict] = (), loss_mode: str = VANILLA
+) -> tuple[list[Finding], list[str]]:
     """Apply every rule whose metrics were logged.
 
     Args:
         metrics: of one run, from :func:`recipe.gad.run.log.load_metrics`.
         samples: rows of its last validation dump (input, output, gts), if there is one.
+        loss_mode: of its policy loss, from :func:`recipe.gad.run.log.recorded_loss_mode`.
 
     Returns:
         The findings, worst first (empty: nothing wrong was found), and the names of what was looked at.
@@ -595,7 +610,8 @@ def apply_rules(metrics: Metrics, samples: Sequence[dict] = ()) -> tuple[list[Fi
     for rule in RULES:
         curves = [curve(policy if rule.policy_steps else metrics, pattern) for pattern in rule.needs]
         if all(len(c.steps) for c in curves):
-            found[rule.check.__name__] = rule.check(*curves)
+            settings = {"loss_mode": loss_mode} if rule.reads_loss_mode else {}
+            found[rule.check.__name__] = rule.check(*curves, **settings)
             looked_at += rule.needs
     if samples:
         prompts, answers, teacher = ([row[key] for row in samples] for key in ("input", "output", "gts"))
@@ -614,19 +630,22 @@ def all_clear(metrics: Metrics) -> str:
     return "Nothing wrong was found."
 
 
-def earlier_findings(metrics: Metrics, now: Sequence[Finding], looks: int = 50) -> list[EarlierFinding]:
+def earlier_findings(
+    metrics: Metrics, now: Sequence[Finding], looks: int = 50, loss_mode: str = VANILLA
+) -> list[EarlierFinding]:
     """Errors and warnings that someone watching the run would have read, and that are not among those of ``now``.
 
     Args:
         metrics: of one run, from :func:`recipe.gad.run.log.load_metrics`.
         now: findings about its last state.
         looks: most states of the run that are looked at, spread evenly over its steps.
+        loss_mode: of its policy loss.
     """
     steps, known = sorted(metrics), {finding.what for finding in now}
     stride = max(START, -(-len(steps) // looks))
     found: dict[str, EarlierFinding] = {}
     for end in range(stride, len(steps), stride):
-        for finding in apply_rules({step: metrics[step] for step in steps[:end]})[0]:
+        for finding in apply_rules({step: metrics[step] for step in steps[:end]}, loss_mode=loss_mode)[0]:
             if finding.level != "ok" and finding.what not in known:
                 first = found[finding.what].first if finding.what in found else steps[end - 1]
                 found[finding.what] = EarlierFinding(first, steps[end - 1], finding)

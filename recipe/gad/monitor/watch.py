@@ -17,10 +17,12 @@ from recipe.gad.run.log import (
     ROUGE_L,
     VAL_D_ACC,
     VAL_TWO_SAMPLE,
+    VANILLA,
     MetricLog,
     matching_names,
     phase_seconds,
     read_samples,
+    recorded_loss_mode,
     series,
     total_training_steps,
 )
@@ -102,13 +104,14 @@ class RunState:
         """Read what is new; returns whether there was anything."""
         if not self.log.update():
             return False
-        left_out = list(self.log.damaged)
+        left_out, loss_mode = list(self.log.damaged), VANILLA
         try:
             self.total_steps = total_training_steps(self.run_dir)
+            loss_mode = recorded_loss_mode(self.run_dir)
         except ValueError as error:
             left_out.append(str(error))
         samples, _ = read_samples(self.run_dir, 1, self.log.metrics)
-        findings, _ = apply_rules(self.log.metrics, next(iter(samples.values()), ()))
+        findings, _ = apply_rules(self.log.metrics, next(iter(samples.values()), ()), loss_mode)
         self.findings = [*damaged_files(left_out), *findings]
         return True
 

@@ -34,6 +34,9 @@ VAL_D_ACC = "val-aux/d_acc"
 VAL_TWO_SAMPLE = "val-aux/two_sample"
 """Name of the accuracy of discriminators that are trained anew in every validation (gad.fresh_discriminator)."""
 
+VANILLA = "vanilla"
+"""verl's default of actor_rollout_ref.actor.policy_loss.loss_mode: the loss of PPO."""
+
 
 class MetricLog:
     """``metrics.jsonl`` of a run that may still be running; every :meth:`update` reads only the new lines.
@@ -231,9 +234,7 @@ def read_overrides(run_dir: str | Path) -> dict[str, str]:
 
 def total_training_steps(run_dir: str | Path) -> int | None:
     """``trainer.total_training_steps`` of a run; None if it is not a number, or if Hydra left no record."""
-    config = _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml", dict)
-    trainer = config.get("trainer")
-    steps = trainer.get("total_training_steps") if isinstance(trainer, dict) else None
+    steps = recorded_value(run_dir, "trainer.total_training_steps")
     return steps if isinstance(steps, int) and 0 < steps <= LAST_STEP else None
 
 
@@ -263,3 +264,17 @@ def recorded_config(run_dir: str | Path) -> dict[str, Any]:
         ValueError: the record is not YAML, or not a mapping.
     """
     return _read_yaml(Path(run_dir) / "hydra/.hydra/config.yaml", dict)
+
+
+def recorded_value(run_dir: str | Path, key: str) -> Any:
+    """Value of a dotted key in :func:`recorded_config`; None if it is not there."""
+    value: Any = recorded_config(run_dir)
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def recorded_loss_mode(run_dir: str | Path) -> str:
+    """``actor_rollout_ref.actor.policy_loss.loss_mode`` of a run; vanilla if Hydra left no record."""
+    mode = recorded_value(run_dir, "actor_rollout_ref.actor.policy_loss.loss_mode")
+    return mode if isinstance(mode, str) else VANILLA

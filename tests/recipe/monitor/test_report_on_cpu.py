@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 from recipe.gad.cli import main
-from recipe.gad.monitor.report import AGAINST_IMITATION, COLOURS, SECTIONS, THEMES, _draw, find_runs, write_report
+from recipe.gad.monitor.report import (
+    AGAINST_IMITATION,
+    COLOURS,
+    SECTIONS,
+    THEMES,
+    _band,
+    _draw,
+    find_runs,
+    write_report,
+)
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=a()> & \"q\" \ud800"
 
@@ -169,6 +178,20 @@ def test_a_gad_run_counts_on_from_the_step_of_the_run_that_it_started_from(tmp_p
     assert [run.offset for run in find_runs([gad, warmup])] == [0, 0]
     record.write_text("actor_rollout_ref: 5\n")
     assert [run.offset for run in find_runs([gad, warmup])] == [0, 0]
+
+
+def test_the_band_of_clipped_tokens_is_that_of_the_recorded_loss(tmp_path):
+    ppo, gspo = write_run(tmp_path / "ppo"), write_run(tmp_path / "gspo")
+    record = gspo / "hydra/.hydra/config.yaml"
+    record.write_text("actor_rollout_ref: {actor: {policy_loss: {loss_mode: gspo}}}\n")
+    for run in (ppo, gspo):
+        text = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(text.replace('"actor/pg_clipfrac": 0.15', '"actor/pg_clipfrac": 0.35'))
+    runs = find_runs([ppo, gspo])
+    assert [[finding.what for finding in run.findings] for run in runs] == [["Many tokens are clipped"], []]
+    (panel,) = (panel for panel in SECTIONS["Policy"] if panel.name == "pg_clipfrac")
+    bands = [_band(panel, shown) for shown in (runs[:1], runs[1:], runs)]
+    assert bands == [(0.0, 0.3), (0.02, 0.4), None]  # runs of different losses have no band in common
 
 
 def test_findings_are_on_the_page(tmp_path):

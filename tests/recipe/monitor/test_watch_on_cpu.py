@@ -178,6 +178,17 @@ def test_total_is_unknown(run):
     assert state.headline() == "gad  step 3  2 s per step" and not state.finished
 
 
+@pytest.mark.parametrize(("loss_mode", "found"), [("gspo", []), ("vanilla", ["Many tokens are clipped"])])
+def test_the_recorded_loss_decides_how_many_clipped_tokens_are_many(run, loss_mode, found):
+    record = f"actor_rollout_ref: {{actor: {{policy_loss: {{loss_mode: {loss_mode}}}}}}}\n"
+    (run / "hydra/.hydra/config.yaml").write_text(record)
+    for step in range(4, 24):
+        add_step(run, step, actor__pg_clipfrac=0.35)
+    state = RunState(run)
+    state.update()
+    assert [finding.what for finding in state.findings] == found
+
+
 def test_silence(run):
     old = time.time() - 600
     os.utime(run / "metrics.jsonl", (old, old))

@@ -129,6 +129,14 @@ def test_settings(tmp_path):
         assert run_log.total_training_steps(tmp_path) is None
 
 
+def test_recorded_loss_mode(tmp_path):
+    assert run_log.recorded_loss_mode(tmp_path) == "vanilla"
+    actor = "actor_rollout_ref: {actor: {policy_loss: "
+    for text, mode in (("{loss_mode: gspo}}}", "gspo"), ("5}}", "vanilla"), ("{loss_mode: null}}}", "vanilla")):
+        write(tmp_path / "hydra/.hydra/config.yaml", actor + text + "\n")
+        assert run_log.recorded_loss_mode(tmp_path) == mode
+
+
 @pytest.mark.parametrize("text", ["a: [", "text", "[1]"])
 def test_settings_that_cannot_be_read(tmp_path, text):
     write(tmp_path / "hydra/.hydra/config.yaml", text)
