@@ -64,8 +64,10 @@ COMBINE = ("normalized", "raw")
 PACKAGED_REWARD = "pkg://recipe.gad.reward"
 REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 """What verl's reward managers pass to a reward function, by name."""
-CLIPPING = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
+CLIPPING = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 """verl's defaults of the keys that say when the loss clips."""
+CLIP_RATIO = 0.2
+"""verl's default of clip_ratio, which its losses read only where clip_ratio_low or clip_ratio_high is null."""
 KL_TYPES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 CHOICES = {
     f"{ACTOR}.loss_agg_mode": (
@@ -345,6 +347,14 @@ def check_moved_keys(config: DictConfig) -> Findings:
     for old, (default, new) in MOVED.items():
         if (value := get(config, old, default)) not in (default, get(config, new)):
             yield warning(f"{old}={value} is not read by verl", fix=f"{new}={value}")
+    low, high = f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"
+    value, defaults = get(config, f"{ACTOR}.clip_ratio"), (CLIPPING["clip_ratio_low"], CLIPPING["clip_ratio_high"])
+    if value != CLIP_RATIO and (get(config, low), get(config, high)) == defaults:
+        yield warning(
+            f"{ACTOR}.clip_ratio={value} is ignored: verl reads clip_ratio_low and clip_ratio_high, which keep their "
+            "0.2",
+            fix=f"{low}={value} {high}={value}",
+        )
 
 
 def check_router_replay(config: DictConfig) -> Findings:

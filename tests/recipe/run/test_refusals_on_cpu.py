@@ -409,6 +409,33 @@ def test_the_defaults_of_older_keys_are_verls(compose_config):
     )
 
 
+def test_clip_ratio_is_ignored_beside_the_defaults_of_low_and_high(base, found):
+    several = {f"{ACTOR}.ppo_mini_batch_size": 4}
+    (message,) = found({**several, f"{ACTOR}.clip_ratio": 0.3})
+    assert message.startswith(f"warning {ACTOR}.clip_ratio=0.3 is ignored: verl reads clip_ratio_low and")
+    assert f"Fix: {ACTOR}.clip_ratio_low=0.3 {ACTOR}.clip_ratio_high=0.3" in message
+    assert found({f"{ACTOR}.clip_ratio": 0.3}) == [message], "in one optimizer step too, and once"
+    assert found({**several, f"{ACTOR}.clip_ratio": 0.2}) == []
+    assert found({**several, **{f"{ACTOR}.clip_ratio{end}": 0.3 for end in ("", "_low", "_high")}}) == []
+    assert found({**several, f"{ACTOR}.clip_ratio": 0.3, f"{ACTOR}.clip_ratio_low": None}) == []
+    assert base.actor_rollout_ref.actor.clip_ratio == refusals.CLIP_RATIO
+
+
+def test_verls_losses_read_clip_ratio_low_and_high_alone():
+    """A ratio of e^0.25 = 1.284 with a positive advantage is clipped at 0.2 and not at 0.3."""
+    import torch
+
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import FSDPActorConfig
+
+    one = torch.ones(1, 2)
+    for mode in ("vanilla", "gspo"):
+        for keys, clipped in (({"clip_ratio": 0.3}, 1.0), ({"clip_ratio_high": 0.3}, 0.0)):
+            config = FSDPActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **keys)
+            _, metrics = get_policy_loss_fn(mode)(-one, -0.75 * one, one, one, "token-mean", config)
+            assert metrics["actor/pg_clipfrac"] == clipped, (mode, keys)
+
+
 # ---------------------------------------------------------------------- router replay
 
 
