@@ -22,6 +22,7 @@ KL_FORMULAS = {  # float64 estimates of KL(policy || reference) per token
     "mse": lambda gap: 0.5 * gap**2,
     "low_var_kl": lambda gap: (-gap).exp() + gap - 1,
 }
+RATIO_METRICS = {"actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"}
 
 
 def hf_model(live, role: str):
@@ -337,7 +338,7 @@ def test_without_the_old_log_prob_pass_the_actor_gets_the_same_gradient(live):
     assert metrics["actor/loss"] == pytest.approx(total.item(), abs=1e-5)
     assert metrics["actor/kl_loss"] == pytest.approx(kl, rel=1e-3)
     assert metrics["actor/entropy"] == pytest.approx(entropy, abs=1e-4)
-    assert not {"actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower"} & set(metrics)  # 0 by construction
+    assert not RATIO_METRICS & set(metrics)  # 0 by construction
     assert 0.0 < metrics["training/rollout_probs_diff_max"] < 1e-4
     assert 0.0 < metrics["training/rollout_probs_diff_mean"] <= metrics["training/rollout_probs_diff_max"]
     live.set(gad__skip_old_log_prob=False)
@@ -456,11 +457,28 @@ def test_actor_and_critic_both_move_in_gad_and_metrics_are_in_the_log(live):
     assert any(not torch.equal(actor[name], value) for name, value in live.weights("actor").items())
     assert any(not torch.equal(critic[name], value) for name, value in live.weights("critic").items())
     expected = """critic/d_loss critic/d_acc critic/student_value_mean critic/teacher_value_mean critic/score_gap
-        critic/score_length_corr critic/grad_norm critic/lr actor/pg_loss actor/pg_clipfrac actor/pg_clipfrac_lower
-        actor/ppo_kl actor/kl_loss actor/entropy response_length/mean response_length/cut_ratio
-        teacher_response_length/mean teacher_response_length/cut_ratio""".split()
+        critic/score_length_corr critic/grad_norm critic/lr actor/pg_loss actor/kl_loss actor/entropy
+        response_length/mean response_length/cut_ratio teacher_response_length/mean
+        teacher_response_length/cut_ratio""".split()
     assert not set(expected) - set(metrics)
+    assert not RATIO_METRICS & set(metrics)  # one optimizer step: 0 by construction, with a separate pass too
     assert not [name for name in metrics if name.startswith(("critic/values/", "critic/vf_"))]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"actor_rollout_ref__actor__ppo_mini_batch_size": 4}, {"algorithm__rollout_correction__bypass_mode": True}],
+    ids=["two optimizer steps", "ratios to the rollout engine"],
+)
+def test_metrics_of_the_ratio_are_in_the_log_where_it_can_differ_from_1(live, setting):
+    before = {key: OmegaConf.select(live.config, key.replace("__", ".")) for key in setting}
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    live.set(**setting)
+    live.trainer._update_actor(batch, metrics=metrics)
+    live.set(**before)
+    live.finish(batch)
+    assert set(metrics) >= RATIO_METRICS
 
 
 def test_compute_ref_log_prob_works_and_the_reference_is_loaded(live):

@@ -56,13 +56,11 @@ def on_policy_loss(config: ActorConfig, model_output: dict, data: TensorDict, dp
         dp_group: part of the engine's loss interface.
 
     Returns:
-        loss of ``ppo_loss``, and its metrics without those of the ratio; with ``rollout_log_probs`` also how far the
-        rollout engine's probabilities of the sampled tokens are from the actor's: rollout_probs_diff_mean, _max.
+        loss and metrics of ``ppo_loss``; with ``rollout_log_probs`` also how far the rollout engine's probabilities of
+        the sampled tokens are from the actor's: rollout_probs_diff_mean, _max.
     """
     old = data["old_log_probs"] = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
     loss, metrics = ppo_loss(config, model_output, data, dp_group)
-    for name in ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"):  # 0 at a ratio of 1
-        metrics.pop(name, None)
     mask = data["response_mask"].values().bool()
     if "rollout_log_probs" in data:
         rollout = data["rollout_log_probs"].values()[mask].to(old.device)

@@ -534,6 +534,10 @@ class PPOTrainerGAD(StartsSideBySide, PPOTrainerSync):
         for name in ("rollout_probs_diff_mean", "rollout_probs_diff_max"):
             if f"actor/{name}" in metrics:  # under stock's name for what its old_log_prob pass finds
                 metrics[f"training/{name}"] = metrics.pop(f"actor/{name}")
+        bypass = OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode")
+        if self._one_optimizer_step(self.config.actor_rollout_ref.actor) and not bypass:
+            for name in ("pg_clipfrac", "pg_clipfrac_lower", "ppo_kl"):  # 0 at a ratio of 1
+                metrics.pop(f"actor/{name}", None)
         return batch
 
     def _update_actor_with_teacher(self, policy_loss: Callable, metrics: dict) -> None:
