@@ -162,6 +162,24 @@ def _answers_by_row(file: Path, teacher_key: TeacherKey) -> Iterator[list[tuple[
             yield teacher_answers(dict(zip(keys, cells, strict=True)))
 
 
+def answers_that(path: str | Path, teacher_key: TeacherKey, what: Callable[[str], str | None]) -> list[str]:
+    """Which rows of a data file have teacher answers of which ``what`` tells something.
+
+    Returns:
+        "row 3: column 'gpt' has an answer that TELLS (2 such rows)" for each different text of ``what``.
+
+    Raises:
+        ValueError: the file cannot be read, has no such column, or a row has no answer.
+        OSError: the file cannot be opened.
+    """
+    found = _BadRows()
+    for row, answers in enumerate(_answers_by_row(Path(path).expanduser(), teacher_key)):
+        for key, told in dict.fromkeys((key, what(text)) for key, text in answers):
+            if told is not None:
+                found.add(key, f"has an answer that {told}", row)
+    return [line for _, line in found.lines()]
+
+
 def column_values(path: str | Path, key: str) -> set[str]:
     """The different values of a column, as text.
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from recipe.gad.run.config import ACTOR_MODEL, get, has_discriminator, tokenizer_key
+from recipe.gad.run.config import ACTOR_MODEL, files_of, get, has_discriminator, tokenizer_key
+from recipe.gad.run.data_file import answers_that
 from recipe.gad.run.findings import Findings, either, error
 from recipe.gad.run.hub import load_tokenizer, local_model
 
@@ -148,6 +149,7 @@ def _template_findings(config: DictConfig, configured: str | None) -> Findings:
     path = get(config, tokenizer_key(config))
     folder = local_model(path)
     if folder is None and configured is not None:
+        yield from _teacher_findings(config, configured)
         return
     tokenizer = load_tokenizer(folder or str(path), bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
     if (custom := get(config, f"{ACTOR_MODEL}.custom_chat_template")) is not None:
@@ -159,6 +161,7 @@ def _template_findings(config: DictConfig, configured: str | None) -> Findings:
             fix="set gad.think_end to the text after which the student's answer begins, or gad.score_span=all",
         )
         return
+    yield from _teacher_findings(config, end)
     if not tokenizer.chat_template:
         return  # the doctor says so
     from jinja2 import TemplateError
@@ -174,3 +177,28 @@ def _template_findings(config: DictConfig, configured: str | None) -> Findings:
             "answer would contain it, and all would count as empty",
             fix="gad.score_span=all, or change data.apply_chat_template_kwargs so that the student thinks",
         )
+
+
+def _teacher_findings(config: DictConfig, end: str) -> Findings:
+    """The teacher's answers have no thinking: the discriminator reads them whole."""
+
+    def thinking(text: str) -> str | None:
+        if end in text:
+            return f"contains {end!r}, the end of the thinking"
+        begin = next((begin for begin in THINK_ENDS.values() if text.lstrip().startswith(begin)), None)
+        return None if begin is None else f"begins with {begin!r}"
+
+    teacher = get(config, "data.teacher_key")
+    files = {file: key for key in ("data.val_files", "data.train_files") for file in files_of(get(config, key))}
+    for file, key in files.items() if teacher else ():
+        try:
+            rows = answers_that(file, teacher, thinking)
+        except (ValueError, OSError):
+            continue  # check_data reports files that cannot be read
+        for row in rows:
+            yield error(
+                f"{key}: {file}, {row}: gad.score_span=answer cuts the thinking out of the student's answers alone, so "
+                "the discriminator would see it on the teacher's side",
+                fix="write the file again with the answers after the thinking (gad prepare keeps answers whole), drop "
+                "the row, or gad.score_span=all",
+            )

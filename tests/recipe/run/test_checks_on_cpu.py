@@ -1354,7 +1354,7 @@ def test_what_the_discriminator_reads_needs_one_that_judges_whole_answers(gad, c
 
 def test_an_answer_after_thinking_needs_an_end_of_the_thinking(gad, config, tiny_problem, tmp_path):
     span, end = "gad.score_span", "gad.think_end"
-    answer = {span: "answer", end: "then"}
+    answer = {span: "answer", end: "</think>"}
     assert errors_of(gad(answer)) == []
     expect(gad({span: "thinking"}), f"{span}=thinking", "all or answer")
     expect(gad({**answer, end: " "}), f"{end}=' '", f"{end}=null")
@@ -1377,6 +1377,37 @@ def test_an_answer_after_thinking_needs_an_end_of_the_thinking(gad, config, tiny
     expect(gad({**own, "data.apply_chat_template_kwargs": {"off": True}}), "already ends the thinking with </think>")
     custom = {span: "answer", f"{MODEL}.custom_chat_template": template + "{# <|channel|>final<|message|> #}"}
     assert errors_of(gad(custom)) == []
+
+
+def test_teacher_answers_with_thinking_are_refused_where_only_the_students_is_cut(data, tiny_problem):
+    span = "gad.score_span"
+    answer = {span: "answer", "gad.think_end": "</think>"}
+    bad, begun = {"teacher_response": "<think> c </think> well"}, {"teacher_response": "\n<think> c a f"}
+    for name in ("train.parquet", "train.jsonl"):
+        assert errors_of(data(rows_with({}), name, answer)) == []
+        assert errors_of(data(rows_with(bad), name)) == []
+        rows = rows_with(bad)
+        rows[6] = {**rows[6], **bad}
+        file = data(rows, name, answer)["data"]["train_files"]
+        found = f"data.train_files: {file}, row 3: column 'teacher_response' has an answer that contains '</think>'"
+        expect(data(rows, name, answer), found, "(2 such rows)", "gad prepare keeps", f"drop the row, or {span}=all")
+        expect(data(rows_with(begun), name, answer), "row 3: column", "an answer that begins with '<think>'")
+    mentioned = {"teacher_response": "well <think> c"}
+    assert errors_of(data(rows_with(mentioned), changes=answer)) == []
+    listed = [{**row, "teacher_response": ["well", row["teacher_response"]]} for row in rows_with(bad)]
+    expect(data(listed, changes=answer), "row 3: column 'teacher_response' has an answer that contains")
+    columns = [{"content": USER, "gpt": "well", "r1": row["teacher_response"]} for row in rows_with(bad)]
+    config = data(columns, changes={**answer, "data.teacher_key": ["gpt", "r1"]})
+    config.data.val_files = config.data.train_files
+    expect(config, "data.train_files", "row 3: column 'r1' has an answer that contains")
+    other = data(rows_with(bad), "val.parquet").data.train_files
+    expect(data(rows_with({}), changes={**answer, "data.val_files": other}), f"data.val_files: {other}, row 3")
+
+    template = (tiny_problem / "model/chat_template.jinja").read_text() + "{# [THINK] [/THINK] #}"
+    named = {span: "answer", f"{MODEL}.custom_chat_template": template}
+    expect(data(rows_with({"teacher_response": "c [/THINK] well"}), changes=named), "contains '[/THINK]'")
+    expect(data(rows_with({"teacher_response": None}), changes=answer), "row 3: column 'teacher_response' is null")
+    expect(data(None, "no.parquet", answer), "no.parquet: no such file")
 
 
 def test_unlabelled_files_that_cannot_work_are_refused(gad, tmp_path):
