@@ -67,7 +67,7 @@ from recipe.gad.run.findings import (
 )
 from recipe.gad.run.hold import WRITER
 from recipe.gad.run.hub import load_tokenizer, local_model
-from recipe.gad.run.thinking import Turn, switch_off, think_end
+from recipe.gad.run.thinking import OTHER_TEMPLATE, Turn, difference, think_end
 from recipe.gad.run.two_sample import FRESH, fresh_settings
 from recipe.gad.training.fresh import MAX_BATCH_TOKENS
 
@@ -176,7 +176,7 @@ def doctor_checks(gpu_memory: float | None) -> list[Prerequisites]:
         Prerequisites(check_positions, frozenset({"models"})),
         Prerequisites(check_vocabulary, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_end_token, frozenset({"plugin", "models", "tokenizers"})),
-        Prerequisites(check_generation_prompt, frozenset({"plugin", "models", "tokenizers"})),
+        Prerequisites(check_generation_prompt, frozenset({"plugin", "models", "tokenizers", "thinking"})),
         Prerequisites(check_prompt_date, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_chat_ids, frozenset({"plugin", "models", "tokenizers"})),
         Prerequisites(check_agent_loop, frozenset({"plugin", "models", "tokenizers"})),
@@ -441,11 +441,11 @@ def check_generation_prompt(config: DictConfig) -> Findings:
         return
     end = think_end(get(config, "gad.think_end"), tokenizer)
     try:
-        turn, switch = Turn.of(tokenizer, kwargs), switch_off(tokenizer, kwargs, end)
+        turn, found = Turn.of(tokenizer, kwargs), difference(tokenizer, kwargs, end)
     except (ValueError, TemplateError):
         yield SEE_END_TOKEN
         return
-    if turn.agrees(end) and switch is None:
+    if found is None:
         yield from _first_tokens(config, tokenizer, turn)
         if end is not None and end not in turn.opening() and has_discriminator(config) and span != "answer":
             yield note(
@@ -453,30 +453,15 @@ def check_generation_prompt(config: DictConfig) -> Findings:
                 "gad.score_span=answer"
             )
         return
-    folder, off = tokenizer.name_or_path, "" if switch is None else f"{switch[0]}={switch[1]}"
-    if turn.agrees(end):
-        what = f"the chat template of {folder} writes another prompt with {off}, which switches thinking off"
-    elif turn.only_in_answer().strip():
-        what = f"the chat template of {folder} begins an answer with {turn.only_in_answer()!r} after {turn.prompt!r}"
-    else:
-        what = f"the generation prompt of {folder} ends with {turn.only_in_prompt()!r}, which an answer does not have"
-    fix = f"++data.apply_chat_template_kwargs.{off}" if off else OTHER_TEMPLATE
-    if not (turn.agrees(end) or turn.thinks(end)):
+    what, fix, thinks = found
+    if not thinks:
         yield warning(f"{what}; rollouts begin otherwise than teacher answers", fix)
-    elif span != "answer":
-        think = "; if the student is to think, gad.score_span=answer" if has_discriminator(config) else ""
-        yield error(f"{what}: the student thinks before it answers, and teacher answers do not", fix + think)
     elif _imitates(config):
         yield warning(
             f"{what}: the student thinks before it answers, and imitation of the teacher teaches it not to",
             fix="in stage warmup, set trainer.critic_warmup above the number of steps, so that only the discriminator "
             "trains; in stage gad, gad.imitation_coef=0 gad.teacher_in_group=False",
         )
-
-
-OTHER_TEMPLATE = (
-    f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
-)
 
 
 def _first_tokens(config: DictConfig, tokenizer: Any, turn: Turn) -> Findings:

@@ -86,7 +86,7 @@ from recipe.gad.run.refusals import (
     compared_answers,
 )
 from recipe.gad.run.safety import check_remote_code, check_secrets
-from recipe.gad.run.thinking import check_score_span
+from recipe.gad.run.thinking import check_score_span, check_thinking
 
 STAGES = ("seqkd", "warmup", "gad", *DPO_STAGES)
 OBJECTIVES = ("policy_gradient", "imitation", "dpo")
@@ -923,6 +923,7 @@ CHECKS: tuple[Check, ...] = (
     check_teacher_answers,
     check_shortcuts,
     check_score_span,
+    check_thinking,
     check_unlabelled,
     check_stopping,
     check_sampling,

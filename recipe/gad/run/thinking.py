@@ -1,13 +1,14 @@
 """Students that think before they answer: the text that ends the thinking, and the chat template's part in it."""
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from recipe.gad.run.config import ACTOR_MODEL, files_of, get, has_discriminator, tokenizer_key
 from recipe.gad.run.data_file import answers_that
-from recipe.gad.run.findings import Findings, either, error
+from recipe.gad.run.findings import Findings, either, error, note
 from recipe.gad.run.hub import load_tokenizer, local_model
 
 SPANS = ("all", "answer")
@@ -25,6 +26,10 @@ Command, which marks the beginning of the answer instead. Some chat templates na
 
 SWITCHES = {"enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0}
 """Arguments of chat templates, and the value with which a student does not think."""
+
+OTHER_TEMPLATE = (
+    f"set {ACTOR_MODEL}.custom_chat_template to one whose generation prompt is all that comes before an answer"
+)
 
 _PROBE = "xyzzy"
 
@@ -109,6 +114,52 @@ def switch_off(tokenizer: Any, template_kwargs: dict, end: str | None) -> tuple[
     return None
 
 
+def difference(tokenizer: Any, template_kwargs: dict, end: str | None) -> tuple[str, str, bool] | None:
+    """How rollouts begin otherwise than the template begins an answer, or would if a switch were off, the fix, and
+    whether it is thinking. None: they begin alike. Raises what :meth:`Turn.of` does."""
+    turn, switch = Turn.of(tokenizer, template_kwargs), switch_off(tokenizer, template_kwargs, end)
+    if turn.agrees(end) and switch is None:
+        return None
+    folder, off = tokenizer.name_or_path, "" if switch is None else f"{switch[0]}={switch[1]}"
+    if turn.agrees(end):
+        what = f"the chat template of {folder} writes another prompt with {off}, which switches thinking off"
+    elif turn.only_in_answer().strip():
+        what = f"the chat template of {folder} begins an answer with {turn.only_in_answer()!r} after {turn.prompt!r}"
+    else:
+        what = f"the generation prompt of {folder} ends with {turn.only_in_prompt()!r}, which an answer does not have"
+    fix = f"++data.apply_chat_template_kwargs.{off}" if off else OTHER_TEMPLATE
+    return what, fix, turn.agrees(end) or turn.thinks(end)
+
+
+def check_thinking(config: DictConfig) -> Findings:
+    """The student does not think before it answers, or the discriminator reads only the answer."""
+    from jinja2 import TemplateError
+
+    if get(config, "gad.score_span") == "answer":
+        return
+    if (folder := local_model(get(config, tokenizer_key(config)))) is None:
+        yield note("not checked: the student's tokenizer is not on this machine")
+        return
+    try:
+        tokenizer = _tokenizer(config, folder)
+        kwargs = dict(get(config, "data.apply_chat_template_kwargs", {}))
+        found = difference(tokenizer, kwargs, think_end(get(config, "gad.think_end"), tokenizer))
+    except (ValueError, TypeError, TemplateError):
+        yield note("not checked: see end_token")
+        return
+    if found is not None and found[2]:
+        think = "; if the student is to think, gad.score_span=answer" if has_discriminator(config) else ""
+        yield error(f"{found[0]}: the student thinks before it answers, and teacher answers do not", found[1] + think)
+
+
+def _tokenizer(config: DictConfig, name: str | Path) -> Any:
+    """The student's, from a folder or the hub. InputError: it cannot be loaded."""
+    tokenizer = load_tokenizer(name, bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
+    if (custom := get(config, f"{ACTOR_MODEL}.custom_chat_template")) is not None:
+        tokenizer.chat_template = custom
+    return tokenizer
+
+
 def check_score_span(config: DictConfig) -> Findings:
     """The discriminator reads whole answers, or students think in a way that can be cut out."""
     span, end = get(config, "gad.score_span"), get(config, "gad.think_end")
@@ -151,9 +202,7 @@ def _template_findings(config: DictConfig, configured: str | None) -> Findings:
     if folder is None and configured is not None:
         yield from _teacher_findings(config, configured)
         return
-    tokenizer = load_tokenizer(folder or str(path), bool(get(config, f"{ACTOR_MODEL}.trust_remote_code")))
-    if (custom := get(config, f"{ACTOR_MODEL}.custom_chat_template")) is not None:
-        tokenizer.chat_template = custom
+    tokenizer = _tokenizer(config, folder or str(path))
     end = think_end(configured, tokenizer)
     if end is None:
         yield error(

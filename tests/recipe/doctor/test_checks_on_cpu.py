@@ -54,6 +54,7 @@ from recipe.gad.run.checks import check_ray, run_checks
 from recipe.gad.run.config import compose_config
 from recipe.gad.run.data_file import sample_rows
 from recipe.gad.run.findings import Finding
+from recipe.gad.run.thinking import check_thinking
 from recipe.gad.run.two_sample import FRESH
 from recipe.gad.training.reading import Reading
 from recipe.gad.training.trajectory import tokenize_teacher
@@ -426,7 +427,7 @@ def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_conf
         seen.append(folder)
         (folder / "chat_template.jinja").write_text(TEMPLATES[name])
         config = compose_config(*WARMUP, f"{MODEL}.path={folder}", *overrides)
-        findings = run_checks(config, [check_generation_prompt])
+        findings = run_checks(config, [check_thinking if level == "error" else check_generation_prompt])
         return [str(finding) for finding in findings if finding.level == level]
 
     seen = []
@@ -464,6 +465,19 @@ def test_a_generation_prompt_that_is_not_the_beginning_of_an_answer(compose_conf
     (error,) = found("end")
     assert "begins an answer with '</think>' after '<bos><user> question <end><assistant><think>'" in error
     assert f"Fix: {switch};" in error and found("end", switch) == []
+
+
+def test_a_student_that_thinks_is_reported_once(overrides, tiny_problem, tmp_path):
+    folder = shutil.copytree(tiny_problem / "model", tmp_path / "thinks")
+    with (folder / "chat_template.jinja").open("a") as template:
+        template.write("{% if add_generation_prompt %}<think>{% endif %}")
+    findings = examine([*overrides, f"{MODEL}.tokenizer_path={folder}"])
+    about = [finding for finding in findings if "thinks before it answers" in finding.what]
+    assert [(finding.level, finding.where) for finding in about] == [("error", "thinking")]
+    (skipped,) = [finding for finding in findings if finding.where == "skipped"]
+    assert skipped.what == "generation_prompt, because of the errors of thinking"
+    (ok,) = run_checks(compose_config([*overrides, f"{MODEL}.path=no/model"]), [check_thinking])
+    assert ok.level == "ok" and "not checked" in ok.what
 
 
 def test_white_space_that_begins_the_answers_of_the_template(compose_config, byte_tokenizer, model):

@@ -1379,6 +1379,22 @@ def test_an_answer_after_thinking_needs_an_end_of_the_thinking(gad, config, tiny
     assert errors_of(gad(custom)) == []
 
 
+def test_a_student_that_begins_to_think_is_refused_unless_that_is_cut_out(config, tiny_problem):
+    template = (tiny_problem / "model/chat_template.jinja").read_text()
+    thinks = {f"{MODEL}.custom_chat_template": template + "{% if add_generation_prompt %}<think>{% endif %}"}
+    what = "ends with '<think>', which an answer does not have: the student thinks before it answers"
+    expect(config(thinks), what, f"{MODEL}.custom_chat_template", "gad.score_span=answer")
+    assert errors_of(config({**thinks, "gad.score_span": "answer"})) == []
+    seqkd = {"gad.stage": "seqkd", "critic.enable": False}
+    expect(config({**seqkd, **thinks}), what)
+    off = "{% if add_generation_prompt and enable_thinking is not false %}<think>{% endif %}"
+    switched = {f"{MODEL}.custom_chat_template": template + off}
+    expect(config(switched), "Fix: ++data.apply_chat_template_kwargs.enable_thinking=False; if")
+    assert errors_of(config({**switched, "data.apply_chat_template_kwargs": {"enable_thinking": False}})) == []
+    refusing = {f"{MODEL}.custom_chat_template": "{{ raise_exception('no') }}"}
+    assert errors_of(config(refusing)) == [], "the doctor says so"
+
+
 def test_teacher_answers_with_thinking_are_refused_where_only_the_students_is_cut(data, tiny_problem):
     span = "gad.score_span"
     answer = {span: "answer", "gad.think_end": "</think>"}
