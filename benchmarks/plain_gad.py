@@ -1,4 +1,4 @@
-"""SeqKD and GAD in one process a run: many seeds of a small student in minutes, to find settings and to confirm them.
+"""SeqKD, SODA and GAD in one process a run: many seeds of a small student in minutes, to find and confirm settings.
 
     python benchmarks/plain_gad.py PLAN --folder DIR [--gpus 0,1] [--jobs N]    runs what is missing, then the table
     python benchmarks/plain_gad.py PLAN --folder DIR --table                    only the table
@@ -8,10 +8,11 @@ share a process, without Ray and vLLM. The losses, the discriminator, the tokens
 loops around them are written anew, so the trainer and this script check each other. ``benchmarks/plans`` holds plans:
 
     model, data, watch      the student's folder, the teacher's answers, and rows for the discriminator's accuracy
+    shuffle                 seed with which pandas shuffles the rows of data first; null (the default) keeps their order
     held_out                the first rows of data: no stage trains on them, and the judge reads no others
     rows                    answers that are sampled at a time
     stages                  name -> what it does, from which student (default: model), and its settings (class Stage)
-    controls, arms          stages that are judged; every arm is compared with every control
+    controls, arms          stages that are judged, or base, which is model; every arm is compared with every control
     answers, judge          answers per held-out prompt, and the two-sample test (class TwoSampleSettings)
     compile                 true: torch.compile fuses the kernels of the models' layers in training
 
@@ -19,6 +20,7 @@ A stage of a seed is a job of the scheduler of ``gad referee``. A stopped stage 
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -64,6 +66,12 @@ from recipe.gad.training.fresh import (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLIP = 0.2
 """Largest gradient norm of both sides, the default of recipe/gad/config/gad_trainer.yaml."""
+KL_TYPE = "low_var_kl"
+"""Estimator of the KL to the reference, the default of the same file."""
+STD_EPSILON = 1e-6
+"""Added to a group's standard deviation, as in verl's GRPO."""
+BASE = "base"
+"""Name of the untrained model among controls and arms."""
 WATCH_EVERY = 20
 LOOK_EVERY = 16
 """Tokens after which the sampler looks whether all rows have ended."""
@@ -79,7 +87,8 @@ class Stage:
     """A training of one plan."""
 
     does: str
-    """imitate (SeqKD), lead (the discriminator alone) or gad."""
+    """imitate (SeqKD), lead (the discriminator alone), gad, or soda: DPO of the teacher's answer against answers of the
+    student from which the stage starts, which are drawn once for a prompt."""
     steps: int
     lr: float
     """Of the side that trains; the student's falls to 0 along half a cosine, the discriminator's is constant."""
@@ -90,15 +99,26 @@ class Stage:
     prompts: int = 32
     imitation: float = 0.0
     """gad: weight of the mean of -log pi over the teacher's tokens, beside the policy gradient."""
+    normalise: bool = False
+    """gad: divide advantages by the standard deviation of the prompt's scores."""
+    kl: float = 0.0
+    """gad: weight of the KL to the student from which the stage starts, the mean over the tokens of the answers."""
+    beta: float = 0.1
+    """soda: beta of DPO. The default is that of gad.dpo_beta."""
     max_seconds: float = math.inf
     """The stage takes no longer, if need be with fewer steps: the student's rate then falls over the seconds."""
 
     def __post_init__(self) -> None:
-        check_one_of("does", self.does, ("imitate", "lead", "gad"))
+        check_one_of("does", self.does, ("imitate", "lead", "gad", "soda"))
         check_count(self, "steps", "prompts")
-        check_positive(self, "lr", "d_lr", "max_seconds")
-        if not is_number(self.imitation) or not self.imitation >= 0:
-            raise ValueError(f"imitation {self.imitation!r}: expected a number of at least 0")
+        check_positive(self, "lr", "d_lr", "max_seconds", "beta")
+        for key in ("imitation", "kl"):
+            if not is_number(value := getattr(self, key)) or not value >= 0:
+                raise ValueError(f"{key} {value!r}: expected a number of at least 0")
+        _check_switch(self, "normalise")
+        for key, does in {"normalise": "gad", "kl": "gad", "beta": "soda"}.items():
+            if self.does != does and getattr(self, key) != getattr(Stage, key):
+                raise ValueError(f"{key} {getattr(self, key)!r}: a stage that does {self.does} takes none, only {does}")
         if self.does == "gad" and self.d_lr is None:
             raise ValueError("a stage that does gad needs d_lr, the discriminator's rate")
 
@@ -127,19 +147,25 @@ class Plan:
     max_response_length: int = 256
     temperature: float = 0.8
     compile: bool = False
+    shuffle: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile {self.compile!r}: expected true or false")
+        _check_switch(self, "compile")
         check_path(self, "model", "data", "watch")
         check_seeds(self.seeds)
+        if self.shuffle is not None and (type(self.shuffle) is not int or self.shuffle not in range(2**32)):
+            raise ValueError(f"shuffle {self.shuffle!r}: expected null or a whole number from 0 to {2**32 - 1}")
+        if BASE in self.stages:
+            raise ValueError(f"stage {BASE!r}: the name of the untrained model. Fix: another name")
         for key in ("controls", "arms"):
-            check_names(key, getattr(self, key), tuple(self.stages))
+            check_names(key, getattr(self, key), (*self.stages, BASE))
         check_count(self, "held_out", "answers", "rows", "max_prompt_length", "max_response_length")
         check_positive(self, "temperature")
         prompts = {stage.prompts for stage in self.stages.values() if stage.does != "imitate"}
         if uneven := [size for size in (*prompts, self.answers) if self.rows % size]:
             raise ValueError(f"rows {self.rows} is no multiple of {uneven} (prompts of a stage, or answers)")
+        if alone := [name for name, stage in self.stages.items() if stage.normalise and stage.prompts == self.rows]:
+            raise ValueError(f"stage {alone[0]!r}: normalise needs two answers to a prompt. Fix: more rows")
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
@@ -170,6 +196,11 @@ class Plan:
             max_response_length=self.max_response_length,
             n=self.answers,
         )
+
+
+def _check_switch(owner: Any, key: str) -> None:
+    if not isinstance(value := getattr(owner, key), bool):
+        raise ValueError(f"{key} {value!r}: expected true or false")
 
 
 def _stage(name: str, settings: Any, names: tuple[str, ...]) -> Stage:
@@ -406,13 +437,69 @@ def imitation_gradient(student, teachers: Sequence[Row], weight: float) -> float
     return total
 
 
-def policy_gradient(student, rows: Sequence[Row], advantages: Sequence[float], temperature: float) -> None:
-    """Add the gradient of -mean over all tokens of advantage x log pi: one on-policy step."""
-    tokens = sum(len(answer) for _, answer in rows)
+def advantages_of(scores: torch.Tensor, normalise: bool) -> torch.Tensor:
+    """Scores (prompts, n) less the mean of the prompt's answers; ``normalise`` divides by their standard deviation."""
+    advantages = scores - scores.mean(dim=1, keepdim=True)
+    return advantages / (scores.std(dim=1, keepdim=True) + STD_EPSILON) if normalise else advantages
+
+
+def policy_gradient(
+    student, rows: Sequence[Row], advantages: Sequence[float], temperature: float, reference=None, kl: float = 0.0
+) -> float:
+    """Add the gradient of the mean over all tokens of -advantage x log pi + kl x KL: one on-policy step.
+
+    Returns:
+        the mean of the KL to ``reference``, from before the step; 0 if ``kl`` is 0, for then no reference is read.
+    """
+    from verl.trainer.ppo.core_algos import kl_penalty
+
+    tokens, total = sum(len(answer) for _, answer in rows), 0.0
     for part in parts(rows):
-        log_probs, of = answer_log_probs(student, [rows[i] for i in part], temperature)
+        members = [rows[i] for i in part]
+        log_probs, of = answer_log_probs(student, members, temperature)
         weights = torch.tensor([advantages[i] for i in part], device=DEVICE)
-        (-(weights[of] * log_probs).sum() / tokens).backward()
+        loss = -(weights[of] * log_probs).sum() / tokens
+        if kl:
+            with torch.no_grad():
+                fixed, _ = answer_log_probs(reference, members, temperature)
+            distance = kl_penalty(log_probs, fixed, KL_TYPE).sum() / tokens
+            total += float(distance.detach())
+            loss = loss + kl * distance
+        loss.backward()
+    return total
+
+
+@torch.no_grad()
+def whole_log_probs(model, rows: Sequence[Row]) -> torch.Tensor:
+    """Log-probabilities of whole answers at temperature 1, (rows,) in float64."""
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=DEVICE)
+    for part in parts(rows):
+        log_probs, of = answer_log_probs(model, [rows[i] for i in part], 1.0)
+        sums.index_add_(0, torch.tensor(part, device=DEVICE)[of], log_probs.double())
+    return sums
+
+
+def dpo_gradient(
+    student, reference, teachers: Sequence[Row], groups: Sequence[list[list[int]]], beta: float
+) -> dict[str, float]:
+    """Add the gradient of the mean DPO loss over all pairs of a teacher's answer and one of the prompt's n others.
+
+    A pair may be in two micro-batches, so this takes the two passes of recipe/gad/training/preference.py.
+
+    Returns:
+        the loss, accuracy and margin of the pairs, from before the step, under the trainer's names.
+    """
+    from recipe.gad.training.preference import compute_dpo_loss
+
+    n = len(groups[0])
+    rows = [(p, answer) for (p, teacher), group in zip(teachers, groups, strict=True) for answer in (teacher, *group)]
+    policy = whole_log_probs(student, rows).requires_grad_()
+    weights = torch.full_like(policy, 1 / (len(teachers) * n))
+    loss, found = compute_dpo_loss(policy, whole_log_probs(reference, rows), weights, n, beta)
+    [coefficients] = torch.autograd.grad(loss, policy)
+    tokens = sum(len(answer) for _, answer in rows)
+    policy_gradient(student, rows, (-tokens * coefficients).tolist(), 1.0)
+    return {f"actor/{name}": float(metric.aggregate()) for name, metric in found.items()}
 
 
 def discriminator_gradient(
@@ -477,8 +564,11 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
     rows = [(row["prompt_ids"], row["teacher_ids"]) for row in data.rows]
     start = folder / f"{stage.student}-{seed}" if stage.student else plan.model
     student = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
-    fused(plan, student).train()
-    trains_student, trains_d = stage.does != "lead", stage.does != "imitate"
+    student.train()
+    reference = copy.deepcopy(student) if stage.does == "soda" or stage.kl else None
+    for model in filter(None, (student, reference)):
+        fused(plan, model)
+    trains_student, trains_d, samples = stage.does != "lead", stage.does in ("lead", "gad"), stage.does != "imitate"
     if trains_student:
         optimizer = optimizer_of(student, stage.lr)
     if trains_d:
@@ -488,7 +578,10 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
             d.load_state_dict(torch.load(folder / f"{stage.discriminator}-{seed}" / "d.pt", weights_only=True))
         fused(plan, d).train()
         d_optimizer = optimizer_of(d, stage.lr if stage.does == "lead" else stage.d_lr)
-        sampler = Sampler(student, data.stop_ids, plan.rows, plan.max_response_length, plan.temperature)
+    if samples:
+        answering = reference if stage.does == "soda" else student
+        sampler = Sampler(answering, data.stop_ids, plan.rows, plan.max_response_length, plan.temperature)
+        drawn: dict[tuple[int, ...], list[list[int]]] = {}
     if (left := until - time.time()) <= 0:
         raise ValueError(f"no time is left for {name}-{seed}. Fix: a larger --seconds")
     stage = replace(stage, max_seconds=min(stage.max_seconds, left))
@@ -500,16 +593,23 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
             if (seconds := began - first) >= stage.max_seconds:
                 break
             prompts, teachers = [prompt for prompt, _ in batch], [answer for _, answer in batch]
-            if trains_d:
+            if samples:
                 groups = sampler.answers(prompts)
                 metrics["timing_s/gen"] = time.monotonic() - began
+            if trains_d:
                 scores, metrics["critic/d_acc"] = discriminator_gradient(d, prompts, groups, teachers)
                 metrics["critic/grad_norm"] = step_of(d, d_optimizer)
+            if stage.does == "soda":
+                groups = [drawn.setdefault(tuple(p), group) for p, group in zip(prompts, groups, strict=True)]
+                metrics |= dpo_gradient(student, reference, batch, groups, stage.beta)
+            if samples:
                 answers = [(prompt, a) for prompt, group in zip(prompts, groups, strict=True) for a in group]
                 metrics["response_length/mean"] = sum(len(a) for _, a in answers) / len(answers)
             if stage.does == "gad":
-                advantages = (scores - scores.mean(dim=1, keepdim=True)).flatten().tolist()
-                policy_gradient(student, answers, advantages, plan.temperature)
+                advantages = advantages_of(scores, stage.normalise).flatten().tolist()
+                distance = policy_gradient(student, answers, advantages, plan.temperature, reference, stage.kl)
+                if stage.kl:
+                    metrics["actor/kl_loss"] = distance
             if weight := 1.0 if stage.does == "imitate" else stage.imitation:
                 metrics["actor/imitation_loss"] = imitation_gradient(student, batch, weight)
             if trains_student:
@@ -518,7 +618,7 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
                 metrics["actor/grad_norm"] = step_of(student, optimizer)
             if trains_d and (step % WATCH_EVERY == 0 or step == stage.steps):
                 metrics["val-aux/d_acc"] = held_out_accuracy(d, sampler, watched, stage.prompts)
-            if trains_d and DEVICE == "cuda":
+            if samples and DEVICE == "cuda":
                 torch.cuda.empty_cache()  # batches of many shapes would fill a GPU that others share
             metrics["timing_s/step"] = time.monotonic() - began
             print(json.dumps({"step": step, "data": metrics}), file=log, flush=True)
@@ -546,10 +646,11 @@ def held_out_accuracy(d, sampler: Sampler, rows: Sequence[Row], prompts: int) ->
 
 
 def run_judge(plan: Plan, folder: Path, seed: int, name: str) -> None:
-    """Answers of a stage's student to the held-out prompts, and their scores, as ``gad eval`` writes them."""
+    """Answers of a stage's student, or ``base``, to the held-out prompts, and scores, as ``gad eval`` writes them."""
     from transformers import AutoModelForCausalLM
 
-    model, out = folder / f"{name}-{seed}", folder / "eval" / f"{name}-{seed}"
+    model = plan.model if name == BASE else folder / f"{name}-{seed}"
+    out = folder / "eval" / f"{name}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     settings = plan.settings(folder / "held_out.parquet", str(model))
     data = load_rows(settings)
@@ -603,17 +704,20 @@ def jobs_of(plan: Plan, path: Path, folder: Path, until: float = math.inf) -> li
     common = (sys.executable, __file__, str(path), "--folder", str(folder), "--until", str(until), "--run")
 
     def job(kind: str, name: str, seed: int) -> Job:
-        stage, label = plan.stages[name], f"{name}-{seed}"
-        out = folder / "eval" / label if kind == "judge" else folder / label
-        needs = [name] if kind == "judge" else [n for n in (stage.student, stage.discriminator) if n]
+        label = f"{name}-{seed}"
+        if kind == "judge":
+            stage, out, needs = None, folder / "eval" / label, [name] if name != BASE else []
+        else:
+            stage, out = plan.stages[name], folder / label
+            needs = [n for n in (stage.student, stage.discriminator) if n]
         return Job(
             name=f"{kind}-{label}",
             command=(*common, kind, name, str(seed)),
             log=folder / "logs" / f"{kind}-{label}.log",
             is_finished=lambda: (out / "done").exists(),
             needs=tuple(f"stage-{need}-{seed}" for need in needs),
-            metrics=out / "metrics.jsonl" if kind == "stage" else None,
-            steps=stage.steps if kind == "stage" else None,
+            metrics=out / "metrics.jsonl" if stage else None,
+            steps=stage.steps if stage else None,
         )
 
     stages = [job("stage", name, seed) for name in plan.stages for seed in plan.seeds]
@@ -621,11 +725,13 @@ def jobs_of(plan: Plan, path: Path, folder: Path, until: float = math.inf) -> li
 
 
 def split(plan: Plan, folder: Path) -> None:
-    """train.parquet and held_out.parquet of the folder."""
+    """train.parquet and held_out.parquet of the folder, from the rows of the plan's data, shuffled if it says so."""
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
     frame = pd.read_parquet(plan.data)
+    if plan.shuffle is not None:
+        frame = frame.sample(frac=1, random_state=plan.shuffle, ignore_index=True)
     frame[: plan.held_out].to_parquet(folder / "held_out.parquet")
     frame[plan.held_out :].to_parquet(folder / "train.parquet")
 

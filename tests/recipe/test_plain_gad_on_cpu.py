@@ -4,10 +4,12 @@ import copy
 import json
 import math
 import shutil
+import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -113,6 +115,82 @@ def test_gradients_of_the_student(plain, student, monkeypatch, tokens, compiled)
     assert loss == pytest.approx(float(imitation.detach()), rel=1e-5)
 
 
+def moved(model):
+    """A copy with other weights, close to those of the model."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return other
+
+
+@pytest.mark.parametrize("tokens", [16384, 12])
+def test_gradient_of_the_kl_to_the_reference(plain, student, monkeypatch, tokens):
+    monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
+    start, advantages, temperature = moved(student), [0.5, -1.0, 2.0, 0.25, -0.75, 1.5], 0.8
+    exact, exact_start = copy.deepcopy(student).double(), copy.deepcopy(start).double()
+    mean = plain.policy_gradient(student, STUDENT_ROWS, advantages, temperature, start, 0.7)
+
+    policy, distances = 0.0, []
+    for advantage, row in zip(advantages, STUDENT_ROWS, strict=True):
+        log_probs, fixed = (log_prob(model, *row, temperature) for model in (exact, exact_start))
+        policy += advantage * log_probs.sum()
+        ratio = fixed.detach() - log_probs
+        distances.append(ratio.exp() - 1 - ratio)
+    distance = torch.cat(distances)
+    (-policy / len(distance) + 0.7 * distance.mean()).backward()
+    check_equal(gradients(student), gradients(exact))
+    assert mean == pytest.approx(float(distance.mean().detach()), rel=1e-3) and mean > 1e-3
+    assert not gradients(start)
+
+
+def test_without_the_kl_the_policy_gradient_keeps_every_bit(plain, student):
+    before, advantages = copy.deepcopy(student), [0.5, -1.0, 2.0, 0.25, -0.75, 1.5]
+    assert plain.policy_gradient(student, STUDENT_ROWS, advantages, 0.8, None, 0.0) == 0.0
+    [part] = plain.parts(STUDENT_ROWS)
+    log_probs, of = plain.answer_log_probs(before, [STUDENT_ROWS[i] for i in part], 0.8)
+    weights = torch.tensor([advantages[i] for i in part])
+    (-(weights[of] * log_probs).sum() / sum(len(answer) for _, answer in STUDENT_ROWS)).backward()
+    for found, expected in zip(student.parameters(), before.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+
+
+def test_advantages_are_divided_by_the_deviation_of_the_group(plain):
+    scores = torch.tensor([[1.0, 2.0, 4.5], [-3.0, 0.25, 0.5], [0.5, 0.5, 0.5]])
+    assert torch.equal(plain.advantages_of(scores, False), scores - scores.mean(dim=1, keepdim=True))
+    for found, group in zip(plain.advantages_of(scores, True).tolist(), scores.tolist(), strict=True):
+        mean, deviation = statistics.mean(group), statistics.stdev(group)
+        assert found == pytest.approx([(score - mean) / (deviation + 1e-6) for score in group], rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [16384, 12])
+def test_gradient_of_soda(plain, student, monkeypatch, tokens):
+    monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
+    start, beta = moved(student), 0.3
+    exact, exact_start = copy.deepcopy(student).double(), copy.deepcopy(start).double()
+    found = plain.dpo_gradient(student, start, list(zip(PROMPTS, TEACHERS, strict=True)), ANSWERS, beta)
+
+    def reward(prompt: list[int], answer: list[int]) -> torch.Tensor:
+        fixed = log_prob(exact_start, prompt, answer, 1.0).sum().detach()
+        return beta * (log_prob(exact, prompt, answer, 1.0).sum() - fixed)
+
+    triples = zip(PROMPTS, TEACHERS, ANSWERS, strict=True)
+    margins = torch.stack([reward(p, teacher) - reward(p, answer) for p, teacher, group in triples for answer in group])
+    loss = torch.log1p((-margins).exp()).mean()
+    loss.backward()
+    check_equal(gradients(student), gradients(exact))
+    assert not gradients(start)
+    assert found == pytest.approx(
+        {
+            "actor/dpo_loss": float(loss.detach()),
+            "actor/dpo_acc": float((margins > 0).double().mean()),
+            "actor/dpo_margin": float(margins.mean().detach()),
+        },
+        rel=1e-4,
+        abs=1e-6,
+    )
+
+
 @pytest.mark.parametrize("tokens, compiled", [(16384, False), (24, False), COMPILED])
 def test_gradients_of_the_discriminator(plain, tiny_problem, monkeypatch, tokens, compiled):
     monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
@@ -167,14 +245,15 @@ def plan_of(tiny_problem, **changes) -> dict:
 
 def test_a_plan_from_end_to_end(plain, tiny_problem, tmp_path, capsys):
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump(plan_of(tiny_problem), sort_keys=False))
+    plan.write_text(yaml.safe_dump(plan_of(tiny_problem, arms=["gad", "base"]), sort_keys=False))
     folder = tmp_path / "runs"
     plain.split(plain.Plan.read(plan), folder)
     jobs = plain.jobs_of(plain.Plan.read(plan), plan, folder)
     assert [job.name for job in jobs] == [
         *(f"stage-{stage}-{seed}" for stage in ("seqkd", "lead", "gad") for seed in (3, 4)),
-        *(f"judge-{stage}-{seed}" for stage in ("seqkd", "gad") for seed in (3, 4)),
+        *(f"judge-{stage}-{seed}" for stage in ("seqkd", "gad", "base") for seed in (3, 4)),
     ]
+    assert jobs[-1].needs == () and jobs[-1].steps is None
     assert jobs[4].needs == ("stage-seqkd-3", "stage-lead-3") and jobs[6].needs == ("stage-seqkd-3",)
     for job in jobs:
         assert not job.is_finished()
@@ -195,14 +274,88 @@ def test_a_plan_from_end_to_end(plain, tiny_problem, tmp_path, capsys):
     prompts = {json.dumps(a["messages"]) for a in read_answers(folder / "eval/gad-3")}
     trained = {json.dumps(row["messages"]) for row in plain.Plan.read(plan).rows_of(folder / "train.parquet").rows}
     assert len(prompts) == 12 and not prompts & trained
+    untrained = [read_answers(folder / f"eval/base-{seed}") for seed in (3, 4)]
+    assert [len(answers) for answers in untrained] == [24, 24] and untrained[0] != untrained[1]
+    settings = [json.loads((folder / f"eval/{name}-3/settings.json").read_text()) for name in ("base", "gad")]
+    assert [one["model"] for one in settings] == [str(tiny_problem / "model"), str(folder / "gad-3")]
 
     capsys.readouterr()
     assert plain.main([str(plan), "--folder", str(folder), "--table"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines] == [
-        "| stage", "|---|---|---|---|---|---|---|", "| seqkd", "| gad", "",
-        "| difference", "|---|---|---|---|---|---|---|", "| gad - seqkd",
+        "| stage", "|---|---|---|---|---|---|---|", "| seqkd", "| gad", "| base", "",
+        "| difference", "|---|---|---|---|---|---|---|", "| gad - seqkd", "| base - seqkd",
     ]  # fmt: skip
+
+
+def run_one(plain, tiny_problem, folder, **stage) -> list[dict]:
+    """Metrics of the steps of a stage that starts from the untrained model."""
+    settings = {"steps": 8, "prompts": 8, "lr": 1e-3, **stage}
+    plan = plain.Plan.parse(plan_of(tiny_problem, stages={"one": settings}, controls=["one"], arms=["base"]))
+    plain.split(plan, folder)
+    plain.run_stage(plan, folder, 0, "one")
+    return [json.loads(line)["data"] for line in (folder / "one-0/metrics.jsonl").read_text().splitlines()]
+
+
+def test_soda_learns_from_answers_of_its_start(plain, tiny_problem, student, tmp_path, monkeypatch):
+    sampled, seen, answers = [], {}, plain.Sampler.answers
+    expected = student.state_dict()
+
+    def recorded(sampler, prompts):
+        sampled.append(sampler.model)
+        return answers(sampler, prompts)
+
+    def gradient(policy, reference, teachers, groups, beta, real=plain.dpo_gradient):
+        assert beta == 0.5 and policy is not reference and sampled[-1] is reference
+        assert all(torch.equal(value, expected[name]) for name, value in reference.state_dict().items())
+        for (prompt, _), group in zip(teachers, groups, strict=True):
+            assert len(group) == 2 and seen.setdefault(tuple(prompt), group) == group
+        return real(policy, reference, teachers, groups, beta)
+
+    monkeypatch.setattr(plain.Sampler, "answers", recorded)
+    monkeypatch.setattr(plain, "dpo_gradient", gradient)
+    lines = run_one(plain, tiny_problem, tmp_path, does="soda", beta=0.5)  # 52 rows: the last two steps repeat prompts
+    assert lines[0]["actor/dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["actor/dpo_loss"] < 0.69 and lines[-1]["actor/dpo_margin"] > 0
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "one-0", dtype=torch.float32).state_dict()
+    assert not torch.equal(trained["lm_head.weight"], expected["lm_head.weight"])
+    assert not (tmp_path / "one-0/d.pt").exists()
+
+
+def test_gad_normalises_and_stays_close_to_its_start_as_the_stage_says(plain, tiny_problem, tmp_path, monkeypatch):
+    seen: list[float] = []
+
+    def gradient(student, rows, advantages, *rest, real=plain.policy_gradient):
+        seen.extend(map(abs, advantages))
+        return real(student, rows, advantages, *rest)
+
+    monkeypatch.setattr(plain, "policy_gradient", gradient)
+    lines = run_one(plain, tiny_problem, tmp_path, does="gad", d_lr=1e-3, steps=3, normalise=True, kl=0.1)
+    assert all(min(a, abs(a - 0.5**0.5)) < 0.01 for a in seen) and max(seen) > 0.7  # two answers: +-1/sqrt(2)
+    assert abs(lines[0]["actor/kl_loss"]) < 1e-6 < lines[-1]["actor/kl_loss"]
+    seen.clear()
+    monkeypatch.setattr(plain, "copy", None)  # there is no reference
+    lines = run_one(plain, tiny_problem, tmp_path, does="gad", d_lr=1e-3, steps=1)
+    assert "actor/kl_loss" not in lines[0] and any(min(a, abs(a - 0.5**0.5)) > 0.01 for a in seen)
+
+
+def test_defaults_are_those_of_the_trainer(plain):
+    config = yaml.safe_load((Path(__file__).parents[2] / "recipe/gad/config/gad_trainer.yaml").read_text())
+    assert plain.Stage("soda", 1, 1e-3).beta == config["gad"]["dpo_beta"]
+    assert plain.KL_TYPE == config["actor_rollout_ref"]["actor"]["kl_loss_type"]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1821])
+def test_rows_are_shuffled_as_pandas_does(plain, tiny_problem, tmp_path, seed):
+    plain.split(plain.Plan.parse(plan_of(tiny_problem, shuffle=seed)), tmp_path)
+    frame = pd.read_parquet(tiny_problem / "train.parquet")
+    if seed is not None:
+        frame = frame.sample(frac=1, random_state=seed)
+        assert frame.index.tolist() != list(range(64))
+    for name, expected in (("held_out", frame[:12]), ("train", frame[12:])):
+        found = pd.read_parquet(tmp_path / f"{name}.parquet")
+        assert list(found.columns) == list(expected.columns)
+        assert found["extra_info"].tolist() == expected["extra_info"].tolist()
 
 
 def test_the_rate_falls_over_the_steps_or_over_the_seconds(plain):
@@ -243,6 +396,10 @@ def lead(**changes) -> dict:
         ({"arms": ["gdd"]}, "arms 'gdd': expected one of gad, lead, seqkd"),
         ({"held_out": "all"}, "held_out 'all': expected a whole number of at least 1"),
         ({"compile": "yes"}, "compile 'yes': expected true or false"),
+        ({"shuffle": "yes"}, "shuffle 'yes': expected null or a whole number from 0 to 4294967295"),
+        ({"shuffle": True}, "shuffle True: expected null or a whole number"),
+        ({"shuffle": -1}, "shuffle -1: expected null or a whole number"),
+        ({"stages": {"base": {"does": "imitate", "steps": 1, "lr": 1e-3}}}, "stage 'base': the name of the untrained"),
         ({"answers": 3}, r"rows 16 is no multiple of \[3\]"),
         ({"stages": ["gad"]}, r"stages: found \('gad',\), expected names with the settings"),
         ({"stages": {"gad": 3}}, "stage 'gad': found 3, expected a mapping with keys of does, steps"),
@@ -265,7 +422,14 @@ def lead(**changes) -> dict:
         (lead(imitation="much"), "stage 'gad': imitation 'much': expected a number of at least 0"),
         (lead(student="seqkd"), "stage 'gad': student 'seqkd': expected one of gad"),
         (lead(discriminator={"a": 1}), "stage 'gad': discriminator {'a': 1}: expected one of gad"),
-        (lead(does="gda"), "stage 'gad': does 'gda': expected one of imitate, lead, gad"),
+        (lead(does="gda"), "stage 'gad': does 'gda': expected one of imitate, lead, gad, soda"),
+        (lead(does="gad", d_lr=1e-3, normalise=1), "stage 'gad': normalise 1: expected true or false"),
+        (lead(does="gad", d_lr=1e-3, normalise=True, prompts=16), "stage 'gad': normalise needs two answers"),
+        (lead(does="gad", d_lr=1e-3, kl=-1e-3), "stage 'gad': kl -0.001: expected a number of at least 0"),
+        (lead(does="soda", beta=0), "stage 'gad': beta 0: expected a number above 0"),
+        (lead(does="soda", kl=1e-3), "stage 'gad': kl 0.001: a stage that does soda takes none, only gad"),
+        (lead(normalise=True), "stage 'gad': normalise True: a stage that does lead takes none, only gad"),
+        (lead(does="gad", d_lr=1e-3, beta=0.2), "stage 'gad': beta 0.2: a stage that does gad takes none, only soda"),
         (lead(does="gad"), "stage 'gad': a stage that does gad needs d_lr"),
     ],
 )
