@@ -163,11 +163,13 @@ def test_advantages_are_divided_by_the_deviation_of_the_group(plain):
         assert found == pytest.approx([(score - mean) / (deviation + 1e-6) for score in group], rel=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [16384, 12])
-def test_gradient_of_soda(plain, student, monkeypatch, tokens):
+@pytest.mark.parametrize("tokens, compiled", [(16384, False), (12, False), COMPILED])
+def test_gradient_of_soda(plain, student, monkeypatch, tokens, compiled):
     monkeypatch.setattr(plain, "MAX_BATCH_TOKENS", tokens)
     start, beta = moved(student), 0.3
     exact, exact_start = copy.deepcopy(student).double(), copy.deepcopy(start).double()
+    for model in (student, start):
+        plain.fused(SimpleNamespace(compile=compiled), model)
     found = plain.dpo_gradient(student, start, list(zip(PROMPTS, TEACHERS, strict=True)), ANSWERS, beta)
 
     def reward(prompt: list[int], answer: list[int]) -> torch.Tensor:
