@@ -94,7 +94,7 @@ SPECIAL = {
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
     "youtu": MLA,
     "zamba": {"layer_types": ["mamba", "hybrid"], "n_mamba_heads": 2, "attention_head_dim": 16},
-    "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1, "mamba_ngroups": 1, "n_mamba_heads": 4},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "mamba_ngroups": 1, "n_mamba_heads": 4},
 }
 """What a family needs beside TINY."""
 WRAPPERS = (
@@ -126,6 +126,8 @@ def tiny_config(model_type):
     text = kind.sub_configs["text_config"]
     parts = {}
     for name, part in kind.sub_configs.items():
+        if part is AutoConfig:
+            part = type(getattr(kind(), name))
         if name == "text_config" or not hasattr(part, "model_type"):
             continue
         parts[name] = sized(part, VISION).to_dict()
