@@ -261,6 +261,13 @@ def with_fresh_discriminators(runner, warmup):
 
 
 @in_background
+def with_weightless_reward_and_probe(runner, warmup):
+    reward = f"reward.custom_reward_function.path={ROOT}/examples/gad/task_reward/json_form.py"
+    settings = [reward, "gad.task_reward.weight=0", "gad.shortcut_probe=True"]
+    return runner.stage("gad", "weightless", "--warmup_dir", str(warmup), *settings)
+
+
+@in_background
 def olmo_warmup(runner):
     from transformers import AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
@@ -504,6 +511,18 @@ def test_sigkill_between_checkpoints_then_the_same_command_gives_the_same_metric
 
 
 @pytest.mark.long
+def test_a_reward_without_weight_and_a_probe_change_no_other_number(gad, with_weightless_reward_and_probe):
+    def trained(log: dict) -> dict:
+        return {name: value for name, value in log.items() if "val-" not in name and "shortcut" not in name}
+
+    log, expected = metrics(with_weightless_reward_and_probe), metrics(gad)
+    for step in range(1, STEPS + 1):
+        assert trained(log[step]) == trained(expected[step]), f"step {step}"
+        assert "critic/shortcut_length_acc" in log[step] and "critic/shortcut_length_acc" not in expected[step]
+    assert "val-core/toy/acc/mean@1" in log[STEPS] and "val-aux/d_acc" in log[STEPS], "validation shows both rewards"
+
+
+@pytest.mark.long
 def test_a_run_with_fresh_discriminators_trains_as_one_without(gad, with_fresh_discriminators):
     log = metrics(with_fresh_discriminators)
     fresh = {step: found.pop("val-aux/two_sample") for step, found in log.items() if "val-aux/two_sample" in found}
@@ -586,6 +605,7 @@ def test_a_mixture_of_experts_student_goes_through_both_stages(moe):
         assert log["training/rollout_probs_diff_max"] < 1e-4
         assert 0.0 < log["actor/pg_clipfrac"] < 0.5 and log["actor/kl_loss"] > 0.0
         assert log["critic/task_reward_mean"] == pytest.approx(0.0), "a random student writes no JSON"
+    assert {"val-core/json/acc/mean@1", "val-aux/d_acc"} <= gad_log[2].keys(), "validation shows both rewards"
     assert all(any((moe / "tensorboard" / stage).iterdir()) for stage in ("warmup", "gad"))
 
 
