@@ -10,10 +10,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def cached_model(repo: str) -> Path | None:
-    """Folder of a hub model in the Hugging Face cache; None if it was never downloaded."""
+    """Folder of a hub model in the Hugging Face cache; None if it was never downloaded, or no model has such a name."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    file = try_to_load_from_cache(repo, "config.json")
+    try:
+        file = try_to_load_from_cache(repo, "config.json")
+    except HFValidationError:  # "./folder" and "a--b/c" match HUB_ID
+        return None
     return Path(file).parent if isinstance(file, str) else None
 
 
