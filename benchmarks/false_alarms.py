@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from recipe.gad.monitor.rules import ROUGE_L, RULES, Curve, looping_answers, same_answers
-from recipe.gad.run.log import VAL_D_ACC
+from recipe.gad.run.log import VAL_D_ACC, VAL_TWO_SAMPLE
 from recipe.gad.training.gate import PolicyGate
 
 BATCHES = ((8, 4), (16, 8), (32, 8), (64, 8), (128, 8), (256, 8))
@@ -80,9 +80,11 @@ def healthy_run(rng: np.random.Generator, prompts: int, n: int, steps: int) -> d
     curves = {name: Curve(at, np.array(column)) for name, column in values.items()}
     validated = np.arange(0, steps + 1, VALIDATE)
     rouge = np.linspace(0.30, 0.35, len(validated)) + rng.normal(0, 0.15, len(validated)) / np.sqrt(VALIDATION)
-    gaps = [gap + score_noise(rng, VALIDATION, 1) for gap in np.linspace(*GAP, len(validated))]
-    d_acc = np.array([(gap > 0).mean() for gap in gaps])
-    return {**curves, ROUGE_L: Curve(validated, rouge), VAL_D_ACC: Curve(validated, d_acc)}
+    curves[ROUGE_L] = Curve(validated, rouge)
+    for name in (VAL_D_ACC, VAL_TWO_SAMPLE):  # of two discriminators that see the same on average
+        gaps = [gap + score_noise(rng, VALIDATION, 1) for gap in np.linspace(*GAP, len(validated))]
+        curves[name] = Curve(validated, np.array([(gap > 0).mean() for gap in gaps]))
+    return curves
 
 
 def healthy_texts(rng: np.random.Generator) -> tuple[list[str], list[str], list[str]]:

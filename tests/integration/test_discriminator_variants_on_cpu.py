@@ -23,6 +23,7 @@ from tests.integration.test_gad_step_on_cpu import (
     run_from,
     score,
 )
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
 
@@ -163,6 +164,28 @@ def averaged(live):
     weights = live.weights("critic")
     live.trainer.critic_wg.use_average(False)
     return weights
+
+
+def test_with_or_without_an_average_d_takes_the_same_steps(live, tmp_path):
+    """Runs before any other test has started an average in these workers."""
+    trainer = live.trainer
+    live.set(trainer__default_local_dir=str(tmp_path))
+    batch, metrics = live.sample()
+    batch = run_from(live, batch, metrics)
+    trainer._save_checkpoint()
+    folder = tmp_path / f"global_step_{trainer.global_steps}" / "critic"
+    assert list(folder.glob("model_*")) and not list(folder.glob("average_*"))
+    off, on = {}, {}
+    trainer._update_critic(batch, metrics=off)
+    without = live.weights("critic")
+    trainer.critic_wg.load_checkpoint(local_path=str(folder), del_local_after_load=False)
+    assert not equal(live.weights("critic"), without)
+    trainer.critic_wg.start_average(0.75)
+    trainer._update_critic(batch, metrics=on)
+    assert equal(live.weights("critic"), without)
+    for name in ("critic/d_loss", "critic/d_acc", "critic/grad_norm"):
+        assert on[name] == off[name]
+    live.finish(batch)
 
 
 def test_scores_are_those_of_the_averaged_weights_and_a_resumed_run_has_the_same(live, tmp_path, monkeypatch):
@@ -522,6 +545,18 @@ def unlabelled(live, tiny_problem, tmp_path):
     live.set(gad__unlabelled_files=[], gad__unlabelled_ratio=0.0, data__gen_batch_size=None)
     live.trainer._init_dataloader()
     live.trainer._unlabelled = set()
+
+
+def test_without_such_prompts_a_step_takes_the_prompts_of_stock_verl(live):
+    trainer = live.trainer
+
+    def prompts(next_batch):
+        trainer._init_dataloader()
+        return [[message["content"] for message in messages] for messages in next_batch(trainer)["raw_prompt"]]
+
+    stock = prompts(PPOTrainerSync._next_train_batch)
+    assert len(stock) == 8 and prompts(type(trainer)._next_train_batch) == stock
+    assert trainer._prompts is None and not trainer._unlabelled
 
 
 def test_d_scores_prompts_without_teacher_answers_and_trains_on_the_others(live, unlabelled):

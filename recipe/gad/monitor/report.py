@@ -175,8 +175,15 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "once the student follows. Alone it proves nothing: look at ROUGE-L beside it. Its distance from the "
             "accuracy on validation prompts is memorizing; the accuracy there is what the reward is worth. A fresh "
             "discriminator was trained on validation answers alone: if it tells the sides apart and D does not, the "
-            "student has only left D's sight.",
-            {"d_acc": "critic/d_acc", "on validation prompts": VAL_D_ACC, "fresh discriminator": VAL_TWO_SAMPLE},
+            "student has only left D's sight. Old answers are those of gad.replay, prefixes those of "
+            "gad.credit=token.",
+            {
+                "d_acc": "critic/d_acc",
+                "on validation prompts": VAL_D_ACC,
+                "fresh discriminator": VAL_TWO_SAMPLE,
+                "on old answers": "critic/replay_d_acc",
+                "on prefixes": "critic/d_prefix_acc",
+            },
             (0.5, 0.9),
         ),
         Panel("d_loss", "Discriminator loss", "ln 2 = 0.693 is guessing, 0 is certainty.", {"d_loss": "critic/d_loss"}),
@@ -230,7 +237,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "Around 0 by construction, together with the teacher's part if it is in the group.",
             {"students": "actor/pg_loss", "teacher": "actor/teacher_pg_loss"},
         ),
-        Panel("policy_gate", "Policy gate", "Factor of the policy gradient; 1 is open.", {"": "gad/policy_gate"}),
+        Panel(
+            "policy_gate",
+            "Policy gate and lead",
+            "Factor of the policy gradient; 1 is open. While D leads (1), the student stands still.",
+            {"gate": "gad/policy_gate", "lead": "gad/leading"},
+        ),
         Panel(
             "pg_clipfrac",
             "Clipped tokens",
@@ -280,7 +292,7 @@ STEP_TIME = Panel("step_time", "Step time", "Seconds of a step by phase.", {"": 
 
 COLOURS = ("#3b8bd0", "#e07b29", "#2ca27c", "#c768a8", "#b59a10", "#8a7fd6", "#d0524f", "#7a8c99")
 """Of runs, or of the curves of a single one; readable on white and on black."""
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 LEGEND_WIDTH = 75
 """Characters of legend text that fit side by side below a picture."""
 LEGEND_ROW = 0.2
@@ -362,7 +374,8 @@ def _draw_curves(axis: Any, panel: Panel, runs: Sequence[Run], text_colour: str)
             if smooth:
                 axis.plot(steps, values, color=colour, alpha=0.3, lw=0.8)
                 values = running_mean(values, SMOOTHING)
-            (legend[text],) = axis.plot(steps, values, dash, color=colour, lw=1.8, marker="" if smooth else "o", ms=3.5)
+            marker = "" if smooth else "o"
+            (legend[text],) = axis.plot(steps, values, ls=dash, color=colour, lw=1.8, marker=marker, ms=3.5)
     for handover in {run.offset for run in runs if run.offset and _has(run, panel)}:
         axis.axvline(handover, color=text_colour, lw=1, ls="--", alpha=0.6)
         axis.annotate(" GAD", (handover, 1.01), xycoords=("data", "axes fraction"), fontsize=9)

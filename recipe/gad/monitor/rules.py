@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recipe.gad.run.findings import LEVELS, Finding, error, note, warning
-from recipe.gad.run.log import ROUGE_L, VAL_D_ACC, VANILLA, Metrics, matching_names, series
+from recipe.gad.run.log import ROUGE_L, VAL_D_ACC, VAL_TWO_SAMPLE, VANILLA, Metrics, matching_names, series
 
 RECENT = 20
 """Steps of "now": enough to average out the noise of one batch (d_acc moves by 0.1 from step to step)."""
@@ -47,6 +47,11 @@ MEMORIZED = 0.15
 MEMORIZED_VALIDATIONS = 3
 """Training d_acc so far above d_acc on validation prompts, in three validations in a row. At an accuracy of 0.85, this
 is more than three standard errors of one validation of 64 prompts; below about 50 prompts, chance can reach it."""
+
+OUT_OF_SIGHT = 0.2
+SIGHT_VALIDATIONS = 3
+"""Growth of the distance from d_acc to a fresh discriminator's accuracy, both on validation prompts, between the first
+and the last three validations: almost three standard errors with 64 prompts."""
 
 ENTROPY_COLLAPSE = 0.2
 """Entropy below a fifth of its start: samples of one prompt become the same, and GRPO has no advantages left."""
@@ -241,6 +246,30 @@ def memorizing_discriminator(d_acc: Curve, val_d_acc: Curve) -> Finding | None:
         "accuracy on validation prompts says.",
         fix="Collect more teacher answers, or train fewer epochs (trainer.total_epochs). Otherwise slow the "
         "discriminator: lower critic.optim.lr, raise critic.optim.weight_decay, or set gad.label_smoothing=0.1. With "
+        "fewer than 50 validation prompts, add some before you trust this.",
+    )
+
+
+def student_out_of_sight(pg_loss: Curve, val_d_acc: Curve, two_sample: Curve) -> Finding | None:
+    """D loses its accuracy while a fresh one keeps it; ``pg_loss`` says in which steps the policy follows D."""
+    steps, i, j = np.intersect1d(val_d_acc.steps, two_sample.steps, return_indices=True)
+    followed = steps >= pg_loss.steps[0] - 1
+    own, fresh = (Curve(steps[followed], values[followed]) for values in (val_d_acc.values[i], two_sample.values[j]))
+    if len(own.steps) < 2 * SIGHT_VALIDATIONS:
+        return None
+    (own_then, own_now), (fresh_then, fresh_now) = (
+        (c.first(SIGHT_VALIDATIONS), c.last(SIGHT_VALIDATIONS)) for c in (own, fresh)
+    )
+    growth = (fresh_now.mean() - own_now.mean()) - (fresh_then.mean() - own_then.mean())
+    if growth < OUT_OF_SIGHT or fresh_now.mean() < max(fresh_then.mean(), own_now.mean()):
+        return None
+    return warning(
+        "The student has left the discriminator's sight",
+        evidence=f"{VAL_D_ACC} went from {own_then.show()} to {own_now.show()}, while {VAL_TWO_SAMPLE} went from "
+        f"{fresh_then.mean():.3g} to {fresh_now.mean():.3g}: a fresh discriminator tells the student from the teacher "
+        "as well as before, and the reward does not see it.",
+        fix=f"Take the checkpoint at which {VAL_TWO_SAMPLE} is lowest. Then raise critic.optim.lr or lower "
+        "actor_rollout_ref.actor.optim.lr, or let the discriminator train on earlier answers too (gad.replay). With "
         "fewer than 50 validation prompts, add some before you trust this.",
     )
 
@@ -567,6 +596,7 @@ RULES = (
     Rule(frozen_discriminator, ("critic/lr",)),
     Rule(weak_discriminator, ("actor/pg_loss", VAL_D_ACC)),
     Rule(memorizing_discriminator, ("critic/d_acc", VAL_D_ACC)),
+    Rule(student_out_of_sight, ("actor/pg_loss", VAL_D_ACC, VAL_TWO_SAMPLE)),
     Rule(collapsed_entropy, ("actor/entropy",), policy_steps=True),
     Rule(falling_validation, (ROUGE_L, "critic/score_gap")),
     Rule(closed_gate, ("gad/policy_gate",), policy_steps=True),

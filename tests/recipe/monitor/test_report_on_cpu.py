@@ -39,13 +39,15 @@ def write_run(folder: Path, stage: str = "gad", steps: int = 30, seed: int = 0, 
             data |= {f"{side}response_length/mean": 10 + rng.random(), f"{side}response_length/cut_ratio": 0.0}
         if stage == "gad":
             data |= {"actor/pg_loss": 0.0, "actor/pg_clipfrac": 0.15, "actor/ppo_kl": 0.001, "actor/kl_loss": 0.1}
-            data |= {"gad/policy_gate": 0.5}
+            data |= {"gad/policy_gate": 0.5, "gad/leading": 0.0}
+            data |= {"critic/replay_d_acc": 0.8, "critic/d_prefix_acc": 0.7}
         else:
             data |= {"actor/sft_loss": 2.0 / step}
         data |= {"timing_s/gen": 1.0, "timing_s/update_actor": 0.5, "timing_s/step": 1.6, "perf/throughput": 500.0}
         data |= {"actor/perf/max_memory_allocated_gb": 30.0, "gad/missing_rollouts": 0.0}
         if step % 10 == 0:
             data["val-aux/toy/rouge_l/mean@1"] = 0.3 + step / 100
+            data |= {"val-aux/d_acc": 0.8, "val-aux/two_sample": 0.7}
         rows.append({"step": step, "data": data})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 31, "da')
     (folder / "val_samples").mkdir()

@@ -360,6 +360,37 @@ def test_memorizing_discriminator_is_silent_about_a_discriminator_that_generaliz
     assert alarms <= 3
 
 
+def sight(own: list[float], fresh: list[float], first_policy_step: int = 1) -> dict:
+    """Metrics of a GAD stage with a validation every ten steps: d_acc and a fresh discriminator's accuracy."""
+    metrics = gad_stage(first_policy_step, dict(zip(range(0, 61, 10), own, strict=True)))
+    for step, accuracy in zip(range(0, 61, 10), fresh, strict=True):
+        metrics[step]["val-aux/two_sample"] = accuracy
+    return metrics
+
+
+def test_student_out_of_sight():
+    own, fresh = [0.75, 0.75, 0.75, 0.65, 0.6, 0.55, 0.5], [0.65, 0.7, 0.6, 0.65, 0.7, 0.7, 0.64]
+    (finding,), looked_at = apply_rules(sight(own, fresh))
+    assert finding.level == "warning" and finding.where == "student_out_of_sight"
+    assert "val-aux/d_acc went from 0.75 (mean of steps 0-20) to 0.55 (mean of steps 40-60)" in finding.evidence
+    assert "val-aux/two_sample went from 0.65 to 0.68" in finding.evidence and "val-aux/two_sample" in looked_at
+    assert "lowest" in finding.fix and "gad.replay" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("own", "fresh", "began"),
+    [
+        ([0.95, 0.9, 0.9, 0.7, 0.6, 0.55, 0.5], [0.9, 0.85, 0.8, 0.8, 0.8, 0.8, 0.8], 1),  # both fall: it gets closer
+        ([0.7] * 7, [0.6, 0.6, 0.6, 0.65, 0.75, 0.75, 0.75], 1),  # D sees what it saw before
+        ([0.95] * 3 + [0.85] + [0.7] * 3, [0.6] * 7, 1),  # D falls and still sees more than a fresh one
+        ([1.0] + [0.6] * 6, [0.3] + [0.6] * 6, 11),  # it fell before the policy began
+        ([0.8, 0.8, 0.8, 0.65, 0.6, 0.55, 0.5], [0.7] * 7, 31),  # too few validations since then
+    ],
+)
+def test_student_out_of_sight_is_silent(own, fresh, began):
+    assert apply_rules(sight(own, fresh, began))[0] == []
+
+
 @pytest.mark.parametrize(("prompts", "n"), [(8, 4), (16, 8), (256, 8)])
 def test_rules_seldom_find_fault_with_a_healthy_run(script, prompts, n):
     found = script.rates(prompts, n, runs=30, steps=200, seed=1)
