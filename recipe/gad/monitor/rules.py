@@ -131,6 +131,12 @@ class Curve(NamedTuple):
         return f"{self.mean():.3g} (mean of steps {self.steps[0]}-{self.steps[-1]})"
 
 
+def _common(one: Curve, other: Curve) -> tuple[Curve, Curve]:
+    """Both curves, in the steps that both have."""
+    steps, i, j = np.intersect1d(one.steps, other.steps, return_indices=True)
+    return Curve(steps, one.values[i]), Curve(steps, other.values[j])
+
+
 class EarlierFinding(NamedTuple):
     """A finding from earlier in a run: the steps at which it was first and last made, and its last form."""
 
@@ -252,9 +258,8 @@ def memorizing_discriminator(d_acc: Curve, val_d_acc: Curve) -> Finding | None:
 
 def student_out_of_sight(pg_loss: Curve, val_d_acc: Curve, two_sample: Curve) -> Finding | None:
     """D loses its accuracy while a fresh one keeps it; ``pg_loss`` says in which steps the policy follows D."""
-    steps, i, j = np.intersect1d(val_d_acc.steps, two_sample.steps, return_indices=True)
-    followed = steps >= pg_loss.steps[0] - 1
-    own, fresh = (Curve(steps[followed], values[followed]) for values in (val_d_acc.values[i], two_sample.values[j]))
+    followed = (Curve(*(part[c.steps >= pg_loss.steps[0] - 1] for part in c)) for c in (val_d_acc, two_sample))
+    own, fresh = _common(*followed)
     if len(own.steps) < 2 * SIGHT_VALIDATIONS:
         return None
     (own_then, own_now), (fresh_then, fresh_now) = (
@@ -408,10 +413,10 @@ def large_policy_steps(ppo_kl: Curve) -> Finding | None:
 
 def _length_ratio(student: Curve, teacher: Curve) -> Curve | None:
     """Length of the student's answers over the teacher's in the steps that have both; None if a length is 0."""
-    steps, i, j = np.intersect1d(student.steps, teacher.steps, return_indices=True)
-    if not len(steps) or teacher.values.min() <= 0 or student.values.min() <= 0:
+    of_student, of_teacher = _common(student, teacher)
+    if not len(of_student.steps) or teacher.values.min() <= 0 or student.values.min() <= 0:
         return None
-    return Curve(steps, student.values[i] / teacher.values[j])
+    return Curve(of_student.steps, of_student.values / of_teacher.values)
 
 
 def length_drift(student: Curve, teacher: Curve) -> Finding | None:
