@@ -593,14 +593,15 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
             if (seconds := began - first) >= stage.max_seconds:
                 break
             prompts, teachers = [prompt for prompt, _ in batch], [answer for _, answer in batch]
-            if samples:
+            if samples and not all(tuple(prompt) in drawn for prompt in prompts):
                 groups = sampler.answers(prompts)
                 metrics["timing_s/gen"] = time.monotonic() - began
             if trains_d:
                 scores, metrics["critic/d_acc"] = discriminator_gradient(d, prompts, groups, teachers)
                 metrics["critic/grad_norm"] = step_of(d, d_optimizer)
-            if stage.does == "soda":
-                groups = [drawn.setdefault(tuple(p), group) for p, group in zip(prompts, groups, strict=True)]
+            if stage.does == "soda":  # a prompt keeps its first answers
+                drawn = {tuple(p): group for p, group in zip(prompts, groups, strict=True)} | drawn
+                groups = [drawn[tuple(p)] for p in prompts]
                 metrics |= dpo_gradient(student, reference, batch, groups, stage.beta)
             if samples:
                 answers = [(prompt, a) for prompt, group in zip(prompts, groups, strict=True) for a in group]

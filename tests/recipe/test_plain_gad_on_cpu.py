@@ -300,7 +300,7 @@ def run_one(plain, tiny_problem, folder, **stage) -> list[dict]:
 
 
 def test_soda_learns_from_answers_of_its_start(plain, tiny_problem, student, tmp_path, monkeypatch):
-    sampled, seen, answers = [], {}, plain.Sampler.answers
+    sampled, new, seen, answers = [], [], {}, plain.Sampler.answers
     expected = student.state_dict()
 
     def recorded(sampler, prompts):
@@ -310,13 +310,15 @@ def test_soda_learns_from_answers_of_its_start(plain, tiny_problem, student, tmp
     def gradient(policy, reference, teachers, groups, beta, real=plain.dpo_gradient):
         assert beta == 0.5 and policy is not reference and sampled[-1] is reference
         assert all(torch.equal(value, expected[name]) for name, value in reference.state_dict().items())
+        new.append(any(tuple(prompt) not in seen for prompt, _ in teachers))
         for (prompt, _), group in zip(teachers, groups, strict=True):
             assert len(group) == 2 and seen.setdefault(tuple(prompt), group) == group
         return real(policy, reference, teachers, groups, beta)
 
     monkeypatch.setattr(plain.Sampler, "answers", recorded)
     monkeypatch.setattr(plain, "dpo_gradient", gradient)
-    lines = run_one(plain, tiny_problem, tmp_path, does="soda", beta=0.5)  # 52 rows: the last two steps repeat prompts
+    lines = run_one(plain, tiny_problem, tmp_path, does="soda", beta=0.5, steps=14)  # 52 rows, 8 a step
+    assert len(sampled) == sum(new) < len(new) == 14
     assert lines[0]["actor/dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert lines[-1]["actor/dpo_loss"] < 0.69 and lines[-1]["actor/dpo_margin"] > 0
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "one-0", dtype=torch.float32).state_dict()
