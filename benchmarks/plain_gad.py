@@ -53,6 +53,7 @@ from recipe.gad.referee.results import differences, mean, read_values
 from recipe.gad.referee.schedule import Job, Scheduler, State
 from recipe.gad.referee.verdict import METRICS
 from recipe.gad.run.config import is_number
+from recipe.gad.run.findings import either
 from recipe.gad.run.two_sample import TwoSampleSettings
 from recipe.gad.training.fresh import (
     MAX_BATCH_TOKENS,
@@ -98,7 +99,7 @@ class Stage:
     """gad: of the discriminator."""
     prompts: int = 32
     imitation: float = 0.0
-    """gad: weight of the mean of -log pi over the teacher's tokens, beside the policy gradient."""
+    """gad, soda: weight of the mean of -log pi over the teacher's tokens, beside the policy gradient or DPO."""
     normalise: bool = False
     """gad: divide advantages by the standard deviation of the prompt's scores."""
     kl: float = 0.0
@@ -116,9 +117,10 @@ class Stage:
             if not is_number(value := getattr(self, key)) or not value >= 0:
                 raise ValueError(f"{key} {value!r}: expected a number of at least 0")
         _check_switch(self, "normalise")
-        for key, does in {"normalise": "gad", "kl": "gad", "beta": "soda"}.items():
-            if self.does != does and getattr(self, key) != getattr(Stage, key):
-                raise ValueError(f"{key} {getattr(self, key)!r}: a stage that does {self.does} takes none, only {does}")
+        readers = {"imitation": ("gad", "soda"), "normalise": ("gad",), "kl": ("gad",), "beta": ("soda",)}
+        for key, stages in readers.items():
+            if self.does not in stages and (value := getattr(self, key)) != getattr(Stage, key):
+                raise ValueError(f"{key} {value!r}: a stage that does {self.does} takes none, only {either(stages)}")
         if self.does == "gad" and self.d_lr is None:
             raise ValueError("a stage that does gad needs d_lr, the discriminator's rate")
 

@@ -323,7 +323,10 @@ def test_soda_learns_from_answers_of_its_start(plain, tiny_problem, student, tmp
     assert lines[-1]["actor/dpo_loss"] < 0.69 and lines[-1]["actor/dpo_margin"] > 0
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "one-0", dtype=torch.float32).state_dict()
     assert not torch.equal(trained["lm_head.weight"], expected["lm_head.weight"])
-    assert not (tmp_path / "one-0/d.pt").exists()
+    assert not (tmp_path / "one-0/d.pt").exists() and "actor/imitation_loss" not in lines[0]
+    [line] = run_one(plain, tiny_problem, tmp_path, does="soda", beta=0.5, steps=1, imitation=0.2)
+    assert line["actor/dpo_loss"] == lines[0]["actor/dpo_loss"] and line["actor/imitation_loss"] > 0
+    assert line["actor/grad_norm"] != lines[0]["actor/grad_norm"]
 
 
 def test_gad_normalises_and_stays_close_to_its_start_as_the_stage_says(plain, tiny_problem, tmp_path, monkeypatch):
@@ -432,6 +435,7 @@ def lead(**changes) -> dict:
         (lead(does="gad", d_lr=1e-3, kl=-1e-3), "stage 'gad': kl -0.001: expected a number of at least 0"),
         (lead(does="soda", beta=0), "stage 'gad': beta 0: expected a number above 0"),
         (lead(does="soda", kl=1e-3), "stage 'gad': kl 0.001: a stage that does soda takes none, only gad"),
+        (lead(imitation=0.2), "stage 'gad': imitation 0.2: a stage that does lead takes none, only gad or soda"),
         (lead(normalise=True), "stage 'gad': normalise True: a stage that does lead takes none, only gad"),
         (lead(does="gad", d_lr=1e-3, beta=0.2), "stage 'gad': beta 0.2: a stage that does gad takes none, only soda"),
         (lead(does="gad"), "stage 'gad': a stage that does gad needs d_lr"),
