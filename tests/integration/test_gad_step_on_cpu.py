@@ -704,22 +704,24 @@ def test_imitation_is_the_next_token_loss_on_the_teacher(live):
     ids=["by tokens", "fixed rows"],
 )
 @pytest.mark.parametrize("missing", ["none", "one sample", "a whole prompt"])
-def test_dpo_has_the_loss_and_the_gradient_of_the_pairs_written_out(live, micro_batches, missing):
+@pytest.mark.parametrize("coef", [0.0, 0.4])
+def test_dpo_has_the_loss_and_the_gradient_of_the_pairs_written_out(live, micro_batches, missing, coef):
     before = {key: OmegaConf.select(live.config, key.replace("__", ".")) for key in micro_batches}
     live.trainer.__class__ = PPOTrainerOnlineDPO
-    live.set(gad__dpo_beta=0.3, **micro_batches)
+    live.set(gad__dpo_beta=0.3, gad__imitation_coef=coef, **micro_batches)
     batch, metrics = live.sample()
     batch = drop_missing(live, batch, missing)
     batch = live.trainer._balance_batch(batch, metrics=metrics)
     policy, path = hf_model(live, "actor"), live.config.actor_rollout_ref.model.path
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
 
+    def log_prob(model, prompt, response):
+        ids = torch.cat([prompt, response]).unsqueeze(0)
+        log_probs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return log_probs.gather(-1, response.unsqueeze(-1)).sum()
+
     def log_ratio(prompt, response):
-        ids, total = torch.cat([prompt, response]).unsqueeze(0), 0.0
-        for model, sign in ((policy, 1.0), (reference, -1.0)):
-            log_probs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            total = total + sign * log_probs.gather(-1, response.unsqueeze(-1)).sum()
-        return total
+        return log_prob(policy, prompt, response) - log_prob(reference, prompt, response)
 
     gaps = []
     for teacher, students in live_groups(live):
@@ -728,15 +730,20 @@ def test_dpo_has_the_loss_and_the_gradient_of_the_pairs_written_out(live, micro_
     gaps = torch.stack(gaps)
     assert len(gaps) == 8 * 4 - {"none": 0, "one sample": 1, "a whole prompt": 5}[missing]
     loss = -F.logsigmoid(gaps).mean()
-    loss.backward()
+    teachers = rows(live.fields([group.teacher.key for group in live.trainer._groups]))
+    nll = -sum(log_prob(policy, *teacher) for teacher in teachers) / sum(len(answer) for _, answer in teachers)
+    (loss + coef * nll).backward()
     norm = torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters() if p.grad is not None)).item()
     live.trainer._update_actor(batch, metrics=metrics)
+    if coef:
+        assert metrics.pop("actor/imitation_loss") == pytest.approx(nll.item(), rel=1e-4)
+    assert "actor/imitation_loss" not in metrics
     assert metrics["actor/dpo_loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["actor/dpo_margin"] == pytest.approx(gaps.mean().item(), abs=1e-4)
-    assert metrics["actor/dpo_acc"] == pytest.approx((gaps > 0).double().mean().item(), abs=1e-6)
+    assert metrics["actor/dpo_acc"] == pytest.approx(((gaps.sign() + 1) / 2).mean().item(), abs=1e-6)
     assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert "actor/loss" not in metrics
-    live.set(**before)
+    live.set(gad__imitation_coef=0.0, **before)
     live.finish(batch)
 
 

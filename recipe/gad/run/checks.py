@@ -226,17 +226,18 @@ def check_stage(config: DictConfig) -> Findings:
 def check_objective(config: DictConfig) -> Findings:
     """Settings of the policy gradient have values that work, and a policy gradient."""
     on: dict[str, str] = {}
+    objective = get(config, "gad.actor_objective")
     for key in ("gad.imitation_coef", "gad.policy_gate"):
         value = get(config, key)
         if not is_number(value) or not 0 <= value < inf:
             yield error(f"{key}={value}: expected a number of at least 0", fix=f"{key}=0")
-        elif value:
+        elif value and (key, objective) != ("gad.imitation_coef", "dpo"):
             on[f"{key}={value}"] = f"{key}=0"
     if (in_group := get(config, "gad.teacher_in_group")) not in (True, False):
         yield error(f"gad.teacher_in_group={in_group}: expected True or False", fix="gad.teacher_in_group=False")
     elif in_group:
         on["gad.teacher_in_group=True"] = "gad.teacher_in_group=False"
-    if (objective := get(config, "gad.actor_objective")) != "policy_gradient":
+    if objective != "policy_gradient":
         for found, off in on.items():
             yield error(
                 f"{found} belongs to the policy gradient, and gad.actor_objective={objective}",

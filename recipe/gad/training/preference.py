@@ -52,6 +52,16 @@ def compute_dpo_loss(
     return loss, {"dpo_loss": found["d_loss"], "dpo_acc": found["d_acc"], "dpo_margin": found["score_gap"]}
 
 
+def imitation_loss(policy_R: torch.Tensor, tokens_R: torch.Tensor, n: int) -> torch.Tensor:
+    """Mean over the tokens of the teachers' answers of -log pi, the term of gad.imitation_coef, at temperature 1.
+
+    Args:
+        policy_R, n: as in :func:`compute_dpo_loss`.
+        tokens_R: tokens of the answers, (R,); those of students are not read.
+    """
+    return -policy_R.view(-1, n + 1)[:, 0].sum() / tokens_R.view(-1, n + 1)[:, 0].sum()
+
+
 def sequence_log_probs(log_probs: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of whole answers, (R,) in float64.
 

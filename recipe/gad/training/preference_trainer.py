@@ -3,7 +3,8 @@
     online_dpo  every step samples fresh answers of the current policy
     soda        the answers are samples of the policy from which the run starts, drawn once before the first step
 
-Both are stages of the GAD trainer without a discriminator; recipe/gad/training/preference.py has the loss.
+Both are stages of the GAD trainer without a discriminator; recipe/gad/training/preference.py has the loss. As in stage
+gad, gad.imitation_coef adds an imitation term.
 """
 
 import logging
@@ -60,10 +61,15 @@ class PPOTrainerOnlineDPO(PPOTrainerGAD):
         ranks = gad_rows.spread(sizes, self.config.actor_rollout_ref.actor, n_ranks, self.global_steps)
         weights = gad_rows.pair_weights(groups, ranks)
         keys, pair_weights = list(weights), torch.tensor(list(weights.values()))
-        reference = self._sequence_log_probs(keys, n_ranks, of_reference=True)
-        policy = self._sequence_log_probs(keys, n_ranks, of_reference=False).requires_grad_()
+        reference, _ = self._sequence_log_probs(keys, n_ranks, of_reference=True)
+        policy, tokens = self._sequence_log_probs(keys, n_ranks, of_reference=False)
+        policy.requires_grad_()
         loss, found = preference.compute_dpo_loss(policy, reference, pair_weights, n, self.config.gad.dpo_beta)
         metrics.update({f"actor/{name}": float(metric.aggregate()) for name, metric in found.items()})
+        if coef := self.config.gad.imitation_coef:
+            imitation = preference.imitation_loss(policy, tokens, n)
+            loss = loss + coef * imitation
+            metrics["actor/imitation_loss"] = imitation.item()
         [coefficients] = torch.autograd.grad(loss, policy)
         fields = TensorDict({preference.COEFFICIENT: coefficients.float()}, batch_size=len(keys))
         tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
@@ -73,8 +79,11 @@ class PPOTrainerOnlineDPO(PPOTrainerGAD):
         del metrics["actor/loss"]  # the sum has the right gradient, but its value means nothing
         return batch
 
-    def _sequence_log_probs(self, keys: list[str], n_ranks: int, of_reference: bool) -> torch.Tensor:
-        """Log-probabilities of the answers of rows under the policy or the reference, (rows,) in float64."""
+    def _sequence_log_probs(
+        self, keys: list[str], n_ranks: int, of_reference: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the answers of rows under the policy or the reference, (rows,) in float64; and the
+        tokens of the answers, (rows,)."""
         section = self.config.actor_rollout_ref["ref" if of_reference else "rollout"]
         extra_info: dict[str, Any] = {"calculate_entropy": False, "compute_loss": False, "temperature": 1.0}
         if not section.log_prob_use_dynamic_bsz:
@@ -90,7 +99,8 @@ class PPOTrainerOnlineDPO(PPOTrainerGAD):
         fields = ["log_probs", "response_mask"]
         data = tq.kv_batch_get(keys=keys, partition_id=rows.partition_id, select_fields=fields)
         mask = data["response_mask"]
-        return preference.sequence_log_probs(response_from_nested(data["log_probs"], mask), mask)
+        tokens = torch.stack([row.sum() for row in mask.unbind()])
+        return preference.sequence_log_probs(response_from_nested(data["log_probs"], mask), mask), tokens
 
     def _compute_metrics(self, batch, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         lengths = [tag["response_len"] for tag in batch.tags if not tag.get("is_padding", False)]

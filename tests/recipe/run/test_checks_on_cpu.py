@@ -129,6 +129,7 @@ DPO = {
 @pytest.mark.parametrize("stage", ["soda", "online_dpo"])
 def test_a_good_dpo_run_passes(config, stage):
     assert check_config(config({**DPO, "gad.stage": stage})) == []
+    assert check_config(config({**DPO, "gad.stage": stage, "gad.imitation_coef": 0.2})) == []
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,8 @@ def test_a_good_dpo_run_passes(config, stage):
     [
         ({"gad.dpo_beta": 0}, ["gad.dpo_beta=0", "a number above 0", "gad.dpo_beta=0.1"]),
         ({"gad.dpo_beta": "big"}, ["gad.dpo_beta=big"]),
+        ({"gad.imitation_coef": -1}, ["gad.imitation_coef=-1", "at least 0"]),
+        ({"gad.policy_gate": 0.1}, ["gad.policy_gate=0.1", "policy gradient", "gad.policy_gate=0"]),
         ({f"{ACTOR}.use_kl_loss": False}, [f"{ACTOR}.use_kl_loss=False", "no reference"]),
         ({f"{ACTOR}.ppo_mini_batch_size": 4}, [f"{ACTOR}.ppo_mini_batch_size=4", "one optimizer step", "_size=8"]),
         ({f"{ACTOR}.ppo_epochs": 2}, [f"{ACTOR}.ppo_epochs=2", "one optimizer step", "ppo_epochs=1"]),

@@ -72,6 +72,14 @@ def test_log_probability_of_an_answer_is_the_sum_over_the_tokens_of_the_policy()
     assert preference.sequence_log_probs(log_probs, mask).tolist() == [-5.0, -8.0]
 
 
+def test_imitation_is_the_mean_over_the_tokens_of_the_teachers():
+    policy, tokens = values([-3.0, -50.0, -60.0, -5.0, -70.0, -80.0]).requires_grad_(), values([2, 9, 9, 6, 9, 9])
+    loss = preference.imitation_loss(policy, tokens, n=2)
+    [gradient] = torch.autograd.grad(loss, policy)
+    assert loss.item() == 1.0  # (3 + 5) / (2 + 6)
+    assert gradient.tolist() == [-0.125, 0, 0, -0.125, 0, 0]
+
+
 class Toy(torch.nn.Module):
     """Log-probabilities of given sequences from a table of logits: one optimizer step can be checked by hand."""
 
