@@ -242,7 +242,7 @@ def killed_soda(runner):
 @in_background
 def online_dpo(runner):
     flags = ["--online", "--beta", "0.3"]
-    return runner.stage("soda", "online", *flags, "--model", f"{runner.problem}/model")
+    return runner.stage("soda", "online", *flags, "--model", f"{runner.problem}/model", "gad.imitation_coef=0.2")
 
 
 @in_background
@@ -684,6 +684,8 @@ def test_soda_and_online_dpo_start_at_the_reference_and_leave_it(soda, online_dp
         assert json.loads((out / "gad_stage.json").read_text())["stage"] == stage
     assert len((soda / "start_answers.jsonl").read_text().splitlines()) == 5 * 8, "the prompts of the run, no others"
     assert not (online_dpo / "start_answers.jsonl").exists()
+    assert 0 < metrics(online_dpo)[STEPS]["actor/imitation_loss"] < 20
+    assert "actor/imitation_loss" not in metrics(soda)[STEPS]
 
 
 def test_soda_learns_to_prefer_the_teacher(soda):
