@@ -7,7 +7,7 @@ usage() {
   cat <<'HELP'
 usage: run_soda.sh --model PATH --train_files PATH [--online] [--beta X] [flags] [hydra.key=value ...]
   The student's answers are sampled once from --model, before the first step, and stored in the output folder.
-  DPO may make the teacher's text unlikely too; gad.imitation_coef=1 adds imitation of it.
+  DPO can make the teacher's own text less likely too: gad.imitation_coef=1 adds imitation of it.
   --online             sample fresh answers of the current student in every step instead
   --beta X             weight of the KL to --model, the reference (gad.dpo_beta)
 HELP
