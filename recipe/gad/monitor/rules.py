@@ -258,8 +258,9 @@ def memorizing_discriminator(d_acc: Curve, val_d_acc: Curve) -> Finding | None:
 
 def student_out_of_sight(pg_loss: Curve, val_d_acc: Curve, two_sample: Curve) -> Finding | None:
     """D loses its accuracy while a fresh one keeps it; ``pg_loss`` says in which steps the policy follows D."""
-    followed = (Curve(*(part[c.steps >= pg_loss.steps[0] - 1] for part in c)) for c in (val_d_acc, two_sample))
-    own, fresh = _common(*followed)
+    own, fresh = _common(val_d_acc, two_sample)
+    followed = own.steps >= pg_loss.steps[0] - 1
+    own, fresh = (Curve(curve.steps[followed], curve.values[followed]) for curve in (own, fresh))
     if len(own.steps) < 2 * SIGHT_VALIDATIONS:
         return None
     (own_then, own_now), (fresh_then, fresh_now) = (
