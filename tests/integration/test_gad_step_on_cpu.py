@@ -573,8 +573,8 @@ def test_gspo_loss_runs_as_the_actor_objective(live):
 
 
 def test_gspo_clips_some_answers_in_the_second_optimizer_step_of_a_batch(live):
-    """The clip range of examples/gad/moe_gspo with a dense student. The first step has the ratio 1, so at most half of
-    a batch is clipped."""
+    """The first optimizer step has the ratio 1 and clips nothing. In the second, a narrow clip range leaves only the
+    answers whose likelihood has moved against their advantage."""
     from functools import partial
 
     from verl.utils.config import omega_conf_to_dataclass
@@ -584,9 +584,8 @@ def test_gspo_clips_some_answers_in_the_second_optimizer_step_of_a_batch(live):
     setting = {
         f"{actor}policy_loss__loss_mode": "gspo",
         f"{actor}loss_agg_mode": "seq-mean-token-mean",
-        f"{actor}clip_ratio_low": 0.005,
-        f"{actor}clip_ratio_high": 0.01,
-        f"{actor}clip_ratio_c": 10,
+        f"{actor}clip_ratio_low": 1e-5,
+        f"{actor}clip_ratio_high": 1e-5,
         f"{actor}ppo_mini_batch_size": 4,
     }
     before = {key: OmegaConf.select(live.config, key.replace("__", ".")) for key in setting}
@@ -600,8 +599,7 @@ def test_gspo_clips_some_answers_in_the_second_optimizer_step_of_a_batch(live):
     fractions = [live.step()[0]["actor/pg_clipfrac"] for _ in range(2)]
     live.set(**before)
     set_loss()
-    assert max(fractions) > 0.0, fractions  # a step of few answers may clip none
-    assert all(fraction < 0.5 for fraction in fractions), fractions
+    assert all(0.0 < fraction <= 0.5 for fraction in fractions), fractions
 
 
 def test_a_save_holds_what_the_line_of_its_step_will_hold(live, tmp_path):
