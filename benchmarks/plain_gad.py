@@ -1,4 +1,4 @@
-"""SeqKD, SODA and GAD in one process a run: many seeds of a small student in minutes, to find and confirm settings.
+"""SeqKD, DPO and GAD in one process a run: many seeds of a small student in minutes, to find and confirm settings.
 
     python benchmarks/plain_gad.py PLAN --folder DIR [--gpus 0,1] [--jobs N]    runs what is missing, then the table
     python benchmarks/plain_gad.py PLAN --folder DIR --table                    only the table
@@ -71,6 +71,8 @@ KL_TYPE = "low_var_kl"
 """Estimator of the KL to the reference, the default of the same file."""
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation, as in verl's GRPO."""
+PREFERENCE = ("soda", "online_dpo")
+"""What a stage of DPO does."""
 BASE = "base"
 """Name of the untrained model among controls and arms."""
 WATCH_EVERY = 20
@@ -88,8 +90,8 @@ class Stage:
     """A training of one plan."""
 
     does: str
-    """imitate (SeqKD), lead (the discriminator alone), gad, or soda: DPO of the teacher's answer against answers of the
-    student from which the stage starts, which are drawn once for a prompt."""
+    """imitate (SeqKD), lead (the discriminator alone), gad, soda or online_dpo: DPO of the teacher's answer against the
+    student's. soda draws these once for a prompt, from the student that it starts with; online_dpo in every step."""
     steps: int
     lr: float
     """Of the side that trains; the student's falls to 0 along half a cosine, the discriminator's is constant."""
@@ -99,25 +101,25 @@ class Stage:
     """gad: of the discriminator."""
     prompts: int = 32
     imitation: float = 0.0
-    """gad, soda: weight of the mean of -log pi over the teacher's tokens, beside the policy gradient or DPO."""
+    """gad and DPO: weight of the mean of -log pi over the teacher's tokens, beside the policy gradient or DPO."""
     normalise: bool = False
     """gad: divide advantages by the standard deviation of the prompt's scores."""
     kl: float = 0.0
     """gad: weight of the KL to the student from which the stage starts, the mean over the tokens of the answers."""
     beta: float = 0.1
-    """soda: beta of DPO. The default is that of gad.dpo_beta."""
+    """Of DPO. The default is that of gad.dpo_beta."""
     max_seconds: float = math.inf
     """The stage takes no longer, if need be with fewer steps: the student's rate then falls over the seconds."""
 
     def __post_init__(self) -> None:
-        check_one_of("does", self.does, ("imitate", "lead", "gad", "soda"))
+        check_one_of("does", self.does, ("imitate", "lead", "gad", *PREFERENCE))
         check_count(self, "steps", "prompts")
         check_positive(self, "lr", "d_lr", "max_seconds", "beta")
         for key in ("imitation", "kl"):
             if not is_number(value := getattr(self, key)) or not value >= 0:
                 raise ValueError(f"{key} {value!r}: expected a number of at least 0")
         _check_switch(self, "normalise")
-        readers = {"imitation": ("gad", "soda"), "normalise": ("gad",), "kl": ("gad",), "beta": ("soda",)}
+        readers = {"imitation": ("gad", *PREFERENCE), "normalise": ("gad",), "kl": ("gad",), "beta": PREFERENCE}
         for key, stages in readers.items():
             if self.does not in stages and (value := getattr(self, key)) != getattr(Stage, key):
                 raise ValueError(f"{key} {value!r}: a stage that does {self.does} takes none, only {either(stages)}")
@@ -567,7 +569,7 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
     start = folder / f"{stage.student}-{seed}" if stage.student else plan.model
     student = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
     student.train()
-    reference = copy.deepcopy(student) if stage.does == "soda" or stage.kl else None
+    reference = copy.deepcopy(student) if stage.does in PREFERENCE or stage.kl else None
     for model in filter(None, (student, reference)):
         fused(plan, model)
     trains_student, trains_d, samples = stage.does != "lead", stage.does in ("lead", "gad"), stage.does != "imitate"
@@ -605,6 +607,7 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
                 metrics["critic/grad_norm"] = step_of(d, d_optimizer)
             if stage.does == "soda":
                 groups = [drawn[tuple(p)] for p in prompts]
+            if stage.does in PREFERENCE:
                 metrics |= dpo_gradient(student, reference, batch, groups, stage.beta)
             if samples:
                 answers = [(prompt, a) for prompt, group in zip(prompts, groups, strict=True) for a in group]

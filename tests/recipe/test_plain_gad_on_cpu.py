@@ -329,6 +329,27 @@ def test_soda_learns_from_answers_of_its_start(plain, tiny_problem, student, tmp
     assert line["actor/grad_norm"] != lines[0]["actor/grad_norm"]
 
 
+def test_online_dpo_learns_from_fresh_answers(plain, tiny_problem, student, tmp_path, monkeypatch):
+    sampled, expected, answers = [], student.state_dict(), plain.Sampler.answers
+
+    def recorded(sampler, prompts):
+        sampled.append((sampler.model, answers(sampler, prompts)))
+        return sampled[-1][1]
+
+    def gradient(policy, reference, teachers, groups, beta, real=plain.dpo_gradient):
+        assert sampled[-1][0] is policy and groups is sampled[-1][1]
+        assert all(torch.equal(value, expected[name]) for name, value in reference.state_dict().items())
+        return real(policy, reference, teachers, groups, beta)
+
+    monkeypatch.setattr(plain.Sampler, "answers", recorded)
+    monkeypatch.setattr(plain, "dpo_gradient", gradient)
+    lines = run_one(plain, tiny_problem, tmp_path, does="online_dpo", beta=0.5, steps=9, imitation=0.2)
+    assert len(sampled) == 9  # 52 rows, 8 a step: the second epoch has begun
+    assert lines[0]["actor/dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["actor/dpo_loss"] < 0.69 and lines[0]["actor/imitation_loss"] > 0
+    assert (tmp_path / "one-0/model.safetensors").exists() and not (tmp_path / "one-0/d.pt").exists()
+
+
 def test_gad_normalises_and_stays_close_to_its_start_as_the_stage_says(plain, tiny_problem, tmp_path, monkeypatch):
     seen: list[float] = []
 
@@ -429,15 +450,21 @@ def lead(**changes) -> dict:
         (lead(imitation="much"), "stage 'gad': imitation 'much': expected a number of at least 0"),
         (lead(student="seqkd"), "stage 'gad': student 'seqkd': expected one of gad"),
         (lead(discriminator={"a": 1}), "stage 'gad': discriminator {'a': 1}: expected one of gad"),
-        (lead(does="gda"), "stage 'gad': does 'gda': expected one of imitate, lead, gad, soda"),
+        (lead(does="gda"), "stage 'gad': does 'gda': expected one of imitate, lead, gad, soda, online_dpo"),
         (lead(does="gad", d_lr=1e-3, normalise=1), "stage 'gad': normalise 1: expected true or false"),
         (lead(does="gad", d_lr=1e-3, normalise=True, prompts=16), "stage 'gad': normalise needs two answers"),
         (lead(does="gad", d_lr=1e-3, kl=-1e-3), "stage 'gad': kl -0.001: expected a number of at least 0"),
         (lead(does="soda", beta=0), "stage 'gad': beta 0: expected a number above 0"),
         (lead(does="soda", kl=1e-3), "stage 'gad': kl 0.001: a stage that does soda takes none, only gad"),
-        (lead(imitation=0.2), "stage 'gad': imitation 0.2: a stage that does lead takes none, only gad or soda"),
+        (
+            lead(imitation=0.2),
+            "stage 'gad': imitation 0.2: a stage that does lead takes none, only gad or soda or online_dpo",
+        ),
         (lead(normalise=True), "stage 'gad': normalise True: a stage that does lead takes none, only gad"),
-        (lead(does="gad", d_lr=1e-3, beta=0.2), "stage 'gad': beta 0.2: a stage that does gad takes none, only soda"),
+        (
+            lead(does="gad", d_lr=1e-3, beta=0.2),
+            "stage 'gad': beta 0.2: a stage that does gad takes none, only soda or online_dpo",
+        ),
         (lead(does="gad"), "stage 'gad': a stage that does gad needs d_lr"),
     ],
 )
