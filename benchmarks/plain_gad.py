@@ -602,11 +602,11 @@ def run_stage(plan: Plan, folder: Path, seed: int, name: str, until: float = mat
                 metrics["timing_s/gen"] = time.monotonic() - began
                 if stage.does == "soda":  # a prompt keeps its first answers
                     drawn = {tuple(p): group for p, group in zip(prompts, groups, strict=True)} | drawn
+            if stage.does == "soda":
+                groups = [drawn[tuple(p)] for p in prompts]
             if trains_d:
                 scores, metrics["critic/d_acc"] = discriminator_gradient(d, prompts, groups, teachers)
                 metrics["critic/grad_norm"] = step_of(d, d_optimizer)
-            if stage.does == "soda":
-                groups = [drawn[tuple(p)] for p in prompts]
             if stage.does in PREFERENCE:
                 metrics |= dpo_gradient(student, reference, batch, groups, stage.beta)
             if samples:
